@@ -1,0 +1,38 @@
+"""Fast, exact sampling and training of diffusion models.
+
+Importing this package is silent and cheap: a public name is imported from its module when it is first used
+(PEP 562).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from difusores.ops import use_backend as use_backend
+
+# Public name -> the module that defines it. The imports above tell type checkers the same; a test compares both.
+_PUBLIC = {
+    "use_backend": "difusores.ops",
+}
+_SUBMODULES = ("models", "ops", "pipelines", "schedulers", "schedules", "solvers", "training")
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(import_module(_PUBLIC[name]), name)
+    elif name in _SUBMODULES:
+        value = import_module(f"difusores.{name}")
+    else:
+        raise AttributeError(f"module 'difusores' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC, *_SUBMODULES})

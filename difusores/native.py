@@ -1,0 +1,116 @@
+"""Loads the compiled modules if they are there, and keeps the reason in words if they are not.
+
+Importing this module loads nothing and never raises. A missing or broken compiled module costs speed, not the
+import: the reason is what `python -m difusores doctor` prints and what a request for that backend by name raises.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+MODULES = {"cpu": "_C", "cuda": "_cuda"}  # backend -> the compiled module that registers its kernels
+ISA_LEVELS = ("base", "avx2", "avx512")
+
+
+@dataclass(frozen=True)
+class Status:
+    """What was found when the compiled modules were loaded.
+
+    reasons: backend name -> None where its module is loaded, else why not, in words.
+    build: what `build_info()` of the CPU module tells (compiler, ISA levels, torch …); empty where it is not loaded.
+    """
+
+    reasons: Mapping[str, str | None]
+    build: Mapping[str, Any] = field(default_factory=dict)
+
+
+_lock = threading.Lock()
+_status: Status | None = None
+
+
+def load() -> Status:
+    """Load the compiled modules, once per process; safe to call from several threads.
+
+    Raises ValueError if DIFUSORES_DISABLE or DIFUSORES_ISA holds a value that means nothing.
+    """
+    global _status
+    if _status is None:
+        with _lock:
+            if _status is None:
+                _status = _load()
+    return _status
+
+
+def status(backend: str) -> str | None:
+    """None if the compiled module of `backend` ("cpu" or "cuda") is loaded, else the reason why it is not."""
+    reasons = load().reasons
+    if backend not in reasons:
+        raise ValueError(f"backend {backend!r} has no compiled module; allowed: {', '.join(reasons)}")
+    return reasons[backend]
+
+
+def build_info() -> dict[str, Any]:
+    """What the CPU module was built from and what it found at run time; empty if it is not loaded."""
+    return dict(load().build)
+
+
+def environment_errors() -> list[str]:
+    """One sentence for each environment variable read here that holds a value which means nothing."""
+    errors = []
+    disable = os.environ.get("DIFUSORES_DISABLE", "")
+    if disable not in ("", "0", "1"):
+        errors.append(f"DIFUSORES_DISABLE={disable!r} means nothing; allowed: 0, 1")
+    isa = os.environ.get("DIFUSORES_ISA", "")
+    if isa not in ("", *ISA_LEVELS):
+        errors.append(f"DIFUSORES_ISA={isa!r} means nothing; allowed: {', '.join(ISA_LEVELS)}")
+    return errors
+
+
+def _load() -> Status:
+    errors = environment_errors()
+    if errors:
+        raise ValueError("; ".join(errors))
+    reasons = {backend: _load_module(module) for backend, module in MODULES.items()}
+    if reasons["cpu"] is not None:
+        return Status(reasons)
+    return Status(reasons, sys.modules[f"difusores.{MODULES['cpu']}"].build_info())
+
+
+def _load_module(name: str) -> str | None:
+    """Import difusores.<name>; None, or why it cannot be used."""
+    if os.environ.get("DIFUSORES_DISABLE") == "1":
+        return "switched off by DIFUSORES_DISABLE=1"
+    if find_spec(f"difusores.{name}") is None:
+        return _why_missing(name)
+    try:
+        import torch  # noqa: F401  (its libraries must be in the process before the module that links to them)
+    except Exception as error:
+        return f"torch cannot be imported: {_one_line(error)}"
+    try:
+        importlib.import_module(f"difusores.{name}")
+    except Exception as error:
+        return f"broken: {_one_line(error)}"
+    return None
+
+
+def _why_missing(name: str) -> str:
+    folder = Path(__file__).parent
+    others = sorted(file.name for file in folder.glob(f"{name}.*.so"))
+    if others:
+        return f"built for another Python: {', '.join(others)} (this is {sys.implementation.cache_tag})"
+    reason = folder / "_build_reason.txt"  # written by setup.py when it could not compile
+    if reason.is_file():
+        return f"not built: {reason.read_text(encoding='utf-8').strip()}"
+    return "not built"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
