@@ -1,0 +1,26 @@
+"""The fused operations, each with a pure-PyTorch reference and the kernels that this machine offers.
+
+`group_norm_silu`, `attention`, `scheduler_step`, `geglu`, `layer_norm`; `use_backend` chooses an implementation by name,
+`availability` says what there is.
+"""
+
+from difusores import native
+from difusores.ops.attention import attention
+from difusores.ops.dispatch import BackendUnavailable, availability, use_backend
+from difusores.ops.geglu import geglu
+from difusores.ops.group_norm_silu import group_norm_silu
+from difusores.ops.layer_norm import layer_norm
+from difusores.ops.scheduler_step import scheduler_step
+
+native.load()
+
+__all__ = [
+    "BackendUnavailable",
+    "attention",
+    "availability",
+    "geglu",
+    "group_norm_silu",
+    "layer_norm",
+    "scheduler_step",
+    "use_backend",
+]

@@ -1,0 +1,149 @@
+"""Which implementation of an op answers: the schema library, the order of preference, and `use_backend`.
+
+PyTorch's dispatcher does the dispatching. This file declares the schemas' library and decides, per call, between the
+registered op (which runs the kernel of the tensors' device) and the reference as plain Python.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from difusores import native
+
+LIBRARY = torch.library.Library("difusores", "DEF")
+
+BACKENDS = ("cuda", "triton", "torch", "cpu", "reference")
+"""Every backend name, in order of preference. `torch` is an op of PyTorch's own that computes the same thing."""
+
+_DEVICES: dict[str, tuple[str, ...]] = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
+_OPS: dict[str, tuple[str, ...]] = {}
+_wanted: ContextVar[str | None] = ContextVar("difusores_backend", default=None)
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name and cannot take the call; the message says why."""
+
+
+def register(op: str, *backends: str) -> None:
+    """Declare which backends implement `op`, besides the reference, which every op has."""
+    _OPS[op] = (*(name for name in BACKENDS if name in backends), "reference")
+
+
+def status(backend: str) -> str | None:
+    """None if the backend can be used in this process, else the reason in words. Raises ValueError for an unknown name."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(sorted(BACKENDS))}")
+    if backend in ("cpu", "cuda"):
+        return native.status(backend)
+    if backend == "triton":
+        return "no op of this version has a Triton kernel"
+    return None
+
+
+def availability() -> dict[str, dict[str, str | None]]:
+    """For every op and backend: None if it is available, else the reason in words."""
+    table: dict[str, dict[str, str | None]] = {}
+    for op, backends in _OPS.items():
+        table[op] = {
+            name: status(name) if name in backends else status(name) or f"{op} has no {name} kernel in this version"
+            for name in BACKENDS
+        }
+    return table
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Use one backend by name within a `with` block, in this thread or task only.
+
+    Args:
+        name: "reference", "cpu", "triton", "cuda", or "torch" (attention through `scaled_dot_product_attention`).
+
+    An op that has this backend uses it and raises `BackendUnavailable` for a call that it does not take; an op that has
+    no such kernel at all keeps its default. The environment variable DIFUSORES_BACKEND does the same for a process.
+
+    Raises:
+        ValueError: unknown name.
+        BackendUnavailable: the backend cannot be used in this process; the message says why.
+    """
+    reason = status(name)
+    if reason is not None:
+        raise BackendUnavailable(f"backend {name!r} is not available: {reason}")
+    token = _wanted.set(name)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def _from_environment() -> str | None:
+    if os.environ.get("DIFUSORES_ISA") and os.environ.get("DIFUSORES_DISABLE") != "1":
+        reason = native.status("cpu")
+        if reason is not None:
+            raise BackendUnavailable(f"DIFUSORES_ISA={os.environ['DIFUSORES_ISA']} cannot be honoured: {reason}")
+    name = os.environ.get("DIFUSORES_BACKEND") or None
+    if name is not None:
+        reason = status(name)
+        if reason is not None:
+            raise BackendUnavailable(f"DIFUSORES_BACKEND={name} cannot be honoured: {reason}")
+    return name
+
+
+_environment: list[str | None] = []
+
+
+def wanted() -> str | None:
+    """The backend asked for by name, through `use_backend` or DIFUSORES_BACKEND; None if none was."""
+    name = _wanted.get()
+    if name is not None:
+        return name
+    if not _environment:
+        _environment.append(_from_environment())
+    return _environment[0]
+
+
+# Dynamo cannot trace a ContextVar: a compiled graph keeps the backend that was in force when it was traced.
+wanted._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def choose(op: str, device: str, supports: Callable[..., str | None], *call: Any) -> str:
+    """The backend that answers this call.
+
+    Args:
+        op: the op's name, as given to `register`.
+        device: device type of the tensors.
+        supports: `supports(backend, *call)` -> None or the reason why that backend does not take the call.
+    """
+    name = wanted()
+    backends = _OPS[op]
+    if name is not None and name in backends:
+        reason = _refusal(name, device) or (None if name == "reference" else supports(name, *call))
+        if reason is not None:
+            raise BackendUnavailable(f"{op}: backend {name!r} was asked for, but {reason}")
+        return name
+    for candidate in backends:
+        if candidate == "reference":
+            break
+        if _refusal(candidate, device) is None and supports(candidate, *call) is None:
+            return candidate
+    return "reference"
+
+
+def _refusal(backend: str, device: str) -> str | None:
+    devices = _DEVICES.get(backend)
+    if devices is not None and device not in devices:
+        return f"the tensors are on {device!r}"
+    return native.status(backend) if backend in ("cpu", "cuda") else None
+
+
+_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd has to see a call on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,258 @@
+"""Group normalisation with everything that surrounds it in a diffusion UNet: adds before it, scale-shift and SiLU after it.
+
+    h = x + add[n, c] + residual
+    y = act((1 + scale[n, c]) * (weight[c] * (h - mean) / sqrt(var + eps) + bias[c]) + shift[n, c])
+
+mean and var over each image's group of C / num_groups channels (Wu & He 2018, "Group Normalization"; scale and shift as in
+Dhariwal & Nichol 2021, "Diffusion Models Beat GANs", section 3; act is SiLU or nothing).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from difusores.ops.dispatch import LIBRARY, choose, needs_grad, register
+
+LIBRARY.define(
+    "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? scale, "
+    "Tensor? shift, Tensor? add, Tensor? residual, bool return_sum) -> (Tensor, Tensor)"
+)
+register("group_norm_silu", "cpu")
+
+
+def _per_channel(t: Tensor, x: Tensor) -> Tensor:
+    return t.reshape(*t.shape, *([1] * (x.ndim - 2)))
+
+
+def reference(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+    return_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    """The op in plain PyTorch. The second output is empty unless `return_sum`."""
+    h = x
+    if add is not None:
+        h = h + _per_channel(add, x).to(x.dtype)
+    if residual is not None:
+        h = h + residual
+    params = [None if p is None else p.to(x.dtype) for p in (weight, bias)]
+    y = F.group_norm(h, num_groups, params[0], params[1], eps)
+    if scale is not None:
+        y = y * (1 + _per_channel(scale, x).to(x.dtype))
+    if shift is not None:
+        y = y + _per_channel(shift, x).to(x.dtype)
+    if silu:
+        y = F.silu(y)
+    y = y.contiguous(memory_format=_memory_format(x))
+    if not return_sum:
+        return y, x.new_empty(0)
+    return y, h.clone() if h is x else h
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    if x.is_contiguous():
+        return torch.contiguous_format
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+LIBRARY.impl("group_norm_silu", reference, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("difusores::group_norm_silu", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _fake(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+    return_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=_memory_format(x))
+    return y, torch.empty_like(y) if return_sum else x.new_empty(0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, ctx.num_groups, weight, bias, ctx.eps, ctx.silu, scale, shift, add, residual, ctx.return_sum = inputs
+    ctx.save_for_backward(x, weight, bias, scale, shift, add, residual)
+
+
+def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
+    """Recomputes the normalised tensor, then the chain rule through act, scale-shift and the group norm, in fp32 or wider."""
+    x, weight, bias, scale, shift, add, residual = ctx.saved_tensors
+    wide = torch.promote_types(x.dtype, torch.float32)
+    n, c, g = x.shape[0], x.shape[1], ctx.num_groups
+    spatial = list(range(2, x.ndim))
+
+    def channels(t: Tensor) -> Tensor:
+        return _per_channel(t.to(wide), x)
+
+    h = x.to(wide)
+    if add is not None:
+        h = h + channels(add)
+    if residual is not None:
+        h = h + residual.to(wide)
+    grouped = h.reshape(n, g, -1)
+    var, mean = torch.var_mean(grouped, dim=2, correction=0, keepdim=True)
+    rstd = torch.rsqrt(var + ctx.eps)
+    hat = ((grouped - mean) * rstd).reshape(x.shape)
+    normed = hat if weight is None else hat * channels(weight[None])
+    if bias is not None:
+        normed = normed + channels(bias[None])
+    pre = normed if scale is None else normed * (1 + channels(scale))
+    if shift is not None:
+        pre = pre + channels(shift)
+
+    grad = grad_y.to(wide)
+    if ctx.silu:
+        sigmoid = torch.sigmoid(pre)
+        grad = grad * sigmoid * (1 + pre * (1 - sigmoid))
+    grad_shift = grad.sum(spatial).to(shift.dtype) if shift is not None else None
+    grad_scale = None
+    if scale is not None:
+        grad_scale = (grad * normed).sum(spatial).to(scale.dtype)
+        grad = grad * (1 + channels(scale))
+    over = [0, *spatial]
+    grad_bias = grad.sum(over).to(bias.dtype) if bias is not None else None
+    grad_weight = None
+    if weight is not None:
+        grad_weight = (grad * hat).sum(over).to(weight.dtype)
+        grad = grad * channels(weight[None])
+    flat, flat_hat = grad.reshape(n, g, -1), hat.reshape(n, g, -1)
+    grad_h = rstd * (flat - flat.mean(2, keepdim=True) - flat_hat * (flat * flat_hat).mean(2, keepdim=True))
+    grad_h = grad_h.reshape(x.shape)
+    if ctx.return_sum:
+        grad_h = grad_h + grad_sum
+    grad_add = grad_h.sum(spatial).to(add.dtype) if add is not None else None
+    grad_x = grad_h.to(x.dtype)
+    grad_residual = grad_x if residual is not None else None
+    return (grad_x, None, grad_weight, grad_bias, None, None, grad_scale, grad_shift, grad_add, grad_residual, None)
+
+
+torch.library.register_autograd(
+    "difusores::group_norm_silu", _backward, setup_context=_setup_context, lib=LIBRARY
+)
+
+
+def supports(
+    backend: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+) -> str | None:
+    """None if `backend` takes this call, else the reason in words."""
+    dtype = x.dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernel takes float32, bfloat16 and float16, not {dtype}"
+    for p in (weight, bias, scale, shift, add):
+        if p is not None and p.dtype is not dtype and p.dtype is not torch.float32:
+            return f"the kernel takes parameters in float32 or {dtype}, not {p.dtype}"
+    if not (x.is_contiguous() or _memory_format(x) is not torch.contiguous_format):
+        return "the kernel takes contiguous and channels_last tensors, not other strides"
+    if residual is not None and (residual.dtype is not dtype or residual.stride() != x.stride()):
+        return "the kernel takes a residual of x's dtype and strides"
+    return None
+
+
+def _check(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    if not 3 <= x.ndim <= 5:
+        raise ValueError(f"x must be [N, C, *spatial] with 3 to 5 dimensions, got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+    n, c = x.shape[0], x.shape[1]
+    if num_groups < 1 or c % num_groups:
+        raise ValueError(f"num_groups must divide the number of channels: got num_groups={num_groups}, C={c}")
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is not None and p.shape != (c,):
+            raise ValueError(f"{name} must have shape [C] = [{c}], got {tuple(p.shape)}")
+    for name, p in (("scale", scale), ("shift", shift), ("add", add)):
+        if p is not None and p.shape != (n, c):
+            raise ValueError(f"{name} must have shape [N, C] = [{n}, {c}], got {tuple(p.shape)}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype is not x.dtype):
+        raise ValueError(
+            f"residual must be like x, {tuple(x.shape)} {x.dtype}, got {tuple(residual.shape)} {residual.dtype}"
+        )
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    *,
+    silu: bool = True,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y = act((1 + scale) * GroupNorm(x + add + residual) + shift), in one read for the statistics and one for the result.
+
+    Args:
+        x: [N, C, *spatial], 3-D to 5-D; fp32, bf16, fp16 (fp64 by the reference); contiguous or channels_last, kept.
+        num_groups: any divisor of C.
+        weight, bias: [C] in x's dtype or fp32, or None.
+        eps: added to the variance.
+        silu: whether act is SiLU; else the identity.
+        scale, shift: [N, C] in x's dtype or fp32, or None.
+        add: [N, C] in x's dtype or fp32 (a time embedding), or None.
+        residual: like x, or None.
+        return_sum: return x + add + residual too (the next residual needs it).
+
+    Returns:
+        y like x, or (y, sum). Statistics are accumulated in fp32 or wider. Differentiable in every tensor.
+
+    Raises:
+        ValueError: shapes that do not fit, named. TypeError: x is not floating point.
+    """
+    _check(x, num_groups, weight, bias, scale, shift, add, residual)
+    only_x = return_sum and add is None and residual is None
+    call = (x, num_groups, weight, bias, eps, silu, scale, shift, add, residual, return_sum and not only_x)
+    backend = choose(
+        "group_norm_silu", x.device.type, supports, x, weight, bias, scale, shift, add, residual
+    )
+    if backend == "reference":
+        y, total = reference(*call)
+    elif torch.compiler.is_compiling() or needs_grad(x, weight, bias, scale, shift, add, residual):
+        y, total = torch.ops.difusores.group_norm_silu.default(*call)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, total = torch.ops.difusores.group_norm_silu.default(*call)
+    if not return_sum:
+        return y
+    return (y, x) if only_x else (y, total)

@@ -1,0 +1,112 @@
+"""Layer normalisation with an optional residual: h = x + residual; y = weight * (h - mean) / sqrt(var + eps) + bias.
+
+mean and var over the last dimension (Ba et al. 2016, "Layer Normalization").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from difusores.ops.dispatch import LIBRARY, register
+
+LIBRARY.define(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual, bool return_sum) -> (Tensor, Tensor)"
+)
+register("layer_norm")
+
+
+def reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None, return_sum: bool
+) -> tuple[Tensor, Tensor]:
+    """The op in plain PyTorch. The second output is empty unless `return_sum`."""
+    h = x if residual is None else x + residual
+    params = [None if p is None else p.to(x.dtype) for p in (weight, bias)]
+    y = F.layer_norm(h, (x.shape[-1],), params[0], params[1], eps).contiguous()
+    if not return_sum:
+        return y, x.new_empty(0)
+    return y, h.clone() if h is x else h.contiguous()
+
+
+LIBRARY.impl("layer_norm", reference, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("difusores::layer_norm", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None, return_sum: bool
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape)
+    return y, torch.empty_like(y) if return_sum else x.new_empty(0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, ctx.eps, residual, ctx.return_sum = inputs
+    ctx.save_for_backward(x, weight, bias, residual)
+
+
+def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, residual = ctx.saved_tensors
+    wide = torch.promote_types(x.dtype, torch.float32)
+    h = x.to(wide) if residual is None else x.to(wide) + residual.to(wide)
+    var, mean = torch.var_mean(h, dim=-1, correction=0, keepdim=True)
+    rstd = torch.rsqrt(var + ctx.eps)
+    hat = (h - mean) * rstd
+    grad = grad_y.to(wide)
+    rows = list(range(x.ndim - 1))
+    grad_bias = grad.sum(rows).to(bias.dtype) if bias is not None else None
+    grad_weight = None
+    if weight is not None:
+        grad_weight = (grad * hat).sum(rows).to(weight.dtype)
+        grad = grad * weight.to(wide)
+    grad_h = rstd * (grad - grad.mean(-1, keepdim=True) - hat * (grad * hat).mean(-1, keepdim=True))
+    if ctx.return_sum:
+        grad_h = grad_h + grad_sum
+    grad_x = grad_h.to(x.dtype)
+    return grad_x, grad_weight, grad_bias, None, grad_x if residual is not None else None, None
+
+
+torch.library.register_autograd("difusores::layer_norm", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y = LayerNorm(x + residual) over the last dimension.
+
+    Args:
+        x: [..., D]; fp32, bf16, fp16, fp64.
+        weight, bias: [D] in x's dtype or fp32, or None.
+        eps: added to the variance.
+        residual: like x, or None.
+        return_sum: return x + residual too.
+
+    Returns:
+        y like x, or (y, sum). Differentiable in every tensor.
+
+    Raises:
+        ValueError: shapes that do not fit, named.
+    """
+    if x.ndim < 1 or not x.is_floating_point():
+        raise ValueError(f"x must be a floating-point tensor [..., D], got shape {tuple(x.shape)}, {x.dtype}")
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is not None and p.shape != x.shape[-1:]:
+            raise ValueError(f"{name} must have shape [D] = [{x.shape[-1]}], got {tuple(p.shape)}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype is not x.dtype):
+        raise ValueError(
+            f"residual must be like x, {tuple(x.shape)} {x.dtype}, got {tuple(residual.shape)} {residual.dtype}"
+        )
+    only_x = return_sum and residual is None
+    # Plain Python, not the registered op: only the reference exists, and PyTorch differentiates it.
+    y, total = reference(x, weight, bias, eps, residual, return_sum and not only_x)
+    if not return_sum:
+        return y
+    return (y, x) if only_x else (y, total)

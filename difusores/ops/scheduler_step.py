@@ -1,0 +1,365 @@
+"""One stage of any sampler as one pass over memory, from a row of float64 coefficients.
+
+    e   = sum_k g_k * e_k                                    guidance over up to three model outputs
+    xh  = x + r * z                                          churn
+    x0  = clamp(p_x * xh + p_e * e, lo, hi)                  or clamp(., -s, s) / s with a threshold s[image]
+    z*  = z  |  z * exp(nu0 + nu1 * v)  |  z * sqrt(v)       by mode 0, 1, 2 (v: learned variance)
+    (y, d, u) = W . [x0, xh, e, z*, s0, s1, s2, s3, s4]      an exact 0 in W means that the operand is not read
+    m   = c_in * y                                           the next model input, in the model's dtype, repeated
+
+y is the next sample, d what the solver remembers, u a second kept tensor. Every diffusion sampler in use is a list of
+such rows (docs/design.md derives it); `difusores.solvers` writes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from difusores.ops.dispatch import LIBRARY, choose, needs_grad, register
+
+G1, G2, G3, R, PX, PE, LO, HI, NU0, NU1, MODE, CIN = range(12)
+"""Positions in a row before W."""
+W = 12
+"""Where the 3 x 9 matrix W begins, row-major over (y, d, u)."""
+DRAW = 39
+"""The number of this row's noise draw, which keys in-kernel noise."""
+ROW = 40
+"""Length of a row."""
+COLUMNS = ("x0", "xh", "e", "z", "s0", "s1", "s2", "s3", "s4")
+"""The operands of W, in order."""
+OUTPUTS = ("y", "d", "u", "x0", "m")
+"""The outputs that can be asked for."""
+
+LIBRARY.define(
+    "scheduler_step(Tensor row, Tensor? step, Tensor sample, Tensor e1, Tensor? e2, Tensor? e3, Tensor? noise, "
+    "Tensor? variance, Tensor? threshold, Tensor? s0, Tensor? s1, Tensor? s2, Tensor? s3, Tensor? s4, Tensor? seeds, "
+    "Tensor(a!)? y, Tensor(b!)? d, Tensor(c!)? u, Tensor(d!)? x0, Tensor(e!)? m) -> ()"
+)
+register("scheduler_step", "cpu")
+
+_PHILOX_M = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+
+def philox_integers(seeds: Tensor, blocks: int, draw: int) -> Tensor:
+    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+
+    Args:
+        seeds: [B] int64, one key per image (low and high 32 bits).
+        blocks: number of counters (block index, block index >> 32, draw, 0).
+        draw: the number of the noise draw.
+
+    Returns:
+        [B, blocks, 4] int64, each in [0, 2**32).
+    """
+    index = torch.arange(blocks, device=seeds.device, dtype=torch.int64)
+    c = [index & _MASK, index >> 32, torch.full_like(index, draw & _MASK), torch.zeros_like(index)]
+    c = [t.expand(seeds.shape[0], blocks) for t in c]
+    key = [(seeds & _MASK)[:, None], ((seeds >> 32) & _MASK)[:, None]]
+
+    def product(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
+        # 32 x 32 -> 64 bits in signed int64: by 16-bit halves, so that nothing overflows.
+        low, high = a & 0xFFFF, a >> 16
+        partial = low * m
+        middle = high * m + (partial >> 16)
+        return middle >> 16, ((middle & 0xFFFF) << 16) | (partial & 0xFFFF)
+
+    for _ in range(10):
+        hi0, lo0 = product(c[0], _PHILOX_M[0])
+        hi1, lo1 = product(c[2], _PHILOX_M[1])
+        c = [hi1 ^ c[1] ^ key[0], lo1, hi0 ^ c[3] ^ key[1], lo0]
+        key = [(k + w) & _MASK for k, w in zip(key, _PHILOX_W, strict=True)]
+    return torch.stack(c, dim=-1)
+
+
+def philox_normal(seeds: Tensor, shape: Sequence[int], draw: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal noise that depends on (image seed, draw, element) alone, not on the batch, device or backend.
+
+    Args:
+        seeds: [B] int64, one per image.
+        shape: [B, ...].
+        draw: the number of the noise draw.
+        dtype: of the result.
+
+    Returns:
+        A tensor of `shape`: element i of an image is output i % 4 of Philox counter i // 4, pairs (0, 1) and (2, 3) through
+        Box-Muller: sqrt(-2 ln u) * (cos, sin)(2 pi t), u = ((a >> 9) + 0.5) / 2**23, t = (b >> 8) / 2**24.
+    """
+    per_image = math.prod(shape[1:])
+    bits = philox_integers(seeds, (per_image + 3) // 4, draw)
+    u = ((bits[..., 0::2] >> 9).double() + 0.5) * 2.0**-23
+    angle = (bits[..., 1::2] >> 8).double() * (2.0**-24 * 2.0 * math.pi)
+    radius = torch.sqrt(-2.0 * torch.log(u))
+    normal = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
+    return normal.reshape(seeds.shape[0], -1)[:, :per_image].reshape(tuple(shape)).to(dtype)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype is torch.float64 else t.float()
+
+
+def reference(
+    row: Tensor,
+    step: Tensor | None,
+    sample: Tensor,
+    model_outputs: Sequence[Tensor | None],
+    noise: Tensor | None,
+    variance: Tensor | None,
+    threshold: Tensor | None,
+    slots: Sequence[Tensor | None],
+    seeds: Tensor | None,
+) -> dict[str, Tensor]:
+    """The op in plain PyTorch: fp32 arithmetic (fp64 for an fp64 sample), every output that the row defines, unrounded."""
+    coefficients: list[float] = (row if step is None else row[int(step)]).tolist()
+    x = _wide(sample)
+    e: Tensor | None = None
+    for g, output in zip(coefficients[G1 : G3 + 1], model_outputs, strict=False):
+        if output is not None and g != 0.0:
+            e = g * _wide(output) if e is None else e + g * _wide(output)
+    if e is None:
+        e = torch.zeros_like(x)
+    z = _wide(noise) if noise is not None else None
+    if z is None and seeds is not None:
+        z = philox_normal(seeds, sample.shape, int(coefficients[DRAW]), x.dtype)
+    xh = x
+    if coefficients[R] != 0.0:
+        xh = x + coefficients[R] * _required(z, "noise", "r")
+    x0 = _combine([(coefficients[PX], xh), (coefficients[PE], e)], x)
+    if threshold is not None:
+        s = _wide(threshold).to(x.dtype).reshape(-1, *([1] * (x.ndim - 1)))
+        x0 = torch.maximum(torch.minimum(x0, s), -s) / s
+    else:
+        x0 = x0.clamp(coefficients[LO], coefficients[HI])
+    weights = [coefficients[W + 9 * k : W + 9 * k + 9] for k in range(3)]
+    scaled = z
+    if coefficients[MODE] != 0.0 and any(w[3] != 0.0 for w in weights):
+        v = _wide(_required(variance, "variance", "mode"))
+        factor = torch.exp(coefficients[NU0] + coefficients[NU1] * v) if coefficients[MODE] == 1.0 else torch.sqrt(v)
+        scaled = _required(z, "noise", "mode") * factor
+    operands = [x0, xh, e, scaled, *(None if s is None else _wide(s) for s in slots)]
+    operands += [None] * (9 - len(operands))
+    outputs = {"x0": x0}
+    for name, w in zip(("y", "d", "u"), weights, strict=True):
+        terms = [
+            (c, _required(t, column, "W"))
+            for c, t, column in zip(w, operands, COLUMNS, strict=True)
+            if c != 0.0
+        ]
+        outputs[name] = _combine(terms, x)
+    outputs["m"] = coefficients[CIN] * outputs["y"]
+    return outputs
+
+
+def _combine(terms: Sequence[tuple[float, Tensor]], like: Tensor) -> Tensor:
+    total: Tensor | None = None
+    for c, t in terms:
+        if c != 0.0:
+            total = c * t if total is None else total + c * t
+    return torch.zeros_like(like) if total is None else total
+
+
+def _required(t: Tensor | None, name: str, by: str) -> Tensor:
+    if t is None:
+        raise ValueError(f"scheduler_step: this row's {by} reads {name}, which was not given")
+    return t
+
+
+def _registered(
+    row: Tensor,
+    step: Tensor | None,
+    sample: Tensor,
+    e1: Tensor,
+    e2: Tensor | None,
+    e3: Tensor | None,
+    noise: Tensor | None,
+    variance: Tensor | None,
+    threshold: Tensor | None,
+    s0: Tensor | None,
+    s1: Tensor | None,
+    s2: Tensor | None,
+    s3: Tensor | None,
+    s4: Tensor | None,
+    seeds: Tensor | None,
+    y: Tensor | None,
+    d: Tensor | None,
+    u: Tensor | None,
+    x0: Tensor | None,
+    m: Tensor | None,
+) -> None:
+    results = reference(row, step, sample, (e1, e2, e3), noise, variance, threshold, (s0, s1, s2, s3, s4), seeds)
+    for name, out in zip(OUTPUTS, (y, d, u, x0, m), strict=True):
+        if out is not None:
+            result = results[name]
+            if name == "m":
+                result = result.repeat(out.shape[0] // max(sample.shape[0], 1), *([1] * (sample.ndim - 1)))
+            out.copy_(result)
+
+
+LIBRARY.impl("scheduler_step", _registered, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("difusores::scheduler_step", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _fake(*args: Tensor | None) -> None:
+    return None
+
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def supports(
+    backend: str,
+    sample: Tensor,
+    tensors: Sequence[Tensor | None],
+    seeds: Tensor | None,
+    model_dtype: torch.dtype | None,
+) -> str | None:
+    """None if `backend` takes this call, else the reason in words."""
+    if sample.dtype not in _KERNEL_DTYPES:
+        return f"the kernel takes float32, bfloat16 and float16, not {sample.dtype}"
+    for t in tensors:
+        if t is not None and t.dtype not in _KERNEL_DTYPES:
+            return f"the kernel takes float32, bfloat16 and float16, not {t.dtype}"
+    if model_dtype is not None and model_dtype not in _KERNEL_DTYPES:
+        return f"the kernel writes float32, bfloat16 and float16, not {model_dtype}"
+    if seeds is not None and not sample.is_contiguous():
+        return "in-kernel noise needs a contiguous sample"
+    return None
+
+
+def _like(t: Tensor, sample: Tensor) -> Tensor:
+    """t in the memory layout of `sample` (any batch stride); copied only where the layouts differ."""
+    if t.stride()[1:] == sample.stride()[1:]:
+        return t
+    return torch.empty_like(sample, dtype=t.dtype).copy_(t)
+
+
+def scheduler_step(
+    row: Tensor,
+    sample: Tensor,
+    model_outputs: Sequence[Tensor],
+    slots: Sequence[Tensor | None] = (),
+    *,
+    noise: Tensor | None = None,
+    variance: Tensor | None = None,
+    threshold: Tensor | None = None,
+    outputs: Sequence[str] = ("y",),
+    out: Sequence[Tensor] | None = None,
+    model_dtype: torch.dtype | None = None,
+    model_repeats: int = 1,
+    step: Tensor | None = None,
+    seeds: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """One stage of a sampler: guidance, prediction type, clipping, noise, history and the next model input in one pass.
+
+    Args:
+        row: [40] float64 on the CPU (layout: module constants), or [rows, 40] on any device with `step`.
+        sample: [B, ...], x; fp32, bf16, fp16 (fp64 by the reference), any dense layout, which the outputs keep.
+        model_outputs: one to three tensors e_k shaped like sample; a channel slice (any batch stride) is read in place.
+        slots: up to five tensors s_k shaped like sample, or None.
+        noise: z, shaped like sample. seeds: [B] int64 instead, for in-kernel Philox noise keyed by (seed, row[39], element).
+        variance: v, shaped like sample (the other half of the model's channels).
+        threshold: [B], clips x0 to [-s, s] and divides it by s; then lo and hi are not used.
+        outputs: names among "y", "d", "u", "x0", "m".
+        out: the tensors to write, in the order of `outputs`; must not overlap any input. New ones if None.
+        model_dtype: dtype of "m" (sample's if None). model_repeats: how often "m" is repeated along the batch.
+        step: [1] int64 on row's device, the index of the row.
+
+    Returns:
+        The tensors named in `outputs`, in that order, in sample's dtype ("m": model_dtype). Inputs are not changed.
+        Arithmetic in fp32 (fp64 for an fp64 sample). Differentiable: calls that need a gradient run the reference.
+
+    Raises:
+        ValueError: a shape, name or count that does not fit, or an operand that the row reads and was not given.
+    """
+    needed = (*model_outputs, *slots, noise, variance)
+    _check(row, sample, model_outputs, slots, noise, variance, threshold, outputs, step, seeds)
+    repeats = model_repeats
+    if needs_grad(sample, *needed, threshold):
+        backend = "reference"
+    else:
+        backend = choose("scheduler_step", sample.device.type, supports, sample, needed, seeds, model_dtype)
+    if backend == "reference":
+        results = reference(row, step, sample, model_outputs, noise, variance, threshold, slots, seeds)
+        finished = []
+        for name in outputs:
+            if name == "m":
+                m = results[name].to(model_dtype or sample.dtype)
+                finished.append(m.repeat(repeats, *([1] * (sample.ndim - 1))) if repeats != 1 else m)
+            else:
+                finished.append(results[name].to(sample.dtype))
+        if out is None:
+            return tuple(finished)
+        for target, result in zip(out, finished, strict=True):
+            target.copy_(result)
+        return tuple(out)
+    if not _dense(sample):
+        sample = sample.contiguous()
+    e = [_like(t, sample) for t in model_outputs]
+    e += [None] * (3 - len(e))  # type: ignore[list-item]
+    s = [None if t is None else _like(t, sample) for t in slots]
+    s += [None] * (5 - len(s))
+    if noise is not None:
+        noise = _like(noise, sample)
+    if variance is not None:
+        variance = _like(variance, sample)
+    if out is None:
+        out = [
+            torch.empty_like(sample)
+            if name != "m"
+            else _empty_model_input(sample, model_dtype or sample.dtype, repeats)
+            for name in outputs
+        ]
+    written = dict(zip(outputs, out, strict=True))
+    with torch._C._AutoDispatchBelowAutograd():
+        torch.ops.difusores.scheduler_step.default(
+            row, step, sample, *e, noise, variance, threshold, *s, seeds, *(written.get(name) for name in OUTPUTS)
+        )
+    return tuple(out)
+
+
+def _dense(t: Tensor) -> bool:
+    return t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t)
+
+
+def _empty_model_input(sample: Tensor, dtype: torch.dtype, repeats: int) -> Tensor:
+    if repeats == 1:
+        return torch.empty_like(sample, dtype=dtype)
+    shape = (sample.shape[0] * repeats, *sample.shape[1:])
+    return torch.empty_strided(shape, sample.stride(), dtype=dtype, device=sample.device)
+
+
+def _check(
+    row: Tensor,
+    sample: Tensor,
+    model_outputs: Sequence[Tensor],
+    slots: Sequence[Tensor | None],
+    noise: Tensor | None,
+    variance: Tensor | None,
+    threshold: Tensor | None,
+    outputs: Sequence[str],
+    step: Tensor | None,
+    seeds: Tensor | None,
+) -> None:
+    if row.dtype is not torch.float64 or row.shape[-1] != ROW or row.ndim != (1 if step is None else 2):
+        raise ValueError(
+            f"row must be float64 [{ROW}], or [rows, {ROW}] with step, got {tuple(row.shape)} {row.dtype}"
+        )
+    if not 1 <= len(model_outputs) <= 3 or len(slots) > 5:
+        raise ValueError(
+            f"one to three model outputs and at most five slots, got {len(model_outputs)} and {len(slots)}"
+        )
+    shape = sample.shape
+    for t in (*model_outputs, *slots, noise, variance):
+        if t is not None and t.shape != shape:
+            raise ValueError(f"every operand must have the sample's shape {tuple(shape)}, got {tuple(t.shape)}")
+    for name, t in (("threshold", threshold), ("seeds", seeds)):
+        if t is not None and t.shape != shape[:1]:
+            raise ValueError(f"{name} must have shape [B] = [{shape[0]}], got {tuple(t.shape)}")
+    for name in outputs:
+        if name not in OUTPUTS:
+            raise ValueError(f"unknown output {name!r}; the outputs are {', '.join(OUTPUTS)}")
