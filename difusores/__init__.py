@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from difusores.ops import use_backend as use_backend
 
-# Public name -> the module that defines it. The imports above tell type checkers the same; a test compares both.
+# Public name -> the module that defines it. The imports above tell type checkers the same (tested).
 _PUBLIC = {
     "use_backend": "difusores.ops",
 }

@@ -1,7 +1,7 @@
 """Loads the compiled modules if they are there, and keeps the reason in words if they are not.
 
 Importing this module loads nothing and never raises. A missing or broken compiled module costs speed, not the
-import: the reason is what `python -m difusores doctor` prints and what a request for that backend by name raises.
+import. `python -m difusores doctor` prints the reason; a request for that backend by name raises with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Status:
     """What was found when the compiled modules were loaded.
 
     reasons: backend name -> None where its module is loaded, else why not, in words.
-    build: what `build_info()` of the CPU module tells (compiler, ISA levels, torch …); empty where it is not loaded.
+    build: `build_info()` of the CPU module (compiler, ISA levels, torch …); empty where it is not loaded.
     """
 
     reasons: Mapping[str, str | None]
