@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from difusores.models import ModelMixin as ModelMixin
+    from difusores.models import UNet2DModel as UNet2DModel
     from difusores.ops import use_backend as use_backend
 
 # Public name -> the module that defines it. The imports above tell type checkers the same (tested).
 _PUBLIC = {
+    "ModelMixin": "difusores.models",
+    "UNet2DModel": "difusores.models",
     "use_backend": "difusores.ops",
 }
 _SUBMODULES = ("models", "ops", "pipelines", "schedulers", "schedules", "solvers", "training")

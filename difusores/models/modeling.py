@@ -1,0 +1,240 @@
+"""Base of models: a torch module with a configuration, read from and written to folders in diffusers' layout."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Container, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from difusores.configuration import ConfigMixin, find_file, upload_folder
+
+WEIGHTS_NAME = "diffusion_pytorch_model"
+# before diffusers 0.15
+LEGACY_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+Self = TypeVar("Self", bound="ModelMixin")
+
+
+class ModelMixin(nn.Module, ConfigMixin):
+    """A torch module that `from_pretrained` reads and `save_pretrained` writes."""
+
+    config_name = "config.json"
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # parameters and submodules
+        except AttributeError:
+            return ConfigMixin.__getattr__(self, name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first floating-point parameter."""
+        return next(tensor.dtype for tensor in self.parameters() if tensor.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first parameter."""
+        return next(self.parameters()).device
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Count of scalars: all, those that take gradients, those outside of `nn.Embedding` tables."""
+        tables = {id(module.weight) for module in self.modules() if isinstance(module, nn.Embedding)}
+        return sum(
+            parameter.numel()
+            for parameter in self.parameters()
+            if (parameter.requires_grad or not only_trainable)
+            and not (exclude_embeddings and id(parameter) in tables)
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Self],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        low_cpu_mem_usage: bool = True,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **config: Any,
+    ) -> Self:
+        """Read a model, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: a folder, a name such as "bundled:digits", or (where no such path exists) the
+                id of a Hub repository.
+            subfolder: where in it the model lies.
+            torch_dtype: of the parameters; None for float32, whatever the file has.
+            variant: read "diffusion_pytorch_model.<variant>.safetensors".
+            use_safetensors: True refuses .bin files, False reads only those (as tensors, never as pickled objects).
+            low_cpu_mem_usage: taken for compatibility; a model is never initialised first.
+            cache_dir, force_download, local_files_only, revision, token: of a Hub repository.
+            config: constructor arguments which override the file's.
+
+        Raises:
+            OSError: there is no such folder or file.
+            TypeError: `config` has a name that the constructor does not know.
+            ValueError: the weights do not fit the configuration; all missing, unexpected and misshaped ones are named.
+        """
+        source = resolve_bundled(pretrained_model_name_or_path)
+        hub = {
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "revision": revision,
+            "token": token,
+        }
+        stored = cls.load_config(source, subfolder=subfolder, **hub)
+        with torch.device("meta"):
+            model, unused = cls.from_config(stored, return_unused_kwargs=True, **config)
+        unknown = sorted(unused.keys() & config.keys())
+        if unknown:
+            raise TypeError(
+                f"{cls.__name__}.from_pretrained does not know the argument(s) {', '.join(unknown)}"
+            )
+        paths = find_weights(source, subfolder, variant, use_safetensors, hub)
+        tensors = convert_legacy_attention(read_tensors(paths), model.state_dict())
+        _assign(model, tensors, torch_dtype or torch.float32, paths[0])
+        model.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
+        return model.eval()  # type: ignore[no-any-return]
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        push_to_hub: bool = False,
+        **hub: Any,
+    ) -> None:
+        """Write config.json and the weights as one safetensors file into a folder, made if it is not there.
+
+        Args:
+            is_main_process: False writes nothing (launchers of several processes call this in each).
+            safe_serialization: False, for pickled files, is refused.
+            variant: write "diffusion_pytorch_model.<variant>.safetensors".
+            push_to_hub: upload the folder afterwards, with `hub` as in `save_config`.
+
+        Raises:
+            NotADirectoryError: `save_directory` is a file.
+        """
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization=False is not supported: weights are written as safetensors only"
+            )
+        if hub and not push_to_hub:
+            raise TypeError(f"{', '.join(hub)}: only with push_to_hub=True")
+        if not is_main_process:
+            return
+        self.save_config(save_directory)
+        name = f"{WEIGHTS_NAME}.{variant}.safetensors" if variant else f"{WEIGHTS_NAME}.safetensors"
+        write_safetensors(os.path.join(save_directory, name), self.state_dict())
+        if push_to_hub:
+            upload_folder(save_directory, **hub)
+
+
+def resolve_bundled(source: str | os.PathLike[str]) -> str:
+    """The folder of a "bundled:<name>", which is part of this package; anything else as it came.
+
+    Raises:
+        OSError: no bundled model has that name; those that there are, are named.
+    """
+    source = os.fspath(source)
+    if not source.startswith("bundled:"):
+        return source
+    assets = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets")
+    entries = os.scandir(assets) if os.path.isdir(assets) else ()
+    names = sorted(
+        entry.name for entry in entries if os.path.isfile(os.path.join(entry.path, "model_index.json"))
+    )
+    name = source.removeprefix("bundled:")
+    if name not in names:
+        raise OSError(f"there is no bundled model {name!r}; there are: {', '.join(names) or 'none'}")
+    return os.path.join(assets, name)
+
+
+def find_weights(
+    source: str, subfolder: str | None, variant: str | None, use_safetensors: bool | None, hub: dict[str, Any]
+) -> list[str]:
+    """The weight files of a model in order of preference: one safetensors file, its shards, the same as .bin."""
+    suffix = f".{variant}" if variant else ""
+    kinds = {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[use_safetensors]
+    names = []
+    for kind in kinds:
+        names.append(f"{WEIGHTS_NAME}{suffix}.{kind}")
+        names.append(f"{WEIGHTS_NAME}.{kind}.index{suffix}.json")
+    found = find_file(source, names, subfolder, **hub)
+    if not found.endswith(".json"):
+        return [found]
+    with open(found, encoding="utf-8") as file:
+        shards = sorted(set(json.load(file)["weight_map"].values()))
+    return [find_file(source, shard, subfolder, **hub) for shard in shards]
+
+
+def read_tensors(paths: Iterable[str]) -> dict[str, torch.Tensor]:
+    """All tensors of the given .safetensors or .bin files, on the CPU."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for path in paths:
+        if path.endswith(".safetensors"):
+            tensors.update(load_file(path))
+        else:
+            tensors.update(torch.load(path, map_location="cpu", weights_only=True))
+    return tensors
+
+
+def convert_legacy_attention(
+    tensors: dict[str, torch.Tensor], wanted: Container[str]
+) -> dict[str, torch.Tensor]:
+    """Rename query, key, value and proj_attn of old checkpoints where the model wants to_q, to_k, to_v, to_out.0."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        *path, layer, parameter = name.rsplit(".", 2)
+        new_name = ".".join((*path, LEGACY_ATTENTION_NAMES.get(layer, layer), parameter))
+        renamed[new_name if new_name in wanted else name] = tensor
+    return renamed
+
+
+def write_safetensors(path: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Write beside `path` and move there, so that no half-written file is ever seen."""
+    from safetensors.torch import save_file
+
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+def _assign(model: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype, path: str) -> None:
+    """Put tensors into a model on the meta device, or say everything that does not fit."""
+    wanted = model.state_dict()
+    problems = [f"missing {name}" for name in wanted if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in wanted]
+    problems += [
+        f"{name} has shape {list(tensors[name].shape)}, and {list(tensor.shape)} is needed"
+        for name, tensor in wanted.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if problems:
+        raise ValueError(
+            f"{path} does not fit the configuration of this {type(model).__name__}: {'; '.join(problems)}"
+        )
+    # copies: mapped pages of the file would show what is later written to it
+    copies = {
+        name: t.to(dtype if t.is_floating_point() else t.dtype, copy=True) for name, t in tensors.items()
+    }
+    model.load_state_dict(copies, assign=True)
