@@ -1,6 +1,6 @@
 """Packaging only: one build command that hands all compiling to CMakeLists.txt.
 
-Where this machine lacks something (a compiler, Python's headers …) the install is pure Python and remembers the
+Where this machine lacks something (a compiler, Python's headers …) the install is pure Python and keeps the
 reason; an error while compiling with everything there stops the install.
 """
 

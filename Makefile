@@ -1,0 +1,81 @@
+# One word per thing a person does. `make` alone lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-core test-cpp lint format bench clean
+
+# The first Python that the pinned tools run on; `make PYTHON=… setup` names another.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/cpp/*.cpp)
+
+stop = { printf '\n%s\n' $(1) >&2; exit 1; }
+NO_PYTHON := "Python 3.11 or newer was not found: run 'apt install python3.11 python3.11-venv python3.11-dev'"
+NO_VENV := "$(PYTHON) cannot make virtual environments: run 'apt install python3.11-venv'"
+NO_INDEX := "Packages could not be installed (the message of pip is above): is the package index within reach? Then run the same command again"
+NO_BUILD := "The package could not be installed (the message of the compiler or of pip is above): mend that and run the same command again"
+
+help:
+	@printf '%s\n' \
+	  'make setup      .venv with the package, compiled where a C++ compiler is found' \
+	  'make demo       samples a grid of digits into demo.png and prints the speed' \
+	  'make test       the whole suite' \
+	  'make test-core  the core of the suite without the compiled module' \
+	  'make test-cpp   the kernels in a plain C++ test under the sanitizers' \
+	  'make lint       ruff, mypy, clang-format' \
+	  'make format     ruff and clang-format write what lint asks for' \
+	  'make bench      the benchmarks' \
+	  'make clean      removes what was built; .venv stays'
+
+setup: .venv/package.stamp
+
+# Each stamp is written by the last line of its recipe, so that a broken run starts again where it broke.
+.venv/tools.stamp: constraints.txt
+	@[ -n "$(PYTHON)" ] || $(call stop,$(NO_PYTHON))
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(call stop,$(NO_VENV))
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || $(call stop,$(NO_VENV))
+	@echo 'Installing PyTorch and the build tools into .venv (minutes the first time) …'
+	@$(PIP) torch setuptools wheel cmake ninja pybind11 || $(call stop,$(NO_INDEX))
+	@touch $@
+
+.venv/package.stamp: .venv/tools.stamp $(BUILD_INPUTS)
+	@echo 'Installing the package …'
+	@$(PIP) numpy pillow safetensors huggingface_hub tqdm || $(call stop,$(NO_INDEX))
+	@$(PIP) --no-build-isolation --editable . || $(call stop,$(NO_BUILD))
+	@[ ! -f difusores/_build_reason.txt ] || echo "Installed as pure Python, which is slower: $$(cat difusores/_build_reason.txt)"
+	@touch $@
+
+.venv/test.stamp: pyproject.toml constraints.txt | .venv/package.stamp
+	@echo 'Installing what the tests and linters need …'
+	@$(PIP) --no-build-isolation --editable '.[dev]' || $(call stop,$(NO_INDEX))
+	@touch $@
+
+test: .venv/test.stamp
+	@$(BIN)/python -m pytest
+
+test-core: .venv/test.stamp
+	@DIFUSORES_DISABLE=1 $(BIN)/python -m pytest -m 'not slow'
+
+test-cpp: .venv/tools.stamp
+	@$(BIN)/cmake -S . -B build/cpp-tests -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DDIFUSORES_MODULE=OFF -DDIFUSORES_CPP_TESTS=ON -DDIFUSORES_SANITIZE=ON
+	@$(BIN)/cmake --build build/cpp-tests
+	@$(BIN)/ctest --test-dir build/cpp-tests --output-on-failure
+
+lint: .venv/test.stamp
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: .venv/test.stamp
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/clang-format -i $(CPP)
+
+clean:
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks demo.png
+	@rm -f difusores/_C.*.so difusores/_build_reason.txt .venv/*.stamp

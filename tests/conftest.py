@@ -1,0 +1,58 @@
+"""What every test runs under: deterministic algorithms, fresh memory full of NaN, fixed seeds; and what CI may skip."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+# The only reasons for which a test may be skipped where CI=true: what the machine is, never what the set-up forgot.
+ALLOWED_SKIPS = re.compile(
+    "|".join(
+        [
+            "needs a CUDA GPU",
+            "needs AVX-512",
+        ]
+    )
+)
+
+
+def pytest_configure() -> None:
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def _refuse_unexpected_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if os.environ.get("CI") != "true" or not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if not ALLOWED_SKIPS.search(reason):
+        report.outcome = "failed"
+        report.longrepr = f"CI may not skip this ({reason}); the allowed reasons stand in tests/conftest.py"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: Any, call: Any) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _refuse_unexpected_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: Any) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _refuse_unexpected_skip(report)
+    return report
