@@ -1,4 +1,4 @@
-"""Embeddings of the timestep (Ho et al. 2020, after Vaswani et al. 2017; Song et al. 2021 for the Fourier one)."""
+"""Embeddings of the timestep: sinusoids (Vaswani et al. 2017), Fourier features (Song et al. 2021)."""
 
 from __future__ import annotations
 

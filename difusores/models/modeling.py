@@ -1,4 +1,4 @@
-"""Base of models: a torch module with a configuration, read from and written to folders in diffusers' layout."""
+"""Base of models: a torch module with a configuration, in folders of diffusers' layout."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ class ModelMixin(nn.Module, ConfigMixin):
         """Read a model, in evaluation mode.
 
         Args:
-            pretrained_model_name_or_path: a folder, a name such as "bundled:digits", or (where no such path exists) the
-                id of a Hub repository.
+            pretrained_model_name_or_path: a folder, a name such as "bundled:digits", or (where no such path
+                exists) the id of a Hub repository.
             subfolder: where in it the model lies.
             torch_dtype: of the parameters; None for float32, whatever the file has.
             variant: read "diffusion_pytorch_model.<variant>.safetensors".
-            use_safetensors: True refuses .bin files, False reads only those (as tensors, never as pickled objects).
+            use_safetensors: True refuses .bin files, False reads only those (with `weights_only=True`).
             low_cpu_mem_usage: taken for compatibility; a model is never initialised first.
             cache_dir, force_download, local_files_only, revision, token: of a Hub repository.
             config: constructor arguments which override the file's.
@@ -83,10 +83,11 @@ class ModelMixin(nn.Module, ConfigMixin):
         Raises:
             OSError: there is no such folder or file.
             TypeError: `config` has a name that the constructor does not know.
-            ValueError: the weights do not fit the configuration; all missing, unexpected and misshaped ones are named.
+            ValueError: the weights do not fit the configuration; all missing, unexpected and misshaped ones
+                are named.
         """
         source = resolve_bundled(pretrained_model_name_or_path)
-        hub = {
+        hub: dict[str, Any] = {
             "cache_dir": cache_dir,
             "force_download": force_download,
             "local_files_only": local_files_only,
@@ -165,7 +166,7 @@ def resolve_bundled(source: str | os.PathLike[str]) -> str:
 def find_weights(
     source: str, subfolder: str | None, variant: str | None, use_safetensors: bool | None, hub: dict[str, Any]
 ) -> list[str]:
-    """The weight files of a model in order of preference: one safetensors file, its shards, the same as .bin."""
+    """The weight files of a model: by preference one safetensors file, its shards, or the same as .bin."""
     suffix = f".{variant}" if variant else ""
     kinds = {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[use_safetensors]
     names = []
@@ -196,7 +197,7 @@ def read_tensors(paths: Iterable[str]) -> dict[str, torch.Tensor]:
 def convert_legacy_attention(
     tensors: dict[str, torch.Tensor], wanted: Container[str]
 ) -> dict[str, torch.Tensor]:
-    """Rename query, key, value and proj_attn of old checkpoints where the model wants to_q, to_k, to_v, to_out.0."""
+    """Rename query, key, value and proj_attn of old checkpoints where the model wants the new names."""
     renamed = {}
     for name, tensor in tensors.items():
         *path, layer, parameter = name.rsplit(".", 2)
