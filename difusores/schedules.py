@@ -1,0 +1,147 @@
+"""Noise schedules and timestep grids: plain numbers, on no device and for no model.
+
+Tables are built with the float32 operations of diffusers, so that both libraries hold the same values, and
+come out as float64, from which everything else is derived. Notation of Ho et al. 2020 ("Denoising diffusion
+probabilistic models"): beta_t is the variance added at step t, alpha_t = 1 - beta_t, alphas_cumprod their
+running product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+SPACINGS = ("leading", "linspace", "trailing")
+
+
+def betas(
+    schedule: str,
+    num_train_timesteps: int,
+    beta_start: float,
+    beta_end: float,
+    trained_betas: Sequence[float] | Tensor | None = None,
+    rescale_zero_snr: bool = False,
+) -> Tensor:
+    """The variance added at each training step.
+
+    Args:
+        schedule: "linear" (Ho et al. 2020), "scaled_linear" (linear in the standard deviation; latent
+            diffusion), "squaredcos_cap_v2" (Nichol & Dhariwal 2021, eq. 17), "sigmoid" (GeoDiff) or "laplace"
+            (Hang & Gu 2024).
+        num_train_timesteps: T.
+        beta_start, beta_end: the first and last beta of the first two and of "sigmoid", in (0, 1).
+        trained_betas: T values that replace the schedule.
+        rescale_zero_snr: apply `zero_terminal_snr`.
+
+    Returns:
+        [T] float64, rounded to float32.
+
+    Raises:
+        NotImplementedError: unknown schedule.
+    """
+    if trained_betas is not None:
+        # as_tensor would share memory with the caller's array
+        table = torch.as_tensor(trained_betas).detach().to("cpu", torch.float32, copy=True)
+    elif schedule == "linear":
+        table = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
+    elif schedule == "scaled_linear":
+        ends = beta_start**0.5, beta_end**0.5
+        table = torch.linspace(*ends, num_train_timesteps, dtype=torch.float32) ** 2
+    elif schedule == "squaredcos_cap_v2":
+        table = _from_alpha_bar(_cosine_alpha_bar, num_train_timesteps)
+    elif schedule == "laplace":
+        table = _from_alpha_bar(_laplace_alpha_bar, num_train_timesteps)
+    elif schedule == "sigmoid":
+        logits = torch.linspace(-6, 6, num_train_timesteps, dtype=torch.float32)
+        table = torch.sigmoid(logits) * (beta_end - beta_start) + beta_start
+    else:
+        names = ", ".join(BETA_SCHEDULES)
+        raise NotImplementedError(f"beta_schedule {schedule!r} is not implemented; the schedules are {names}")
+    return zero_terminal_snr(table.double()) if rescale_zero_snr else table.double()
+
+
+def alphas_cumprod(betas: Tensor) -> Tensor:
+    """[T] float64, rounded to float32: the share of the signal's variance left at each training step."""
+    return torch.cumprod(1.0 - betas.float(), dim=0).double()
+
+
+def zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Rescale betas so that the last step holds no signal (Lin et al. 2023, algorithm 1).
+
+    Args:
+        betas: [T], values of float32.
+
+    Returns:
+        [T] float64, rounded to float32; the last one is 1.
+    """
+    root = torch.cumprod(1.0 - betas.float(), dim=0).sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    bar = ((root - last) * (first / (first - last))) ** 2
+    return (1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])).double()
+
+
+def _from_alpha_bar(alpha_bar: Callable[[float], float], steps: int, largest: float = 0.999) -> Tensor:
+    """Betas whose alphas_cumprod follow a function of time in [0, 1]; float32."""
+    values = [min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), largest) for i in range(steps)]
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _cosine_alpha_bar(t: float) -> float:
+    return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _laplace_alpha_bar(t: float) -> float:
+    distance = 0.5 - t
+    snr = math.exp(-0.5 * math.copysign(1, distance) * math.log(1 - 2 * math.fabs(distance) + 1e-6))
+    return math.sqrt(snr / (1 + snr))
+
+
+def timesteps(spacing: str, steps: int, num_train_timesteps: int, offset: int = 0) -> list[int]:
+    """The training steps at which the model is called, in descending order (Lin et al. 2023, table 2).
+
+    Args:
+        spacing: "leading" (from 0 upwards in strides of T // steps), "linspace" (0 and T - 1 included) or
+            "trailing" (from T - 1 downwards).
+        steps: how many, from 1 to T.
+        num_train_timesteps: T.
+        offset: added to each timestep of "leading".
+
+    Raises:
+        ValueError: unknown spacing, or a count outside 1 to T.
+    """
+    total = num_train_timesteps
+    if not 1 <= steps <= total:
+        raise ValueError(f"num_inference_steps must be from 1 to {total} (num_train_timesteps), got {steps}")
+    # Rounding errors break ties such as 937.5: these are the float operations of numpy's linspace and arange.
+    if spacing == "leading":
+        return [i * (total // steps) + offset for i in reversed(range(steps))]
+    if spacing == "linspace":
+        stride = (total - 1) / max(steps - 1, 1)
+        return [round(i * stride) for i in reversed(range(steps))]
+    if spacing == "trailing":
+        stride = (total - total / steps) - total
+        return [round(total + i * stride) - 1 for i in range(steps)]
+    raise ValueError(f"timestep_spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
+
+
+def custom_timesteps(timesteps: Sequence[int] | Tensor, num_train_timesteps: int) -> list[int]:
+    """Check timesteps given by the caller: strictly descending, from num_train_timesteps - 1 down to 0.
+
+    Raises:
+        ValueError: none given, not descending, or out of range.
+    """
+    given = [int(t) for t in timesteps]
+    if not given:
+        raise ValueError("timesteps must hold at least one timestep, and is empty")
+    for before, after in pairwise(given):
+        if after >= before:
+            raise ValueError(f"timesteps must be in descending order, got {before} before {after}")
+    if given[0] >= num_train_timesteps or given[-1] < 0:
+        allowed = f"0 to {num_train_timesteps - 1} (num_train_timesteps - 1)"
+        raise ValueError(f"timesteps must lie within {allowed}, got {given[0]} to {given[-1]}")
+    return given
