@@ -1,0 +1,273 @@
+// CPU: check the tensors, fill the argument structs, run the kernels over torch's threads. Written against libtorch's
+// stable ABI, so that one build serves every torch from 2.10 on. pybind11 carries what is not a tensor op.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace difusores {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+const Kernels* g_kernels = nullptr;  // set once, when the module is loaded
+
+constexpr int64_t kGrain = 32768;  // elements below which a second thread costs more than it brings
+
+DType dtype_of(const Tensor& t, const char* name) {
+    switch (t.scalar_type()) {
+        case ScalarType::Float: return DType::f32;
+        case ScalarType::BFloat16: return DType::bf16;
+        case ScalarType::Half: return DType::f16;
+        default: STD_TORCH_CHECK(false, name, ": the CPU kernel takes float32, bfloat16 and float16");
+    }
+    return DType::f32;
+}
+
+const void* data(const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; }
+
+// --- group_norm_silu ---
+
+// [C] or [N, C] with unit stride along C.
+Param param_of(const OptionalTensor& t, int64_t n, int64_t c, bool per_image, const char* name) {
+    if (!t) return {};
+    STD_TORCH_CHECK(per_image ? t->dim() == 2 && t->size(0) == n && t->size(1) == c : t->dim() == 1 && t->size(0) == c,
+                    name, " has the wrong shape");
+    STD_TORCH_CHECK(c == 1 || t->stride(per_image ? 1 : 0) == 1, name, " must be contiguous along the channels");
+    return {t->data_ptr(), dtype_of(*t, name), per_image ? t->stride(0) : 0};
+}
+
+// Whether the elements of each image are laid out [S, C]; throws where they are neither [C, S] nor [S, C].
+bool is_channels_last(const Tensor& x) {
+    if (x.is_contiguous()) return false;
+    int64_t expected = 1;
+    const auto next = [&](int64_t d) {
+        STD_TORCH_CHECK(x.size(d) == 1 || x.stride(d) == expected,
+                        "group_norm_silu: the CPU kernel takes contiguous and channels_last tensors");
+        expected *= x.size(d);
+    };
+    next(1);
+    for (int64_t d = x.dim() - 1; d >= 2; --d) next(d);
+    next(0);
+    return true;
+}
+
+bool same_layout(const Tensor& a, const Tensor& b) {
+    if (a.dim() != b.dim() || a.scalar_type() != b.scalar_type()) return false;
+    for (int64_t d = 0; d < a.dim(); ++d)
+        if (a.size(d) != b.size(d) || (a.size(d) > 1 && a.stride(d) != b.stride(d))) return false;
+    return true;
+}
+
+void run(int64_t tasks, int64_t elements_per_task, decltype(Kernels::group_norm_silu) kernel,
+         const GroupNormSiluArgs& args) {
+    torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_task)),
+                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+std::tuple<Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, OptionalTensor weight, OptionalTensor bias,
+                                           double eps, bool silu, OptionalTensor scale, OptionalTensor shift,
+                                           OptionalTensor add, OptionalTensor residual, bool return_sum) {
+    STD_TORCH_CHECK(x.dim() >= 3 && x.dim() <= 5, "group_norm_silu: x must have 3 to 5 dimensions");
+    const int64_t n = x.size(0), c = x.size(1);
+    STD_TORCH_CHECK(num_groups >= 1 && c % num_groups == 0, "group_norm_silu: num_groups must divide C");
+    STD_TORCH_CHECK(!residual || same_layout(x, *residual), "group_norm_silu: residual must have x's dtype and layout");
+    const bool channels_last = is_channels_last(x);
+    Tensor y = torch::stable::empty_like(x);
+    Tensor sum = return_sum ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+    if (x.numel() == 0) return {y, sum};
+    GroupNormSiluArgs args{};
+    args.x = x.data_ptr();
+    args.residual = data(residual);
+    args.y = y.data_ptr();
+    args.sum = return_sum ? sum.data_ptr() : nullptr;
+    args.dtype = dtype_of(x, "x");
+    args.weight = param_of(weight, n, c, false, "weight");
+    args.bias = param_of(bias, n, c, false, "bias");
+    args.scale = param_of(scale, n, c, true, "scale");
+    args.shift = param_of(shift, n, c, true, "shift");
+    args.add = param_of(add, n, c, true, "add");
+    args.n = n, args.c = c, args.s = x.numel() / (n * c), args.groups = num_groups;
+    args.eps = eps, args.silu = silu;
+    if (!channels_last) {
+        run(n * num_groups, c / num_groups * args.s, g_kernels->group_norm_silu, args);
+        return {y, sum};
+    }
+    // A chunk of rows is about 128 KB of fp32: it is read twice, the second time from L2.
+    args.chunk_rows = std::clamp<int64_t>(kGrain / c / 32 * 32, 32, 1024);
+    args.chunks = (args.s + args.chunk_rows - 1) / args.chunk_rows;
+    std::vector<double> partial(n * args.chunks * num_groups * 2);
+    std::vector<float> affine(n * 4 * c);
+    args.partial = partial.data(), args.affine = affine.data();
+    g_kernels->group_norm_silu_prepare(args, 0, n);
+    run(n * args.chunks, args.chunk_rows * c, g_kernels->group_norm_silu_stats, args);
+    g_kernels->group_norm_silu_combine(args, 0, n);
+    run(n * args.chunks, args.chunk_rows * c, g_kernels->group_norm_silu_apply, args);
+    return {y, sum};
+}
+
+// --- scheduler_step ---
+
+// Strides of one image must be those of the sample, so that every operand is one run of memory in the same order.
+void check_image(const Tensor& t, const Tensor& sample, const char* name) {
+    STD_TORCH_CHECK(t.dim() == sample.dim(), "scheduler_step: ", name, " must have the sample's shape");
+    for (int64_t d = 0; d < t.dim(); ++d)
+        STD_TORCH_CHECK(t.size(d) == sample.size(d) && (d == 0 || t.size(d) == 1 || t.stride(d) == sample.stride(d)),
+                        "scheduler_step: ", name, " must have the sample's shape and per-image strides");
+}
+
+Operand operand_of(const OptionalTensor& t, const Tensor& sample, const char* name) {
+    if (!t) return {};
+    check_image(*t, sample, name);
+    return {t->data_ptr(), dtype_of(*t, name), t->dim() ? t->stride(0) : 0};
+}
+
+// An output holds whole batches one after another, each image dense.
+Result result_of(const OptionalTensor& t, const Tensor& sample, int64_t inner, const char* name) {
+    if (!t) return {};
+    const int64_t batch = sample.size(0);
+    STD_TORCH_CHECK(t->dim() == sample.dim() && t->size(0) % std::max<int64_t>(1, batch) == 0,
+                    "scheduler_step: output ", name, " must hold whole batches");
+    for (int64_t d = 1; d < t->dim(); ++d)
+        STD_TORCH_CHECK(t->size(d) == sample.size(d) && (t->size(d) == 1 || t->stride(d) == sample.stride(d)),
+                        "scheduler_step: output ", name, " must have the sample's per-image strides");
+    STD_TORCH_CHECK(t->size(0) <= 1 || t->stride(0) == inner, "scheduler_step: output ", name, " must be dense");
+    return {t->data_ptr(), dtype_of(*t, name), batch ? t->size(0) / batch : 0};
+}
+
+// The row names operands by non-zero coefficients; the kernel must not meet one that was not given.
+void check_row(const SchedulerStepArgs& a) {
+    const double* w = a.row + 12;
+    const bool outputs[3] = {a.y.ptr || a.m.ptr, a.d.ptr != nullptr, a.u.ptr != nullptr};
+    bool column[9] = {};
+    for (int k = 0; k < 3; ++k)
+        for (int j = 0; j < 9; ++j) column[j] |= outputs[k] && w[9 * k + j] != 0.0;
+    const bool x0 = column[0] || a.x0.ptr;
+    const bool xh = column[1] || (x0 && a.row[4] != 0.0);
+    const bool z = column[3] || (xh && a.row[3] != 0.0);
+    STD_TORCH_CHECK(!z || a.noise.ptr || a.seeds, "scheduler_step: this row reads noise, which was not given");
+    STD_TORCH_CHECK(!column[3] || a.row[10] == 0.0 || a.variance.ptr,
+                    "scheduler_step: this row's mode reads variance, which was not given");
+    for (int k = 0; k < 5; ++k)
+        STD_TORCH_CHECK(!column[4 + k] || a.slots[k].ptr, "scheduler_step: this row's W reads s", k,
+                        ", which was not given");
+}
+
+void scheduler_step(Tensor row, OptionalTensor step, Tensor sample, Tensor e1, OptionalTensor e2, OptionalTensor e3,
+                    OptionalTensor noise, OptionalTensor variance, OptionalTensor threshold, OptionalTensor s0,
+                    OptionalTensor s1, OptionalTensor s2, OptionalTensor s3, OptionalTensor s4, OptionalTensor seeds,
+                    OptionalTensor y, OptionalTensor d, OptionalTensor u, OptionalTensor x0, OptionalTensor m) {
+    if (sample.numel() == 0) return;
+    STD_TORCH_CHECK(sample.dim() >= 1, "scheduler_step: sample must have a batch dimension");
+    STD_TORCH_CHECK(row.scalar_type() == ScalarType::Double && row.is_contiguous() && row.size(row.dim() - 1) == 40,
+                    "scheduler_step: row must be contiguous float64 with 40 columns");
+    int64_t index = 0;
+    if (step) {
+        STD_TORCH_CHECK(step->scalar_type() == ScalarType::Long && step->numel() == 1,
+                        "scheduler_step: step must be one int64");
+        index = *static_cast<const int64_t*>(step->data_ptr());
+        STD_TORCH_CHECK(row.dim() == 2 && index >= 0 && index < row.size(0), "scheduler_step: step ", index,
+                        " is outside the table of rows");
+    }
+    const int64_t batch = sample.size(0), inner = sample.numel() / batch;
+    SchedulerStepArgs a{};
+    a.row = static_cast<const double*>(row.data_ptr()) + index * 40;
+    a.sample = operand_of(sample, sample, "sample");
+    a.e[0] = operand_of(e1, sample, "e1");
+    a.e[1] = operand_of(e2, sample, "e2");
+    a.e[2] = operand_of(e3, sample, "e3");
+    a.noise = operand_of(noise, sample, "noise");
+    a.variance = operand_of(variance, sample, "variance");
+    const OptionalTensor* slots[5] = {&s0, &s1, &s2, &s3, &s4};
+    for (int k = 0; k < 5; ++k) a.slots[k] = operand_of(*slots[k], sample, "slot");
+    if (threshold) {
+        STD_TORCH_CHECK(threshold->scalar_type() == ScalarType::Float && threshold->is_contiguous() &&
+                            threshold->numel() == batch,
+                        "scheduler_step: threshold must be contiguous float32 [B]");
+        a.threshold = static_cast<const float*>(threshold->data_ptr());
+    }
+    if (seeds) {
+        STD_TORCH_CHECK(seeds->scalar_type() == ScalarType::Long && seeds->is_contiguous() && seeds->numel() == batch &&
+                            sample.is_contiguous(),
+                        "scheduler_step: seeds must be contiguous int64 [B] and the sample contiguous");
+        a.seeds = static_cast<const int64_t*>(seeds->data_ptr());
+    }
+    a.y = result_of(y, sample, inner, "y");
+    a.d = result_of(d, sample, inner, "d");
+    a.u = result_of(u, sample, inner, "u");
+    a.x0 = result_of(x0, sample, inner, "x0");
+    a.m = result_of(m, sample, inner, "m");
+    a.batch = batch, a.inner = inner;
+    check_row(a);
+    const int64_t blocks = (inner + kStepBlock - 1) / kStepBlock;
+    const auto work = [&](int64_t begin, int64_t end) { g_kernels->scheduler_step(a, begin, end); };
+    // A team of threads costs more than a small step: 64 blocks are about 20 microseconds of one thread.
+    if (batch * blocks < 64) return work(0, batch * blocks);
+    torch::stable::parallel_for(0, batch * blocks, kGrain / kStepBlock, work);
+}
+
+// --- the module ---
+
+void load_kernels() {
+    const char* forced = std::getenv("DIFUSORES_ISA");
+    g_kernels = choose_kernels(forced);
+    if (!g_kernels)
+        throw std::runtime_error("DIFUSORES_ISA=" + std::string(forced ? forced : "") +
+                                 ": this build or this processor has no such level");
+}
+
+pybind11::dict build_info() {
+    pybind11::dict info;
+    info["compiler"] = DIFUSORES_COMPILER;
+    info["build_type"] = DIFUSORES_BUILD_TYPE;
+    info["torch"] = DIFUSORES_TORCH_VERSION;
+    info["isa_levels"] = DIFUSORES_ISA_LIST;
+    info["isa_found"] = choose_kernels(nullptr)->isa;
+    info["isa_used"] = g_kernels->isa;
+    info["avx512_bf16"] = cpu_has_avx512_bf16();
+    return info;
+}
+
+// Nanoseconds per element of the arithmetic of silu((x - m) * a + b) in fp32 from L1, on one thread: what a fused group
+// norm cannot go below.
+double silu_floor(int64_t repeats) {
+    constexpr int64_t n = 4096;
+    std::vector<float> x(n), y(n);
+    for (int64_t i = 0; i < n; ++i) x[i] = static_cast<float>(i % 97) / 16.0f - 3.0f;
+    const auto clock = pybind11::module_::import("time").attr("perf_counter_ns");
+    double best = std::numeric_limits<double>::infinity();
+    for (int k = 0; k < 5; ++k) {
+        const auto start = clock().cast<int64_t>();
+        g_kernels->silu_floor(x.data(), y.data(), n, repeats);
+        best = std::min(best, static_cast<double>(clock().cast<int64_t>() - start) / static_cast<double>(n * repeats));
+    }
+    return best;
+}
+
+}  // namespace
+}  // namespace difusores
+
+STABLE_TORCH_LIBRARY_IMPL(difusores, CPU, m) {
+    m.impl("group_norm_silu", TORCH_BOX(&difusores::group_norm_silu));
+    m.impl("scheduler_step", TORCH_BOX(&difusores::scheduler_step));
+}
+
+PYBIND11_MODULE(_C, m) {
+    difusores::load_kernels();
+    m.def("build_info", &difusores::build_info);
+    m.def("silu_floor", &difusores::silu_floor);
+}

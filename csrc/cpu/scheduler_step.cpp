@@ -1,0 +1,254 @@
+// One stage of any sampler; formula and row layout: difusores/ops/scheduler_step.py.
+//
+// Bytes: every operand that the row reads once, every output once. An image is cut into blocks of kStepBlock elements
+// whose intermediate values (e, xh, x0, z*) stay in L1; an fp32 operand is read in place, others are widened there.
+// Layout: [B, inner] with any batch stride; blocks never cross images, so an image's bits do not depend on its batch.
+#include "simd.h"
+
+namespace difusores {
+namespace DIFUSORES_ISA_NAME {
+namespace {
+
+enum Position { kG = 0, kR = 3, kPX, kPE, kLo, kHi, kNu0, kNu1, kMode, kCin, kW = 12, kDraw = 39 };
+constexpr int kColumns = 9;  // x0, xh, e, z*, s0 .. s4
+
+struct alignas(64) Block {
+    float v[kStepBlock];
+};
+
+// Operand elements [i, i + count) of image b as fp32, zero-padded to whole vectors; in place where they are fp32.
+const float* read(const Operand& o, int64_t b, int64_t i, int64_t count, Block& scratch) {
+    const int64_t first = b * o.batch_stride + i;
+    const int64_t full = count / kWidth * kWidth;
+    const int tail = static_cast<int>(count - full);
+    if (o.dtype == DType::f32 && !tail) return static_cast<const float*>(o.ptr) + first;
+    const auto widen = [&](auto load_full, auto load_rest) {
+        for (int64_t k = 0; k < full; k += kWidth) store<DType::f32>(scratch.v, k, load_full(o.ptr, first + k));
+        if (tail) store<DType::f32>(scratch.v, full, load_rest(o.ptr, first + full, tail));
+    };
+    switch (o.dtype) {
+        case DType::f32: widen(load<DType::f32>, load_tail<DType::f32>); break;
+        case DType::bf16: widen(load<DType::bf16>, load_tail<DType::bf16>); break;
+        case DType::f16: widen(load<DType::f16>, load_tail<DType::f16>); break;
+    }
+    return scratch.v;
+}
+
+void write(const Result& r, int64_t batch, int64_t inner, int64_t b, int64_t i, int64_t count, const float* v) {
+    const int64_t full = count / kWidth * kWidth;
+    const int tail = static_cast<int>(count - full);
+    for (int64_t repeat = 0; repeat < r.repeats; ++repeat) {
+        const int64_t first = (repeat * batch + b) * inner + i;
+        const auto narrow = [&](auto store_full, auto store_rest) {
+            for (int64_t k = 0; k < full; k += kWidth) store_full(r.ptr, first + k, load<DType::f32>(v, k));
+            if (tail) store_rest(r.ptr, first + full, load<DType::f32>(v, full), tail);
+        };
+        switch (r.dtype) {
+            case DType::f32: narrow(store<DType::f32>, store_tail<DType::f32>); break;
+            case DType::bf16: narrow(store<DType::bf16>, store_tail<DType::bf16>); break;
+            case DType::f16: narrow(store<DType::f16>, store_tail<DType::f16>); break;
+        }
+    }
+}
+
+// out = sum_j c[j] * p[j] over a padded block. `out` may be one of the p.
+template <int kTerms>
+void combine(const float* const* p, const float* c, int64_t padded, float* out) {
+    f32v weights[kTerms];
+    for (int j = 0; j < kTerms; ++j) weights[j] = splat(c[j]);
+    for (int64_t k = 0; k < padded; k += kWidth) {
+        f32v total = weights[0] * load<DType::f32>(p[0], k);
+        for (int j = 1; j < kTerms; ++j) total += weights[j] * load<DType::f32>(p[j], k);
+        store<DType::f32>(out, k, total);
+    }
+}
+
+void combine(int terms, const float* const* p, const float* c, int64_t padded, float* out) {
+    switch (terms) {
+        case 0: for (int64_t k = 0; k < padded; k += kWidth) store<DType::f32>(out, k, f32v{}); return;
+        case 1: return combine<1>(p, c, padded, out);
+        case 2: return combine<2>(p, c, padded, out);
+        case 3: return combine<3>(p, c, padded, out);
+        case 4: return combine<4>(p, c, padded, out);
+        case 5: return combine<5>(p, c, padded, out);
+        case 6: return combine<6>(p, c, padded, out);
+        case 7: return combine<7>(p, c, padded, out);
+        case 8: return combine<8>(p, c, padded, out);
+        default: return combine<9>(p, c, padded, out);
+    }
+}
+
+// Philox4x32-10 on counters [first, first + kWidth) in the lanes; draw in the third word, key = the image's seed.
+void philox(uint64_t seed, uint64_t first, uint32_t draw, u32v out[4]) {
+    for (int lane = 0; lane < kWidth; ++lane) {
+        const uint64_t index = first + static_cast<uint64_t>(lane);
+        uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32), c2 = draw, c3 = 0;
+        uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+        for (int round = 0; round < 10; ++round) {
+            const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u, p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+            c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+            c1 = static_cast<uint32_t>(p1);
+            c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+            c3 = static_cast<uint32_t>(p0);
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
+        }
+        out[0][lane] = c0, out[1][lane] = c1, out[2][lane] = c2, out[3][lane] = c3;
+    }
+}
+
+// Standard normals for elements [i, i + count) of an image; i is a multiple of kStepBlock. Box-Muller on pairs.
+void normals(uint64_t seed, uint32_t draw, int64_t i, int64_t count, Block& out) {
+    for (int64_t k = 0; k < count; k += 4 * kWidth) {
+        u32v bits[4];
+        philox(seed, static_cast<uint64_t>((i + k) / 4), draw, bits);
+        f32v n[4];
+        for (int pair = 0; pair < 4; pair += 2) {
+            const f32v a = __builtin_convertvector((i32v)(bits[pair] >> 9), f32v);
+            const f32v t = __builtin_convertvector((i32v)(bits[pair + 1] >> 8), f32v) * 0x1p-24f;
+            const f32v minus = -2.0f * log_f32((a + 0.5f) * 0x1p-23f);
+            f32v radius, cosine, sine;
+            for (int lane = 0; lane < kWidth; ++lane) radius[lane] = __builtin_sqrtf(minus[lane]);
+            cos_sin_turns(t, &cosine, &sine);
+            n[pair] = radius * cosine;
+            n[pair + 1] = radius * sine;
+        }
+        for (int lane = 0; lane < kWidth; ++lane)
+            for (int j = 0; j < 4; ++j) out.v[k + 4 * lane + j] = n[j][lane];
+    }
+}
+
+// x0 = clamp(px * xh + pe * e, lo, hi), or clamp(., -s, s) / s. NaN stays NaN.
+void predict(const float* row, const float* xh, const float* e, const float* s, int64_t padded, float* out) {
+    const float lo = s ? -*s : row[kLo], hi = s ? *s : row[kHi], divisor = s ? *s : 1.0f;
+    const f32v px = splat(row[kPX]), pe = splat(row[kPE]), low = splat(lo), high = splat(hi);
+    const bool clamps = lo != -__builtin_inff() || hi != __builtin_inff();
+    for (int64_t k = 0; k < padded; k += kWidth) {
+        f32v v = {};
+        if (row[kPX] != 0.0f) v = px * load<DType::f32>(xh, k);
+        if (row[kPE] != 0.0f) v += pe * load<DType::f32>(e, k);
+        if (clamps) {
+            v = v < low ? low : v;
+            v = v > high ? high : v;
+        }
+        if (s) v /= divisor;
+        store<DType::f32>(out, k, v);
+    }
+}
+
+// z* = z * exp(nu0 + nu1 * v), or z * sqrt(v)
+void scale_noise(const float* row, const float* z, const float* v, int64_t padded, float* out) {
+    for (int64_t k = 0; k < padded; k += kWidth) {
+        const f32v a = load<DType::f32>(v, k);
+        f32v factor;
+        if (row[kMode] == 1.0f) factor = exp_f32(a * row[kNu1] + row[kNu0]);
+        else for (int lane = 0; lane < kWidth; ++lane) factor[lane] = __builtin_sqrtf(a[lane]);
+        store<DType::f32>(out, k, load<DType::f32>(z, k) * factor);
+    }
+}
+
+// Which operands the row reads for the outputs that were asked for.
+struct Reads {
+    bool column[kColumns] = {};
+    bool x0, z;
+    explicit Reads(const SchedulerStepArgs& args, const float* row) {
+        const bool wanted[3] = {args.y.ptr || args.m.ptr, args.d.ptr != nullptr, args.u.ptr != nullptr};
+        for (int k = 0; k < 3; ++k)
+            for (int j = 0; j < kColumns; ++j) column[j] |= wanted[k] && row[kW + kColumns * k + j] != 0.0f;
+        x0 = args.x0.ptr || column[0];
+        z = column[3] || row[kR] != 0.0f;
+        column[2] |= x0 && row[kPE] != 0.0f;                   // e
+        column[1] |= x0 && row[kPX] != 0.0f;                   // xh
+    }
+};
+
+}  // namespace
+
+void scheduler_step(const SchedulerStepArgs& args, int64_t begin, int64_t end) {
+    float row[40];
+    for (int k = 0; k < 40; ++k) row[k] = static_cast<float>(args.row[k]);
+    const Reads reads(args, row);
+    const int64_t blocks = (args.inner + kStepBlock - 1) / kStepBlock;
+    Block scratch[kColumns + 4];  // one per column, then x, v and two more model outputs
+    Block results[3];
+    for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / blocks, i = task % blocks * kStepBlock;
+        const int64_t count = args.inner - i < kStepBlock ? args.inner - i : kStepBlock;
+        const int64_t padded = (count + kWidth - 1) / kWidth * kWidth;
+        const float* p[kColumns] = {};
+        if (reads.column[2]) {
+            const float* model[3];
+            float g[3];
+            int terms = 0;
+            for (int k = 0; k < 3; ++k)
+                if (args.e[k].ptr && row[kG + k] != 0.0f) {
+                    Block& own = terms ? scratch[kColumns + 1 + terms] : scratch[2];
+                    g[terms] = row[kG + k];
+                    model[terms++] = read(args.e[k], b, i, count, own);
+                }
+            p[2] = model[0];
+            if (terms != 1 || g[0] != 1.0f) {
+                combine(terms, model, g, padded, scratch[2].v);
+                p[2] = scratch[2].v;
+            }
+        }
+        const float* z = nullptr;
+        if (reads.z) {
+            if (args.seeds) {
+                normals(static_cast<uint64_t>(args.seeds[b]), static_cast<uint32_t>(row[kDraw]), i, count, scratch[3]);
+                z = scratch[3].v;
+            } else {
+                z = read(args.noise, b, i, count, scratch[3]);
+            }
+        }
+        if (reads.column[1]) {
+            p[1] = read(args.sample, b, i, count, scratch[1]);
+            if (row[kR] != 0.0f) {
+                const float* terms[2] = {p[1], z};
+                const float factors[2] = {1.0f, row[kR]};
+                combine<2>(terms, factors, padded, scratch[1].v);
+                p[1] = scratch[1].v;
+            }
+        }
+        if (reads.x0) {
+            predict(row, p[1], p[2], args.threshold ? args.threshold + b : nullptr, padded, scratch[0].v);
+            p[0] = scratch[0].v;
+            if (args.x0.ptr) write(args.x0, args.batch, args.inner, b, i, count, p[0]);
+        }
+        if (reads.column[3]) {
+            p[3] = z;
+            if (row[kMode] != 0.0f) {
+                scale_noise(row, z, read(args.variance, b, i, count, scratch[kColumns + 1]), padded, scratch[3].v);
+                p[3] = scratch[3].v;
+            }
+        }
+        for (int k = 0; k < 5; ++k)
+            if (reads.column[4 + k]) p[4 + k] = read(args.slots[k], b, i, count, scratch[4 + k]);
+        const Result* targets[3] = {&args.y, &args.d, &args.u};
+        for (int k = 0; k < 3; ++k) {
+            const bool model_input = k == 0 && args.m.ptr;
+            if (!targets[k]->ptr && !model_input) continue;
+            const float* operand[kColumns];
+            float weight[kColumns];
+            int terms = 0;
+            for (int j = 0; j < kColumns; ++j)
+                if (row[kW + kColumns * k + j] != 0.0f) {
+                    weight[terms] = row[kW + kColumns * k + j];
+                    operand[terms++] = p[j];
+                }
+            const bool direct = targets[k]->ptr && targets[k]->dtype == DType::f32 && padded == count;
+            float* out = direct ? static_cast<float*>(targets[k]->ptr) + b * args.inner + i : results[k].v;
+            combine(terms, operand, weight, padded, out);
+            if (targets[k]->ptr && !direct) write(*targets[k], args.batch, args.inner, b, i, count, out);
+            if (model_input) {
+                const float c = row[kCin];
+                const float* y[1] = {out};
+                combine<1>(y, &c, padded, results[1].v);
+                write(args.m, args.batch, args.inner, b, i, count, results[1].v);
+            }
+        }
+    }
+}
+
+}  // namespace DIFUSORES_ISA_NAME
+}  // namespace difusores

@@ -1,0 +1,214 @@
+// Vectors of kWidth floats in the compiler's vector extension: the same source for every ISA level, so that what is
+// proved at one width holds at another. Included by files compiled per ISA, which see no STL and no torch header: an
+// inline function compiled with AVX-512 could be the copy that the linker keeps for an older processor.
+#pragma once
+#include <cstdint>
+
+#include "kernels.h"
+#if defined(__AVX2__) && defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace difusores {
+namespace DIFUSORES_ISA_NAME {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float f32v __attribute__((vector_size(4 * kWidth)));
+typedef int32_t i32v __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t u32v __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t u16v __attribute__((vector_size(2 * kWidth)));
+typedef f32v f32v_mem __attribute__((aligned(4), may_alias));
+typedef u16v u16v_mem __attribute__((aligned(2), may_alias));
+
+inline f32v splat(float a) { return a - f32v{}; }
+
+// --- loads and stores: element type D in memory, fp32 in registers ---
+
+template <DType D>
+inline f32v load(const void* p, int64_t i);
+template <DType D>
+inline void store(void* p, int64_t i, f32v v);
+
+template <>
+inline f32v load<DType::f32>(const void* p, int64_t i) {
+    return *reinterpret_cast<const f32v_mem*>(static_cast<const float*>(p) + i);
+}
+template <>
+inline void store<DType::f32>(void* p, int64_t i, f32v v) {
+    *reinterpret_cast<f32v_mem*>(static_cast<float*>(p) + i) = v;
+}
+
+template <>
+inline f32v load<DType::bf16>(const void* p, int64_t i) {
+    const u16v h = *reinterpret_cast<const u16v_mem*>(static_cast<const uint16_t*>(p) + i);
+    return (f32v)(__builtin_convertvector(h, u32v) << 16);
+}
+// Round to nearest even in integers: vcvtneps2bf16 flushes subnormal numbers, and the levels would differ in bits.
+template <>
+inline void store<DType::bf16>(void* p, int64_t i, f32v v) {
+    const u32v bits = (u32v)v;
+    const u32v rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const u32v quiet = bits | 0x400000u;
+    const u32v chosen = (v == v) ? rounded : quiet;
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)(static_cast<uint16_t*>(p) + i), _mm512_cvtepi32_epi16((__m512i)(chosen >> 16)));
+#elif defined(__AVX2__)
+    const __m256i high = (__m256i)(chosen >> 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+    _mm_storeu_si128((__m128i*)(static_cast<uint16_t*>(p) + i), _mm256_castsi256_si128(packed));
+#else
+    *reinterpret_cast<u16v_mem*>(static_cast<uint16_t*>(p) + i) = __builtin_convertvector(chosen >> 16, u16v);
+#endif
+}
+
+template <>
+inline f32v load<DType::f16>(const void* p, int64_t i) {
+    const uint16_t* q = static_cast<const uint16_t*>(p) + i;
+#if defined(__AVX512F__)
+    return (f32v)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)q));
+#elif defined(__F16C__)
+    return (f32v)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)q));
+#else
+    f32v v;
+    for (int k = 0; k < kWidth; ++k) {
+        _Float16 h;
+        __builtin_memcpy(&h, q + k, 2);
+        v[k] = static_cast<float>(h);
+    }
+    return v;
+#endif
+}
+template <>
+inline void store<DType::f16>(void* p, int64_t i, f32v v) {
+    uint16_t* q = static_cast<uint16_t*>(p) + i;
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)q, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    _mm_storeu_si128((__m128i*)q, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int k = 0; k < kWidth; ++k) {
+        const _Float16 h = static_cast<_Float16>(v[k]);
+        __builtin_memcpy(q + k, &h, 2);
+    }
+#endif
+}
+
+template <DType D>
+constexpr int64_t kBytes = D == DType::f32 ? 4 : 2;
+
+// The last `count` < kWidth elements; the other lanes are zero. A vector's lanes do not interact, so an element gets
+// the same bits in a tail as in a full vector.
+template <DType D>
+inline f32v load_tail(const void* p, int64_t i, int count) {
+    alignas(64) unsigned char buffer[4 * kWidth] = {};
+    __builtin_memcpy(buffer, static_cast<const unsigned char*>(p) + i * kBytes<D>, count * kBytes<D>);
+    return load<D>(buffer, 0);
+}
+template <DType D>
+inline void store_tail(void* p, int64_t i, f32v v, int count) {
+    alignas(64) unsigned char buffer[4 * kWidth];
+    store<D>(buffer, 0, v);
+    __builtin_memcpy(static_cast<unsigned char*>(p) + i * kBytes<D>, buffer, count * kBytes<D>);
+}
+
+inline float load_scalar(const void* p, DType dtype, int64_t i) {
+    switch (dtype) {
+        case DType::f32: return static_cast<const float*>(p)[i];
+        case DType::bf16: return load_tail<DType::bf16>(p, i, 1)[0];
+        default: return load_tail<DType::f16>(p, i, 1)[0];
+    }
+}
+// Element (n, c) of a per-channel parameter, or `absent`.
+inline float param(const Param& a, int64_t n, int64_t c, float absent) {
+    return a.ptr ? load_scalar(a.ptr, a.dtype, n * a.row_stride + c) : absent;
+}
+
+// 1 in the first `count` lanes, 0 in the others.
+inline f32v lane_mask(int count) {
+    f32v m;
+    for (int k = 0; k < kWidth; ++k) m[k] = k < count ? 1.0f : 0.0f;
+    return m;
+}
+
+// Sum of the lanes in a fixed order.
+inline float sum_lanes(f32v v) {
+    float a[kWidth];
+    __builtin_memcpy(a, &v, sizeof a);
+    for (int half = kWidth / 2; half; half /= 2)
+        for (int k = 0; k < half; ++k) a[k] += a[k + half];
+    return a[0];
+}
+
+// --- functions ---
+
+// e^x to about 1 ulp on the range where it is finite and normal, saturating outside it; NaN stays NaN.
+// x = n ln 2 + r, |r| <= ln 2 / 2, n by the magic-number rounding; the polynomial is Cephes' expf (Moshier).
+inline f32v exp_f32(f32v x) {
+    x = x < -87.33f ? splat(-87.33f) : x;
+    x = x > 88.37f ? splat(88.37f) : x;
+    constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const f32v t = x * 1.44269504088896341f + kMagic;
+    const f32v n = t - kMagic;
+    f32v r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    f32v p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return p * (f32v)(((i32v)t << 23) + (127 << 23));
+}
+
+inline f32v silu(f32v x) { return x / (1.0f + exp_f32(-x)); }
+
+// ln x for positive normal x; Cephes' logf.
+inline f32v log_f32(f32v x) {
+    i32v e = (i32v)((u32v)x >> 23) - 126;
+    f32v m = (f32v)(((i32v)x & 0x007fffff) | 0x3f000000);  // [0.5, 1)
+    const i32v low = m < 0.707106781186547524f;
+    e += low;  // true is -1
+    m = (low ? m + m : m) - 1.0f;
+    const f32v z = m * m;
+    f32v p = m * 7.0376836292e-2f - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    const f32v ef = __builtin_convertvector(e, f32v);
+    f32v y = p * z * m;
+    y = y + ef * -2.12194440e-4f;
+    y = y - 0.5f * z;
+    return m + y + ef * 0.693359375f;
+}
+
+// cos and sin of 2 pi t for t in [0, 1]: quarter turns are exact, the rest by Cephes' polynomials on [-pi/4, pi/4].
+inline void cos_sin_turns(f32v t, f32v* cosine, f32v* sine) {
+    const f32v q4 = t * 4.0f + 12582912.0f;
+    const i32v q = (i32v)q4;
+    const f32v a = (t - (q4 - 12582912.0f) * 0.25f) * 6.28318530717958648f;
+    const f32v z = a * a;
+    const f32v s = ((z * -1.9515295891e-4f + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * a + a;
+    const f32v c = ((z * 2.443315711809948e-5f - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * (z * z) -
+                   0.5f * z + 1.0f;
+    const i32v odd = (q & 1) != 0;
+    const u32v sign_c = (u32v)((q + 1) & 2) << 30;
+    const u32v sign_s = (u32v)(q & 2) << 30;
+    *cosine = (f32v)((u32v)(odd ? s : c) ^ sign_c);
+    *sine = (f32v)((u32v)(odd ? c : s) ^ sign_s);
+}
+
+}  // namespace
+}  // namespace DIFUSORES_ISA_NAME
+}  // namespace difusores

@@ -1,0 +1,105 @@
+// The contract between the bindings and the kernels: plain data, no torch. One argument struct and one set of
+// functions per op; every ISA level fills the same table. Offsets and sizes are int64. Work is split by the caller
+// into ranges of tasks that depend on the shape alone, so that results never depend on the number of threads.
+#pragma once
+#include <cstdint>
+
+namespace difusores {
+
+enum class DType : int32_t { f32, bf16, f16 };
+
+// Per-channel parameter: [C], or [N, C] with a row stride in elements. ptr == nullptr: absent.
+struct Param {
+    const void* ptr = nullptr;
+    DType dtype = DType::f32;
+    int64_t row_stride = 0;
+};
+
+// y = act((1 + scale) * GN(x + add + residual) + shift); see cpu/group_norm_silu.cpp.
+struct GroupNormSiluArgs {
+    const void* x;         // [N, C, S] (channels first) or [N, S, C] (channels last)
+    const void* residual;  // like x, or nullptr
+    void* y;               // like x
+    void* sum;             // like x, or nullptr
+    DType dtype;           // of x, residual, y, sum
+    Param weight, bias;    // [C]
+    Param scale, shift;    // [N, C]
+    Param add;             // [N, C]
+    int64_t n, c, s, groups;
+    double eps;
+    bool silu;
+    // Channels last only. Rows of S are cut into chunks of chunk_rows; statistics and coefficients are scratch.
+    int64_t chunks, chunk_rows;
+    double* partial;  // [N, chunks, G, 2]: mean and sum of squared deviations of each chunk
+    float* affine;    // [N, 4, C]: add, mean, multiplier and offset of each channel
+};
+
+// One operand of a step: [B, inner], any batch stride. ptr == nullptr: absent.
+struct Operand {
+    const void* ptr = nullptr;
+    DType dtype = DType::f32;
+    int64_t batch_stride = 0;
+};
+
+struct Result {
+    void* ptr = nullptr;
+    DType dtype = DType::f32;
+    int64_t repeats = 1;  // written again every `batch` images
+};
+
+// See cpu/scheduler_step.cpp and difusores/ops/scheduler_step.py for the formula and the row's layout.
+struct SchedulerStepArgs {
+    const double* row;     // [40]
+    Operand sample;        // x
+    Operand e[3];          // model outputs
+    Operand noise;         // z
+    Operand variance;      // v
+    Operand slots[5];      // s0 .. s4
+    const float* threshold;  // [B] or nullptr
+    const int64_t* seeds;    // [B] or nullptr: in-kernel Philox noise
+    Result y, d, u, x0, m;
+    int64_t batch, inner;  // images, elements of an image
+};
+
+constexpr int64_t kStepBlock = 1024;
+
+// The functions of one ISA level. They work on tasks [begin, end).
+#define DIFUSORES_DECLARE_KERNELS(isa)                                                                       \
+    namespace isa {                                                                                          \
+    /* channels first; tasks: N * G */                                                                       \
+    void group_norm_silu(const GroupNormSiluArgs&, int64_t begin, int64_t end);                              \
+    /* channels last, in this order; tasks: N, N * chunks, N, N * chunks */                                  \
+    void group_norm_silu_prepare(const GroupNormSiluArgs&, int64_t begin, int64_t end);                      \
+    void group_norm_silu_stats(const GroupNormSiluArgs&, int64_t begin, int64_t end);                        \
+    void group_norm_silu_combine(const GroupNormSiluArgs&, int64_t begin, int64_t end);                      \
+    void group_norm_silu_apply(const GroupNormSiluArgs&, int64_t begin, int64_t end);                        \
+    /* tasks: images * blocks of kStepBlock elements */                                                      \
+    void scheduler_step(const SchedulerStepArgs&, int64_t begin, int64_t end);                               \
+    /* micro-benchmark: the arithmetic of silu((x - m) * a + b) over n floats, `repeats` times */            \
+    void silu_floor(const float* x, float* y, int64_t n, int64_t repeats);                                   \
+    }
+DIFUSORES_DECLARE_KERNELS(base)
+DIFUSORES_DECLARE_KERNELS(avx2)
+DIFUSORES_DECLARE_KERNELS(avx512)
+
+// The same functions, chosen at load.
+struct Kernels {
+    const char* isa;
+    decltype(&base::group_norm_silu) group_norm_silu;
+    decltype(&base::group_norm_silu_prepare) group_norm_silu_prepare;
+    decltype(&base::group_norm_silu_stats) group_norm_silu_stats;
+    decltype(&base::group_norm_silu_combine) group_norm_silu_combine;
+    decltype(&base::group_norm_silu_apply) group_norm_silu_apply;
+    decltype(&base::scheduler_step) scheduler_step;
+    decltype(&base::silu_floor) silu_floor;
+};
+
+// What this processor offers.
+bool cpu_has(const char* isa);
+bool cpu_has_avx512_bf16();
+// The table of a level by name, or nullptr if it is not compiled in or this processor lacks it.
+const Kernels* kernels_of(const char* isa);
+// The highest level there is, or the one that DIFUSORES_ISA names; nullptr if that one is not to be had.
+const Kernels* choose_kernels(const char* forced);
+
+}  // namespace difusores
