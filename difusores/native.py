@@ -93,11 +93,11 @@ def _load_module(name: str) -> str | None:
     try:
         import torch  # noqa: F401  (its libraries must be in the process before the module that links to them)
     except Exception as error:
-        return f"torch cannot be imported: {_one_line(error)}"
+        return f"torch cannot be imported: {one_line(error)}"
     try:
         importlib.import_module(f"difusores.{name}")
     except Exception as error:
-        return f"broken: {_one_line(error)}"
+        return f"broken: {one_line(error)}"
     return None
 
 
@@ -112,5 +112,6 @@ def _why_missing(name: str) -> str:
     return "not built"
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks; the name of its class if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
