@@ -33,7 +33,7 @@ def run_doctor(args: argparse.Namespace) -> int:
 def examine() -> dict[str, Any]:
     """Everything that the doctor knows, ready for JSON.
 
-    Keys: `versions` (None: not installed), `environment` (the variables that are set), `modules` and `ops` (None
+    Keys: `versions` (None: not installed), `environment` (the variables set), `modules` and `ops` (None
     where available, else the reason), `build` (empty without the compiled module), `problems` (sentences).
     """
     environment = {name: os.environ[name] for name in VARIABLES if name in os.environ}
