@@ -1,0 +1,230 @@
+"""Carrying out a plan: guidance, noise, dynamic thresholds, slots and the buffers of one sampling run.
+
+All state is local to a call of `sample`, so that threads may share a plan. Nothing here reads a value back
+from a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from difusores.ops import scheduler_step
+from difusores.ops.scheduler_step import CIN, G1
+
+if TYPE_CHECKING:
+    from difusores.plan import Noise, Plan
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+Model = Callable[[Tensor, Tensor], Any]
+Callback = Callable[[int, Tensor, Tensor], Tensor | None]
+
+
+def sample(
+    plan: Plan,
+    model: Model,
+    x: Tensor,
+    *,
+    generator: Generators,
+    callback: Callback | None,
+    keys: Tensor | None,
+    weights: tuple[float, ...],
+    model_dtype: torch.dtype,
+) -> Tensor:
+    """The loop behind `Plan.run`.
+
+    keys: [B] int64 for noise made inside the op, or None. weights: of guidance, (1.0,) for none.
+    """
+    if not 1 <= len(weights) <= 3:
+        raise ValueError(f"guidance takes one to three weights, got {len(weights)}")
+    table = plan.table()
+    table[:, G1 : G1 + len(weights)] = torch.tensor(weights, dtype=torch.float64)
+    rows, times = table.unbind(0), plan.times(x.device).unbind(0)
+    with torch.no_grad():
+        buffers = _Buffers(x, model_dtype, len(weights))
+        x = buffers.dense(x)
+        slots: tuple[Tensor, ...] = ()
+        given = buffers.model_input(x, plan.stages[0].c_in)
+        for i, stage in enumerate(plan.stages):
+            e, v = split_output(model(given, times[i]), x.shape, len(weights))
+            z = None
+            if stage.noise is not None and keys is None:
+                z = buffers.noise(stage.noise, e[0].dtype, generator, keep="z" in stage.slots)
+            operands: dict[str, Any] = {"noise": z, "variance": v, "seeds": keys}
+            if stage.threshold is not None:
+                (x0,) = scheduler_step(rows[i], x, e, slots, outputs=("x0",), **operands)
+                operands["threshold"] = dynamic_threshold(x0, *stage.threshold)
+
+            names = ["y", *(name for name in ("d", "u", "x0") if name in stage.slots)]
+            out = buffers.take(len(names), held=(x, *slots))
+            last, c_in = i + 1 == len(plan), stage.row[CIN]
+            given = out[0] if last else buffers.input_for(out[0], c_in)
+            if given is not out[0]:
+                operands |= {"model_dtype": model_dtype, "model_repeats": len(weights)}
+                names, out = [*names, "m"], [*out, given]
+            scheduler_step(rows[i], x, e, slots, outputs=names, out=out, **operands)
+
+            bound: dict[str, Any] = {"x": x, "z": z, **{f"s{k}": slot for k, slot in enumerate(slots)}}
+            bound.update(zip(names, out, strict=True))
+            x, slots = out[0], tuple(bound[name] for name in stage.slots)
+            replaced = callback(i, times[i], x) if callback is not None else None
+            if replaced is not None and replaced is not x:
+                x = buffers.dense(replaced)
+                given = buffers.model_input(x, c_in)
+    return x
+
+
+def split_output(output: Any, shape: torch.Size, copies: int = 1) -> tuple[list[Tensor], Tensor | None]:
+    """The model outputs e_k, one per copy of the batch, and the learned variance v (of the first copy) or
+    None.
+
+    Args:
+        output: [copies * B, C or 2 * C, ...], or an object that begins with it. Nothing is copied.
+        shape: of the sample, [B, C, ...].
+
+    Raises:
+        ValueError: another shape.
+    """
+    if not isinstance(output, Tensor):
+        output = output[0]
+    channels = shape[1]
+    learned = output.ndim == len(shape) and output.shape[1] == 2 * channels
+    expected = (copies * shape[0], 2 * channels if learned else channels, *shape[2:])
+    if tuple(output.shape) != expected:
+        raise ValueError(
+            f"the model returned {tuple(output.shape)}; for a sample of {tuple(shape)} and {copies} guidance "
+            f"weights it has to return {expected}, or twice the channels"
+        )
+    parts = output.chunk(copies) if copies > 1 else (output,)
+    if not learned:
+        return list(parts), None
+    return [part[:, :channels] for part in parts], parts[0][:, channels:]
+
+
+def dynamic_threshold(x0: Tensor, ratio: float, largest: float) -> Tensor:
+    """s of dynamic thresholding: the quantile of |x0| within each image, limited to [1, largest].
+
+    Args:
+        x0: [B, ...], unclamped.
+
+    Returns:
+        [B], fp32 (fp64 for an fp64 x0).
+    """
+    images = x0.reshape(x0.shape[0], -1).abs()
+    images = images if x0.dtype is torch.float64 else images.float()
+    # One image at a time: torch.quantile refuses more than 2**24 elements in all.
+    quantiles = [torch.quantile(image, ratio) for image in images]
+    return torch.stack(quantiles).clamp(min=1, max=largest) if quantiles else images.new_empty(0)
+
+
+def draw_noise(
+    shape: Sequence[int],
+    generator: Generators,
+    device: torch.device,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Standard normal noise with the numbers that `torch.randn` gives; a list of generators draws one image
+    each.
+
+    A generator of the CPU serves every device.
+
+    Raises:
+        ValueError: a list of another length than the batch, or a generator on another device than the CPU's.
+    """
+    z = torch.empty(tuple(shape), dtype=dtype, device=device) if out is None else out
+    sources = list(generator) if isinstance(generator, Sequence) else [generator]
+    if len(sources) not in (1, shape[0]):
+        raise ValueError(
+            f"a list of generators needs one per image: {shape[0]} images, {len(sources)} generators"
+        )
+    for source, part in zip(sources, z.split(1) if len(sources) > 1 else (z,), strict=True):
+        if source is None or source.device.type == device.type:
+            part.normal_(generator=source)
+        elif source.device.type == "cpu":
+            part.copy_(torch.randn(part.shape, generator=source, dtype=dtype))
+        else:
+            raise ValueError(f"a generator on {source.device} cannot draw noise for a sample on {device}")
+    return z
+
+
+def philox_keys(
+    noise: str, seeds: Sequence[int] | Tensor | None, generator: Generators, x: Tensor
+) -> Tensor | None:
+    """[B] int64 on x's device for noise made inside the op, None for torch's noise."""
+    if noise not in ("torch", "philox"):
+        raise ValueError(f"noise must be 'torch' or 'philox', got {noise!r}")
+    if (noise == "philox") != (seeds is not None):
+        raise ValueError("noise='philox' needs seeds, one per image, and noise='torch' takes none")
+    if seeds is None:
+        return None
+    if generator is not None:
+        raise ValueError("noise='philox' is keyed by seeds; pass no generator")
+    keys = torch.as_tensor(seeds, dtype=torch.int64, device=x.device)
+    if keys.shape != x.shape[:1]:
+        raise ValueError(f"seeds must have shape [B] = [{x.shape[0]}], got {tuple(keys.shape)}")
+    return keys
+
+
+class _Buffers:
+    """The tensors of one run, written again as soon as neither the sample nor a slot refers to them."""
+
+    def __init__(self, x: Tensor, model_dtype: torch.dtype, copies: int) -> None:
+        like = torch.empty_like(x)
+        # copies of the batch lie one behind the other, so the batch has to be the outermost dimension
+        self.like = like if like.stride(0) == max(like.stride()) else like.contiguous()
+        self.model_dtype, self.copies = model_dtype, copies
+        self.samples: list[Tensor] = []
+        self.inputs: list[Tensor] = []
+        self.z: Tensor | None = None
+        self.kept = False
+
+    def dense(self, x: Tensor) -> Tensor:
+        """x itself, or a copy in the buffers' memory layout."""
+        if x.shape != self.like.shape or x.dtype != self.like.dtype:
+            raise ValueError(
+                f"a sample stays {tuple(self.like.shape)} {self.like.dtype}, got {tuple(x.shape)} {x.dtype}"
+            )
+        return x if x.stride() == self.like.stride() else torch.empty_like(self.like).copy_(x)
+
+    def take(self, count: int, held: Sequence[Tensor]) -> list[Tensor]:
+        free = [t for t in self.samples if all(t is not h for h in held)]
+        while len(free) < count:
+            free.append(torch.empty_like(self.like))
+            self.samples.append(free[-1])
+        return free[:count]
+
+    def input_for(self, x: Tensor, c_in: float) -> Tensor:
+        """x itself where the model can be given it as it is, else the buffer for c_in * x."""
+        if c_in == 1.0 and self.copies == 1 and self.model_dtype is x.dtype:
+            return x
+        # Two take turns: a model may return its own input, which is read while the next one is written.
+        if not self.inputs:
+            shape, strides = (self.copies * self.like.shape[0], *self.like.shape[1:]), self.like.stride()
+            for _ in range(2):
+                self.inputs.append(
+                    torch.empty_strided(shape, strides, dtype=self.model_dtype, device=self.like.device)
+                )
+        self.inputs.reverse()
+        return self.inputs[0]
+
+    def model_input(self, x: Tensor, c_in: float) -> Tensor:
+        """c_in * x in the model's dtype, repeated for guidance."""
+        given = self.input_for(x, c_in)
+        if given is not x:
+            wide = x if x.dtype is torch.float64 else x.float()
+            given.unflatten(0, (self.copies, x.shape[0])).copy_(c_in * wide)
+        return given
+
+    def noise(self, noise: Noise, dtype: torch.dtype, generator: Generators, keep: bool) -> Tensor:
+        dtype = getattr(torch, noise.dtype) if noise.dtype else dtype
+        z = self.z
+        if z is None or z.dtype is not dtype or keep or self.kept:
+            z = torch.empty(self.like.shape, dtype=dtype, device=self.like.device)
+        for _ in range(noise.draws):
+            draw_noise(z.shape, generator, z.device, dtype, out=z)
+        self.z, self.kept = z, keep
+        return z

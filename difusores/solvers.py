@@ -1,0 +1,194 @@
+"""Samplers as rows of coefficients.
+
+A sampler is a function that yields one `Stage` per model call, in float64, from schedule and options alone.
+Notation: x = alpha * x0 + sigma * noise with alpha² = alphas_cumprod and alpha² + sigma² = 1; e is the
+    model's output, v its second half where the variance is learned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from difusores.plan import Noise, Plan, Stage, Threshold, make_row
+
+__all__ = ["Noise", "Plan", "Prediction", "Stage", "Threshold", "ddim", "ddpm", "forward_process"]
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+VARIANCE_TYPES = (
+    "fixed_small",
+    "fixed_small_log",
+    "fixed_large",
+    "fixed_large_log",
+    "learned",
+    "learned_range",
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model predicts and how the x0 that follows is limited.
+
+    Attributes:
+        kind: "epsilon" (the noise), "sample" (x0) or "v_prediction" (Salimans & Ho 2022, appendix D).
+        clip: x0 is clamped to [-clip, clip]; None leaves it.
+        threshold: dynamic thresholding, in place of the clamp.
+    """
+
+    kind: str = "epsilon"
+    clip: float | None = None
+    threshold: Threshold | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in PREDICTION_TYPES:
+            raise ValueError(
+                f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {self.kind!r}"
+            )
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """lo and hi of a row."""
+        limit = math.inf if self.clip is None or self.threshold is not None else self.clip
+        return -limit, limit
+
+    def x0(self, alpha: float, sigma: float) -> tuple[float, float]:
+        """(p_x, p_e): the unlimited x0 = p_x * x + p_e * e.
+
+        Raises:
+            ValueError: alpha = 0 and the model predicts noise, which then says nothing about x0.
+        """
+        if self.kind == "sample":
+            return 0.0, 1.0
+        if self.kind == "v_prediction":
+            return alpha, -sigma
+        if alpha == 0:
+            raise ValueError(
+                "at a zero signal-to-noise ratio (rescale_betas_zero_snr, last step) predicted noise "
+                "does not tell x0: use 'v_prediction' or 'sample', or timestep_spacing 'leading'"
+            )
+        return 1 / alpha, -sigma / alpha
+
+    def epsilon(self, alpha: float, sigma: float) -> dict[str, float]:
+        """Weights of the noise that goes with the unlimited x0."""
+        if self.kind == "epsilon":
+            return {"e": 1.0}
+        if self.kind == "v_prediction":
+            return {"e": alpha, "xh": sigma}
+        return {"xh": 1 / sigma, "e": -alpha / sigma}
+
+
+def ddpm(
+    alphas_cumprod: Sequence[float],
+    steps: Iterable[tuple[int, int]],
+    prediction: Prediction,
+    *,
+    variance_type: str = "fixed_small",
+) -> Iterator[Stage]:
+    """Ancestral sampling (Ho et al. 2020, eqs. 7 and 15; learned variances: Nichol & Dhariwal 2021, eq. 15).
+
+    Args:
+        alphas_cumprod: [T].
+        steps: (timestep, previous timestep), a negative one standing for the image itself.
+        variance_type: "fixed_small" is the posterior's variance, "fixed_large" beta; the two "_log" forms are
+            the same in exact arithmetic. "learned": v is the variance. "learned_range": v in [-1, 1]
+            interpolates between the logarithms of the two.
+    """
+    if variance_type not in VARIANCE_TYPES:
+        raise ValueError(f"variance_type must be one of {', '.join(VARIANCE_TYPES)}, got {variance_type!r}")
+    for t, before in steps:
+        a, a_before = _signal_share(alphas_cumprod, t), alphas_cumprod[before] if before >= 0 else 1.0
+        ratio = a / a_before
+        beta = 1 - ratio
+        small = max((1 - a_before) / (1 - a) * beta, 1e-20)
+        y = {"x0": math.sqrt(a_before) * beta / (1 - a), "xh": math.sqrt(ratio) * (1 - a_before) / (1 - a)}
+        mode, nu = 0, (0.0, 0.0)
+        if variance_type == "learned":
+            mode, deviation = 2, 1.0
+        elif variance_type == "learned_range":
+            low, high = math.log(small), math.log(max(beta, 1e-20))
+            mode, deviation, nu = 1, 1.0, ((low + high) / 4, (high - low) / 4)
+        else:
+            deviation = math.sqrt(small if variance_type.startswith("fixed_small") else beta)
+        if t > 0:
+            y["z"] = deviation
+        x0 = prediction.x0(math.sqrt(a), math.sqrt(1 - a))
+        row = make_row(x0, y, clip=prediction.limits, mode=mode, nu=nu)
+        yield Stage(t, row, noise=Noise() if t > 0 else None, threshold=prediction.threshold)
+
+
+def ddim(
+    alphas_cumprod: Sequence[float],
+    steps: Iterable[tuple[int, int]],
+    prediction: Prediction,
+    *,
+    final_alpha_cumprod: float = 1.0,
+    eta: float = 0.0,
+    use_clipped_model_output: bool = False,
+) -> Iterator[Stage]:
+    """Denoising diffusion implicit models (Song et al. 2021, eqs. 12 and 16).
+
+    Args:
+        alphas_cumprod: [T].
+        steps: (timestep, previous timestep).
+        final_alpha_cumprod: alphas_cumprod where the previous timestep is negative.
+        eta: 0 is deterministic, 1 has the variance of DDPM.
+        use_clipped_model_output: take the noise from the limited x0 instead of the unlimited one.
+
+    Raises:
+        ValueError: eta asks for more variance than the previous timestep has.
+    """
+    for t, before in steps:
+        a = _signal_share(alphas_cumprod, t)
+        a_before = alphas_cumprod[before] if before >= 0 else final_alpha_cumprod
+        alpha, sigma = math.sqrt(a), math.sqrt(1 - a)
+        variance = eta * eta * ddim_variance(a, a_before)
+        left = 1 - a_before - variance
+        if left < -1e-12:
+            raise ValueError(
+                f"eta = {eta} adds variance {variance:.6g} at t = {t}; at most {1 - a_before:.6g} fits"
+            )
+        epsilon = prediction.epsilon(alpha, sigma)
+        if use_clipped_model_output:
+            epsilon = {"xh": 1 / sigma, "x0": -alpha / sigma}
+        y = {name: math.sqrt(max(left, 0.0)) * weight for name, weight in epsilon.items()}
+        y["x0"] = y.get("x0", 0.0) + math.sqrt(a_before)
+        y["z"] = math.sqrt(max(variance, 0.0))
+        row = make_row(prediction.x0(alpha, sigma), y, clip=prediction.limits)
+        yield Stage(t, row, noise=Noise() if eta > 0 else None, threshold=prediction.threshold)
+
+
+def _signal_share(alphas_cumprod: Sequence[float], t: int) -> float:
+    if not 0 <= t < len(alphas_cumprod):
+        raise IndexError(f"timestep {t} is outside the training steps 0 to {len(alphas_cumprod) - 1}")
+    a = alphas_cumprod[t]
+    if not 0 <= a < 1:
+        raise ValueError(f"alphas_cumprod has to lie in [0, 1), and is {a} at timestep {t}")
+    return a
+
+
+def ddim_variance(a: float, a_before: float) -> float:
+    """The variance of eq. 16 at eta = 1, from alphas_cumprod at a timestep and at the one before it."""
+    return (1 - a_before) / (1 - a) * (1 - a / a_before)
+
+
+def forward_process(
+    alphas_cumprod: Tensor, samples: Tensor, noise: Tensor, timesteps: Tensor, *, velocity: bool = False
+) -> Tensor:
+    """The training side: alpha * samples + sigma * noise, or the velocity alpha * noise - sigma * samples.
+
+    Args:
+        alphas_cumprod: [T] float64, on samples' device.
+        samples, noise: [B, ...], any floating dtype; fp16 and bf16 are computed in fp32.
+        timesteps: [B], [1] or 0-dim integers.
+    """
+    dtype = torch.promote_types(samples.dtype, noise.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    a = alphas_cumprod[timesteps.to(alphas_cumprod.device)].reshape(-1, *([1] * (samples.ndim - 1)))
+    alpha, sigma = a.sqrt().to(wide), (1 - a).sqrt().to(wide)
+    samples, noise = samples.to(wide), noise.to(wide)
+    mixed = alpha * noise - sigma * samples if velocity else alpha * samples + sigma * noise
+    return mixed.to(dtype)
