@@ -1,0 +1,266 @@
+"""What all schedulers share: files, tables, the state that callers see, and one step through the op."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from difusores import schedules, solvers
+from difusores.configuration import ConfigMixin
+from difusores.ops import scheduler_step
+from difusores.ops.scheduler_step import MODE
+from difusores.outputs import BaseOutput
+from difusores.plan import Plan, Stage, Threshold
+from difusores.sampling import Generators, draw_noise, dynamic_threshold, split_output
+
+Self = TypeVar("Self", bound="SchedulerMixin")
+
+COMPATIBLES = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "PNDMScheduler",
+    "LMSDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "EDMEulerScheduler",
+]
+"""Schedulers for models of one kind, which read each other's configurations."""
+
+
+@dataclass
+class SchedulerOutput(BaseOutput):
+    """What `step` returns.
+
+    Attributes:
+        prev_sample: the next sample, like `sample`.
+    """
+
+    prev_sample: Tensor
+
+
+class SchedulerMixin(ConfigMixin):
+    """Base of all schedulers: configuration files under one name."""
+
+    config_name = "scheduler_config.json"
+    has_compatibles = True
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Self],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Build a scheduler from a folder, file or Hub id; `kwargs` as in `load_config` and `from_config`."""
+        config, unused = cls.load_config(
+            pretrained_model_name_or_path, subfolder=subfolder, return_unused_kwargs=True, **kwargs
+        )
+        return cls.from_config(config, return_unused_kwargs=return_unused_kwargs, **unused)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Write the configuration into a folder, as `save_config` does."""
+        self.save_config(save_directory, push_to_hub, **kwargs)
+
+    @property
+    def compatibles(self) -> list[type[ConfigMixin]]:
+        """The classes of this package that read this scheduler's configuration."""
+        return self._get_compatibles()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"
+
+
+class _Cached(NamedTuple):
+    """A stage as `step` needs it. row: [40] float64 on the CPU."""
+
+    row: Tensor
+    draws: bool
+    learned: bool
+    threshold: Threshold | None
+
+
+class _Grid(NamedTuple):
+    """`timesteps` as numbers, and where it lies in memory: an element of it is known by its address."""
+
+    timesteps: Tensor
+    version: int
+    start: int
+    width: int
+    values: list[int]
+
+
+class DiscreteScheduler(SchedulerMixin):
+    """Base of the schedulers whose model is told a training step, with betas as the noise schedule.
+
+    Rows are built when first needed and kept until an attribute without leading underscore, or the
+    configuration, is assigned.
+
+    Attributes:
+        betas, alphas, alphas_cumprod: [T] float32.
+        timesteps: [steps] int64, descending.
+        num_inference_steps: None before `set_timesteps`.
+        init_noise_sigma: standard deviation of the first sample.
+        order: model calls per step.
+    """
+
+    _compatibles: ClassVar[list[str]] = COMPATIBLES
+    order: ClassVar[int] = 1
+    init_noise_sigma: float
+    timesteps: Tensor
+    num_inference_steps: int | None
+    alphas_cumprod: Tensor
+    _grid: _Grid | None
+    _rows: dict[Any, _Cached]
+    _numbers: list[float] | None
+    _tables: dict[torch.device, Tensor]
+
+    def _initialize(self) -> None:
+        """Tables and state from the configuration; the last thing that a constructor does."""
+        config = self.config
+        table = schedules.betas(
+            config["beta_schedule"],
+            config["num_train_timesteps"],
+            config["beta_start"],
+            config["beta_end"],
+            config["trained_betas"],
+            config["rescale_betas_zero_snr"],
+        )
+        self.betas = table.float()
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = schedules.alphas_cumprod(table).float()
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps = None
+        self.timesteps = torch.arange(config["num_train_timesteps"] - 1, -1, -1)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "timesteps" and isinstance(value, Tensor) and value.is_inference():
+            # inference tensors have no version counter, by which a change in place is noticed
+            with torch.inference_mode(False):
+                value = value.clone()
+        super().__setattr__(name, value)
+        if not name.startswith("_") or name == "_internal_dict":
+            self._forget()
+
+    def _forget(self) -> None:
+        self.__dict__.update(_grid=None, _rows={}, _numbers=None, _tables={})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy's timesteps lie elsewhere in memory
+        return {**self.__dict__, "_grid": None, "_rows": {}, "_numbers": None, "_tables": {}}
+
+    def __len__(self) -> int:
+        return int(self.config["num_train_timesteps"])
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """The model's input: the sample itself."""
+        return sample
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """sqrt(a) * original_samples + sqrt(1 - a) * noise, a = alphas_cumprod[timesteps].
+
+        Args:
+            original_samples, noise: [B, ...].
+            timesteps: [B] int64, training steps.
+        """
+        table = self._table(original_samples.device)
+        return solvers.forward_process(table, original_samples, noise, timesteps)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a "v_prediction" model predicts, sqrt(a) * noise - sqrt(1 - a) * sample; see `add_noise`."""
+        return solvers.forward_process(self._table(sample.device), sample, noise, timesteps, velocity=True)
+
+    def _table(self, device: torch.device) -> Tensor:
+        """[T] float64 alphas_cumprod on a device."""
+        table = self._tables.get(device)
+        if table is None:
+            table = self._tables[device] = self.alphas_cumprod.to(device).double()
+        return table
+
+    def _alphas(self) -> list[float]:
+        """alphas_cumprod as numbers."""
+        numbers = self._numbers
+        if numbers is None:
+            numbers = self._numbers = self.alphas_cumprod.tolist()
+        return numbers
+
+    def _prediction(self) -> solvers.Prediction:
+        config = self.config
+        threshold = None
+        if config["thresholding"]:
+            threshold = Threshold(config["dynamic_thresholding_ratio"], config["sample_max_value"])
+        clip = config["clip_sample_range"] if config["clip_sample"] else None
+        return solvers.Prediction(config["prediction_type"], clip, threshold)
+
+    def _plan(self, stages: Sequence[Stage]) -> Plan:
+        name = type(self).__name__.removesuffix("Scheduler")
+        return Plan(name, tuple(stages), self.config["prediction_type"], tuple(self.betas.tolist()))
+
+    def _number(self, timestep: Any) -> int:
+        """A timestep as a number; an element of `timesteps` is known by its address and not read."""
+        grid = self._grid
+        if grid is None or grid.timesteps._version != grid.version:
+            grid = self._read_grid()
+        if not isinstance(timestep, Tensor):
+            return int(timestep)
+        if timestep.ndim == 0:
+            index, odd = divmod(timestep.data_ptr() - grid.start, grid.width)
+            if 0 <= index < len(grid.values) and odd == 0 and timestep.dtype is grid.timesteps.dtype:
+                return grid.values[index]
+        if timestep.numel() != 1:
+            raise ValueError(f"step takes one timestep, got a tensor of shape {tuple(timestep.shape)}")
+        return int(timestep)
+
+    def _read_grid(self) -> _Grid:
+        t = self.timesteps
+        self._forget()
+        width = max(t.stride(0), 1) * t.element_size()
+        self._grid = grid = _Grid(t, t._version, t.data_ptr(), width, t.tolist())
+        return grid
+
+    def _cache(self, key: Any, stage: Stage) -> _Cached:
+        row = torch.tensor(stage.row, dtype=torch.float64)
+        cached = _Cached(row, stage.noise is not None, stage.row[MODE] != 0, stage.threshold)
+        self._rows[key] = cached
+        return cached
+
+    def _advance(
+        self,
+        cached: _Cached,
+        model_output: Tensor,
+        sample: Tensor,
+        generator: Generators,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """(next sample, predicted original sample)."""
+        row, draws, learned, threshold = cached
+        variance = None
+        if learned:
+            (model_output,), variance = split_output(model_output, sample.shape)
+        if model_output.dtype is not sample.dtype:
+            sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
+        if draws and noise is None:
+            noise = draw_noise(model_output.shape, generator, model_output.device, model_output.dtype)
+        if threshold is None:
+            return scheduler_step(
+                row, sample, (model_output,), noise=noise, variance=variance, outputs=("y", "x0")
+            )
+        operands: dict[str, Any] = {"noise": noise, "variance": variance}
+        (x0,) = scheduler_step(row, sample, (model_output,), outputs=("x0",), **operands)
+        s = dynamic_threshold(x0, *threshold)
+        return scheduler_step(row, sample, (model_output,), outputs=("y", "x0"), threshold=s, **operands)

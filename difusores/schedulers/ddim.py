@@ -1,0 +1,154 @@
+"""DDIMScheduler (Song et al. 2021, "Denoising diffusion implicit models")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difusores import schedules, solvers
+from difusores.configuration import register_to_config
+from difusores.plan import Plan
+from difusores.sampling import Generators
+from difusores.schedulers.base import DiscreteScheduler, SchedulerOutput
+
+
+@dataclass
+class DDIMSchedulerOutput(SchedulerOutput):
+    """What `DDIMScheduler.step` returns.
+
+    Attributes:
+        prev_sample: the next sample, like `sample`.
+        pred_original_sample: x0 as predicted at this step, clipped or thresholded, like `sample`.
+    """
+
+    pred_original_sample: Tensor | None = None
+
+
+class DDIMScheduler(DiscreteScheduler):
+    """Drop-in for the class of the same name in diffusers 0.42.
+
+    Args:
+        num_train_timesteps: T.
+        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: see
+            `difusores.schedules.betas`.
+        clip_sample, clip_sample_range: clamp the predicted x0 to [-clip_sample_range, clip_sample_range].
+        set_alpha_to_one: after the last step alphas_cumprod is 1 instead of its value at training step 0.
+        prediction_type: "epsilon", "sample" or "v_prediction".
+        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding, in place of
+            clipping.
+        timestep_spacing, steps_offset: see `difusores.schedules.timesteps`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Any = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        self._initialize()
+        self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
+
+    def _timesteps(self, num_inference_steps: int) -> list[int]:
+        config = self.config
+        return schedules.timesteps(
+            config["timestep_spacing"], int(num_inference_steps), len(self), config["steps_offset"]
+        )
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Choose the training steps at which the model is called.
+
+        Args:
+            num_inference_steps: how many, from 1 to T, spaced by the configuration.
+            device: where `self.timesteps` is put.
+
+        Raises:
+            ValueError: out of range.
+        """
+        values = self._timesteps(num_inference_steps)
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = torch.tensor(values, dtype=torch.int64, device=device)
+
+    def plan(
+        self, num_inference_steps: int, *, eta: float = 0.0, use_clipped_model_output: bool = False
+    ) -> Plan:
+        """The sampling run as an immutable plan; the scheduler's own state is neither used nor changed.
+
+        Args and Raises: as `set_timesteps` and `step`.
+        """
+        stride = len(self) // int(num_inference_steps)
+        steps = [(t, t - stride) for t in self._timesteps(num_inference_steps)]
+        return self._plan([*self._stages(steps, eta, use_clipped_model_output)])
+
+    def _stages(self, steps: Any, eta: float, use_clipped_model_output: bool) -> Any:
+        return solvers.ddim(
+            self._alphas(),
+            steps,
+            self._prediction(),
+            final_alpha_cumprod=float(self.final_alpha_cumprod),
+            eta=eta,
+            use_clipped_model_output=use_clipped_model_output,
+        )
+
+    def _get_variance(self, timestep: int, prev_timestep: int) -> Tensor:
+        """The variance at eta = 1, which editing pipelines of diffusers read; 0-dim float32."""
+        a = self._alphas()
+        final = float(self.final_alpha_cumprod)
+        before = a[prev_timestep] if prev_timestep >= 0 else final
+        return torch.tensor(solvers.ddim_variance(a[timestep], before))
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple[Tensor, ...]:
+        """One step back in time.
+
+        Args:
+            model_output: [B, C, ...].
+            timestep: where the sample is; an element of `self.timesteps` costs no read.
+            sample: [B, C, ...]; fp32, fp64, fp16 or bf16. Not changed.
+            eta: 0 is deterministic, 1 adds the noise of DDPM.
+            use_clipped_model_output: take the noise from the clipped x0 instead of the model's output.
+            generator: source of the noise, drawn where eta > 0; a list draws one image each.
+            variance_noise: the noise itself, like model_output, in place of a generator.
+            return_dict: False returns the tuple (prev_sample, pred_original_sample).
+
+        Raises:
+            ValueError: `set_timesteps` was not called, or generator and variance_noise are both given.
+        """
+        t = self._number(timestep)
+        key = (t, eta, use_clipped_model_output)
+        cached = self._rows.get(key)
+        if cached is None:
+            if self.num_inference_steps is None:
+                raise ValueError("num_inference_steps is None: call set_timesteps before step")
+            previous = t - len(self) // self.num_inference_steps
+            cached = self._cache(key, next(self._stages([(t, previous)], eta, use_clipped_model_output)))
+        if cached.draws and variance_noise is not None and generator is not None:
+            raise ValueError("generator and variance_noise cannot both be given")
+        result = self._advance(
+            cached, model_output, sample, generator, variance_noise if cached.draws else None
+        )
+        return DDIMSchedulerOutput(*result) if return_dict else result
