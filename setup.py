@@ -52,12 +52,13 @@ class CMakeBuild(build_ext):
         reason = missing_requirement() or self.configure(build_dir)
         if reason is None:
             run_cmake("--build", build_dir)
+        # Removed and not overwritten: a running process keeps the file that it has mapped.
+        for old in (module, package / module.name, reason_file):
+            old.unlink(missing_ok=True)
+        if reason is None:
             run_cmake("--install", build_dir, "--prefix", module.parent)
-            reason_file.unlink(missing_ok=True)
         else:
             print(f"difusores: installing as pure Python: {reason}", file=sys.stderr)
-            for stale in (module, package / module.name):
-                stale.unlink(missing_ok=True)
             package.mkdir(parents=True, exist_ok=True)
             reason_file.write_text(reason + "\n", encoding="utf-8")
 

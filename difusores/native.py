@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,9 @@ def _load_module(name: str) -> str | None:
     """Import difusores.<name>; None, or why it cannot be used."""
     if os.environ.get("DIFUSORES_DISABLE") == "1":
         return "switched off by DIFUSORES_DISABLE=1"
-    if find_spec(f"difusores.{name}") is None:
-        return _why_missing(name)
+    folder = Path(__file__).parent
+    if PathFinder.find_spec(f"difusores.{name}", [str(folder)]) is None:
+        return _why_missing(folder, name)
     try:
         import torch  # noqa: F401  (its libraries must be in the process before the module that links to them)
     except Exception as error:
@@ -101,8 +102,7 @@ def _load_module(name: str) -> str | None:
     return None
 
 
-def _why_missing(name: str) -> str:
-    folder = Path(__file__).parent
+def _why_missing(folder: Path, name: str) -> str:
     others = sorted(file.name for file in folder.glob(f"{name}.*.so"))
     if others:
         return f"built for another Python: {', '.join(others)} (this is {sys.implementation.cache_tag})"

@@ -1,4 +1,4 @@
-"""What every test runs under: deterministic algorithms, fresh memory full of NaN, fixed seeds; and what CI may skip."""
+"""What every test runs under (determinism, memory full of NaN, fixed seeds), and what CI may skip."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-# The only reasons for which a test may be skipped where CI=true: what the machine is, never what the set-up forgot.
+# The only reasons to skip a test where CI=true: what the machine is, never what the set-up forgot.
 ALLOWED_SKIPS = re.compile(
     "|".join(
         [

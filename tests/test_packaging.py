@@ -1,0 +1,111 @@
+"""What `pip install .` makes, with a compiler, without one, and when our code does not compile."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import difusores
+from difusores import native
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = (
+    "setup.py",
+    "pyproject.toml",
+    "CMakeLists.txt",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "csrc",
+    "difusores",
+)
+
+pytestmark = pytest.mark.slow
+
+
+def install(source: Path, target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-index"]
+    return subprocess.run(
+        [*pip, "--no-build-isolation", "--no-deps", "--target", str(target), "."],
+        cwd=source,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def doctor(target: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "difusores", "doctor", "--json"],
+        cwd=target,
+        env={**os.environ, "PYTHONPATH": str(target)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the sources in which nothing has been built."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("*.so", "__pycache__", "_build_reason.txt")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.mark.skipif((native.status("cpu") or "").startswith("not built"), reason="needs a C++ compiler")
+def test_with_a_compiler(tmp_path: Path) -> None:
+    done = install(ROOT, tmp_path)  # in the checkout itself, whose build folder spares the compiling
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = doctor(tmp_path)
+    assert report["modules"]["cpu"] is None
+    assert report["versions"]["difusores"] == difusores.__version__
+    assert "base" in report["build"]["isa_levels"].split(",")
+    assert (tmp_path / "difusores" / "py.typed").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir() if "dist-info" not in path.name) == [
+        "bin",
+        "difusores",
+    ]
+    version = difusores.__version__
+    metadata = (tmp_path / f"difusores-{version}.dist-info" / "METADATA").read_text(encoding="utf-8")
+    assert "\nLicense-Expression: Apache-2.0\n" in metadata
+
+
+def test_without_a_compiler_the_install_is_pure_python_and_the_doctor_says_why(
+    checkout: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    done = install(checkout, target, CXX="/nonexistent/c++")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(target.glob("difusores/*.so")) == []
+    reason = "not built: no working C++ compiler was found (apt install g++)"
+    report = doctor(target)
+    assert report["modules"]["cpu"] == reason
+    assert report["ops"]["group_norm_silu"]["cpu"] == reason
+    assert report["problems"] == []
+
+
+def test_code_that_does_not_compile_stops_the_install(checkout: Path, tmp_path: Path) -> None:
+    for source in checkout.glob("csrc/**/*.cpp"):
+        source.write_text("#error broken on purpose\n", encoding="utf-8")
+    done = install(checkout, tmp_path / "target")
+    assert done.returncode != 0
+    assert "broken on purpose" in done.stdout + done.stderr
+    assert "difusores: compiling failed; the messages above say where" in done.stdout + done.stderr
+    assert not (tmp_path / "target" / "difusores").exists()
