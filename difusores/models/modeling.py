@@ -208,11 +208,13 @@ def convert_legacy_attention(
 
 def write_safetensors(path: str, tensors: dict[str, torch.Tensor]) -> None:
     """Write beside `path` and move there, so that no half-written file is ever seen."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        # not save_file: it makes files that only their owner can read
+        with open(temporary, "wb") as file:
+            file.write(save({name: t.contiguous() for name, t in tensors.items()}, {"format": "pt"}))
         os.replace(temporary, path)
     except BaseException:
         if os.path.exists(temporary):
