@@ -15,14 +15,20 @@ if TYPE_CHECKING:
     from difusores.models import ModelMixin as ModelMixin
     from difusores.models import UNet2DModel as UNet2DModel
     from difusores.ops import use_backend as use_backend
+    from difusores.pipelines import DDIMPipeline as DDIMPipeline
+    from difusores.pipelines import DDPMPipeline as DDPMPipeline
+    from difusores.pipelines import DiffusionPipeline as DiffusionPipeline
     from difusores.schedulers import DDIMScheduler as DDIMScheduler
     from difusores.schedulers import DDPMScheduler as DDPMScheduler
     from difusores.schedulers import SchedulerMixin as SchedulerMixin
 
 # Public name -> the module that defines it. The imports above tell type checkers the same (tested).
 _PUBLIC = {
+    "DDIMPipeline": "difusores.pipelines",
     "DDIMScheduler": "difusores.schedulers",
+    "DDPMPipeline": "difusores.pipelines",
     "DDPMScheduler": "difusores.schedulers",
+    "DiffusionPipeline": "difusores.pipelines",
     "ModelMixin": "difusores.models",
     "SchedulerMixin": "difusores.schedulers",
     "UNet2DModel": "difusores.models",

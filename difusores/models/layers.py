@@ -1,7 +1,7 @@
 """Layers of UNets and autoencoders: residual block, attention, resampling, group norm with activation.
 
-Tensors are [N, C, H, W], NCHW or channels_last, and leave in the layout in which they came. `temb` is the time
-embedding, [N, temb_channels]. Module names are those of diffusers, so that checkpoints fit.
+Tensors are [N, C, H, W], NCHW or channels_last, and leave in the layout in which they came. `temb` is the
+time embedding, [N, temb_channels]. Module names are those of diffusers, so that checkpoints fit.
 """
 
 from __future__ import annotations

@@ -1,0 +1,7 @@
+"""Pipelines: a model, a scheduler and the loop that samples with them."""
+
+from difusores.pipelines.images import ImagePipelineOutput
+from difusores.pipelines.pipeline import DiffusionPipeline
+from difusores.pipelines.unconditional import DDIMPipeline, DDPMPipeline
+
+__all__ = ["DDIMPipeline", "DDPMPipeline", "DiffusionPipeline", "ImagePipelineOutput"]

@@ -1,0 +1,235 @@
+"""Base of pipelines: named components that work together, read from and written to one folder."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import warnings
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from difusores.configuration import ConfigMixin, upload_folder
+from difusores.models.modeling import resolve_bundled
+from difusores.plan import Plan
+
+LIBRARIES = {"diffusers": "difusores", "difusores": "difusores", "transformers": "transformers"}
+"""Library named in a model_index.json -> the package whose classes are used."""
+
+Self = TypeVar("Self", bound="DiffusionPipeline")
+
+
+class DiffusionPipeline(ConfigMixin):
+    """A set of components and a `__call__` that samples with them.
+
+    Components are attributes, named as the constructor's arguments; assigning another object swaps one.
+    """
+
+    config_name = "model_index.json"
+    _component_names: tuple[str, ...] = ()
+    _progress_bar_config: dict[str, Any]
+    # the scheduler in the folder that the models came from; None where that is not known
+    _trained_with: Any = None
+
+    def register_modules(self, **components: Any) -> None:
+        """Make the arguments components."""
+        self.__dict__.update(components, _component_names=tuple(components), _progress_bar_config={})
+        self._register_names()
+
+    def _register_names(self) -> None:
+        self.register_to_config(
+            **{name: _library_and_class(value) for name, value in self.components.items()}
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self._component_names:
+            self._register_names()
+            if isinstance(value, nn.Module):
+                self._trained_with = None
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """All components by name, as the constructor takes them."""
+        return {name: getattr(self, name) for name in self._component_names}
+
+    def _models(self) -> list[nn.Module]:
+        return [value for value in self.components.values() if isinstance(value, nn.Module)]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first model."""
+        return next((next(model.parameters()).device for model in self._models()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first model."""
+        return next((next(model.parameters()).dtype for model in self._models()), torch.float32)
+
+    def to(
+        self: Self,
+        *targets: str | torch.device | torch.dtype,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Move and cast all models: `to("cuda")`, `to(torch.bfloat16)`, both in this order, or by keyword."""
+        for target in targets:
+            if isinstance(target, torch.dtype):
+                dtype = target
+            else:
+                device = target
+        for model in self._models():
+            model.to(device=device, dtype=dtype)
+        return self
+
+    def set_progress_bar_config(self, **config: Any) -> None:
+        """Arguments for tqdm, such as `disable=True`."""
+        self._progress_bar_config = config
+
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+        """A tqdm bar over an iterable or of a length."""
+        if (iterable is None) == (total is None):
+            raise ValueError("progress_bar takes an iterable or a total, one of the two")
+        return tqdm(iterable, total=total, **self._progress_bar_config)
+
+    def check_plan(self, plan: Plan) -> None:
+        """Compare a plan with the scheduler in the models' own folder; other betas give a warning.
+
+        Raises:
+            ValueError: the plan is made for models that predict something else.
+        """
+        if self._trained_with is None:
+            return
+        needed = self._trained_with.config["prediction_type"]
+        if plan.prediction_type != needed:
+            raise ValueError(
+                f"prediction_type is {plan.prediction_type!r}, but the model's own folder says "
+                f"{needed!r}; strict=False samples nevertheless"
+            )
+        betas = tuple(self._trained_with.betas.tolist())
+        if plan.betas != betas:
+            given, own = (f"{len(b)} betas from {b[0]:.4g} to {b[-1]:.4g}" for b in (plan.betas, betas))
+            warnings.warn(f"the scheduler has {given}, and the model's own folder says {own}", stacklevel=4)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Self],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        torch_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        low_cpu_mem_usage: bool = True,
+        **options: Any,
+    ) -> Self:
+        """Read a pipeline. `DiffusionPipeline.from_pretrained` gives the class that the folder names.
+
+        Args:
+            pretrained_model_name_or_path: a folder with a model_index.json, a name such as "bundled:digits",
+                or (where no such path exists) the id of a Hub repository.
+            torch_dtype, variant, use_safetensors, low_cpu_mem_usage: of models, see
+                `ModelMixin.from_pretrained`.
+            options: components to use in place of the folder's; and for a Hub id `cache_dir`,
+                `force_download`, `local_files_only`, `revision`, `token`.
+
+        Raises:
+            OSError: there is no such folder or file.
+            TypeError: an option that is not one of these.
+            ValueError: a component is missing, or this package has no class of its name.
+        """
+        source = resolve_bundled(pretrained_model_name_or_path)
+        hub_names = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+        hub: dict[str, Any] = {name: options.pop(name) for name in hub_names if name in options}
+        model_options = {
+            "torch_dtype": torch_dtype,
+            "variant": variant,
+            "use_safetensors": use_safetensors,
+            "low_cpu_mem_usage": low_cpu_mem_usage,
+        }
+        index = cls.load_config(source, **hub)
+        own_class = _find_class("difusores", index["_class_name"]) if cls is DiffusionPipeline else cls
+        names = list(inspect.signature(own_class.__init__).parameters)[1:]
+        unknown = sorted(options.keys() - set(names))
+        if unknown:
+            raise TypeError(f"{own_class.__name__} takes {', '.join(names)}, and no {', '.join(unknown)}")
+        missing = [name for name in names if name not in index and name not in options]
+        if missing:
+            raise ValueError(f"{source!r} has no {', '.join(missing)}, which {own_class.__name__} needs")
+
+        stored = {
+            name: _load_component(source, name, index[name], model_options, hub)
+            for name in names
+            if name not in options or name == "scheduler"
+        }
+        pipeline: Self = own_class(**{**stored, **options})
+        if not any(isinstance(value, nn.Module) for value in options.values()):
+            pipeline._trained_with = stored.get("scheduler")
+        return pipeline
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        push_to_hub: bool = False,
+        **hub: Any,
+    ) -> None:
+        """Write every component into a folder of its name, and model_index.json last.
+
+        Args:
+            safe_serialization, variant: of models, see `ModelMixin.save_pretrained`.
+            push_to_hub: upload the folder afterwards, with `hub` as in `save_config`.
+        """
+        if hub and not push_to_hub:
+            raise TypeError(f"{', '.join(hub)}: only with push_to_hub=True")
+        for name, component in self.components.items():
+            options = {}
+            if isinstance(component, nn.Module):
+                options = {"safe_serialization": safe_serialization, "variant": variant}
+            if component is not None:
+                component.save_pretrained(os.path.join(save_directory, name), **options)
+        self.save_config(save_directory)
+        if push_to_hub:
+            upload_folder(save_directory, **hub)
+
+
+def _library_and_class(component: object) -> tuple[str | None, str | None]:
+    """An entry of model_index.json; "diffusers" stands for this package too, so that both libraries read it."""
+    if component is None:
+        return None, None
+    component = getattr(component, "_orig_mod", component)  # of torch.compile
+    library = type(component).__module__.split(".")[0]
+    return "diffusers" if library == "difusores" else library, type(component).__name__
+
+
+def _find_class(library: str, name: str) -> Any:
+    package = LIBRARIES.get(library)
+    found = getattr(importlib.import_module(package), name, None) if package else None
+    if found is None:
+        raise ValueError(
+            f"this version of difusores cannot load {library}.{name}; an object can be passed instead"
+        )
+    return found
+
+
+def _load_component(
+    source: str, name: str, entry: Any, model_options: dict[str, Any], hub: dict[str, Any]
+) -> Any:
+    """One component, from the folder of its name or, in the oldest repositories, from the root."""
+    if not isinstance(entry, (list, tuple)):
+        return entry
+    library, class_name = entry
+    if class_name is None:
+        return None
+    component_class = _find_class(library, class_name)
+    options = {**hub, **(model_options if issubclass(component_class, nn.Module) else {})}
+    try:
+        return component_class.from_pretrained(source, subfolder=name, **options)
+    except OSError:
+        if os.path.isdir(source):
+            raise
+        return component_class.from_pretrained(source, **options)

@@ -1,0 +1,213 @@
+"""Pipelines that make images from noise alone, or from noise and a class label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from difusores.models.unet_2d import UNet2DModel
+from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
+from difusores.pipelines.pipeline import DiffusionPipeline
+from difusores.plan import Plan
+from difusores.sampling import Generators, draw_noise
+from difusores.schedulers import DDIMScheduler, DDPMScheduler
+
+Labels = int | Sequence[int] | torch.Tensor | None
+StepCallback = Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
+
+
+class UNetPipeline(DiffusionPipeline):
+    """Base of the pipelines below: a UNet, and a scheduler that gives a plan.
+
+    All state of a call is local to it, so threads may share a pipeline.
+    """
+
+    unet: UNet2DModel
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        plan: Plan,
+        batch_size: int,
+        generator: Generators,
+        output_type: str,
+        return_dict: bool,
+        *,
+        class_labels: Labels,
+        guidance_scale: float | None,
+        callback_on_step_end: StepCallback | None,
+        strict: bool,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        check_output_type(output_type)
+        if strict:
+            self.check_plan(plan)
+        labels = self._labels(class_labels, batch_size)
+        batch_size = batch_size if labels is None else len(labels)
+        shape = (batch_size, self.unet.config["in_channels"], *self._image_size())
+        guidance = None
+        inputs = {}
+        if guidance_scale is not None and guidance_scale != 1:
+            labels = self._with_null_labels(labels)
+            guidance = (guidance_scale, 1 - guidance_scale)
+        if labels is not None:
+            inputs["class_labels"] = labels
+
+        with self.progress_bar(total=len(plan)) as bar:
+
+            def after_step(index: int, time: torch.Tensor, image: torch.Tensor) -> torch.Tensor | None:
+                bar.update()
+                if callback_on_step_end is None:
+                    return None
+                # a copy: the loop writes its buffers again
+                changed = callback_on_step_end(self, index, time, {"image": image.clone()})
+                return None if changed is None else changed.get("image")
+
+            image = plan.run(
+                lambda x, time: self.unet(x, time, **inputs),
+                draw_noise(shape, generator, self.device, self.unet.dtype),
+                generator=generator,
+                callback=after_step,
+                guidance=guidance,
+            )
+        images = to_images(image, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _image_size(self) -> tuple[int, int]:
+        size = self.unet.config["sample_size"]
+        if size is None:
+            raise ValueError("the model's sample_size is None, so the size of its images is not known")
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def _labels(self, class_labels: Labels, batch_size: int) -> torch.Tensor | None:
+        """[batch], or [batch, channels] for labels that are embeddings."""
+        if class_labels is None:
+            return None
+        labels = torch.as_tensor(class_labels, device=self.device)
+        if labels.ndim == 0:
+            labels = labels.repeat(batch_size)
+        if batch_size not in (1, len(labels)):
+            raise ValueError(f"batch_size is {batch_size}, and there are {len(labels)} class_labels")
+        classes = self.unet.config.get("num_class_embeds")
+        if classes is not None and (
+            labels.is_floating_point() or not ((labels >= 0) & (labels < classes)).all()
+        ):
+            raise ValueError(
+                f"class_labels are {labels.tolist()}; the model takes integers from 0 to {classes - 1}"
+            )
+        return labels
+
+    def _with_null_labels(self, labels: torch.Tensor | None) -> torch.Tensor:
+        """The labels, then as many times the null label: the last row of the model's label table."""
+        classes = self.unet.config.get("num_class_embeds")
+        if labels is None or classes is None:
+            raise ValueError("guidance_scale needs class_labels, and a model with num_class_embeds")
+        return torch.cat((labels, torch.full_like(labels, classes - 1)))
+
+
+class DDPMPipeline(UNetPipeline):
+    """Sample with the ancestral sampler of DDPM (Ho et al. 2020, algorithm 2), or whatever its scheduler is.
+
+    Args:
+        unet: a `UNet2DModel`.
+        scheduler: a `DDPMScheduler` or `DDIMScheduler`.
+    """
+
+    def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler | DDIMScheduler) -> None:
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
+        num_inference_steps: int = 1000,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        class_labels: Labels = None,
+        guidance_scale: float | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        strict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Sample images.
+
+        Args:
+            batch_size: how many; with `class_labels`, their number.
+            generator: source of the noise: one, one per image, or None for the global one.
+            num_inference_steps: model calls, from 1 to the scheduler's training steps.
+            output_type: "pil", "np" ([N, H, W, C] in [0, 1]) or "pt" ([N, C, H, W] in [0, 1]).
+            return_dict: return an `ImagePipelineOutput`; else a tuple of one.
+            class_labels: one for all images or one per image; needed by class-conditional models.
+            guidance_scale: weight w of classifier-free guidance, w * conditional + (1 - w) * unconditional
+                prediction (Ho & Salimans 2022). The model's last label has to be the null label. None or 1
+                for no guidance.
+            callback_on_step_end: callback(pipeline, step, timestep, {"image": sample}) after each step; may
+                return a dictionary with another "image".
+            strict: refuse a scheduler that contradicts the one in the model's folder, see `check_plan`.
+
+        Raises:
+            ValueError: an argument that is not one of these.
+        """
+        return self._sample(
+            self.scheduler.plan(num_inference_steps),
+            batch_size,
+            generator,
+            output_type,
+            return_dict,
+            class_labels=class_labels,
+            guidance_scale=guidance_scale,
+            callback_on_step_end=callback_on_step_end,
+            strict=strict,
+        )
+
+
+class DDIMPipeline(UNetPipeline):
+    """Sample with DDIM (Song et al. 2021).
+
+    Args:
+        unet: a `UNet2DModel`.
+        scheduler: any whose configuration a `DDIMScheduler` reads; it is converted.
+    """
+
+    def __init__(self, unet: UNet2DModel, scheduler: Any) -> None:
+        self.register_modules(unet=unet, scheduler=DDIMScheduler.from_config(scheduler.config))
+
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
+        eta: float = 0.0,
+        num_inference_steps: int = 50,
+        use_clipped_model_output: bool | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        class_labels: Labels = None,
+        guidance_scale: float | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        strict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Sample images.
+
+        Args:
+            eta: 0 is deterministic given the first noise, 1 adds the noise of DDPM.
+            use_clipped_model_output: derive the noise from the clipped prediction of the image; None for
+                False.
+
+        The other arguments are those of `DDPMPipeline`.
+        """
+        plan = self.scheduler.plan(
+            num_inference_steps, eta=eta, use_clipped_model_output=bool(use_clipped_model_output)
+        )
+        return self._sample(
+            plan,
+            batch_size,
+            generator,
+            output_type,
+            return_dict,
+            class_labels=class_labels,
+            guidance_scale=guidance_scale,
+            callback_on_step_end=callback_on_step_end,
+            strict=strict,
+        )
