@@ -226,11 +226,15 @@ class DiscreteScheduler(SchedulerMixin):
             raise ValueError(f"step takes one timestep, got a tensor of shape {tuple(timestep.shape)}")
         return int(timestep)
 
-    def _read_grid(self) -> _Grid:
+    def _set_grid(self, values: list[int], device: str | torch.device | None) -> None:
+        self.timesteps = torch.tensor(values, dtype=torch.int64, device=device)
+        self._read_grid(values)
+
+    def _read_grid(self, values: list[int] | None = None) -> _Grid:
         t = self.timesteps
         self._forget()
         width = max(t.stride(0), 1) * t.element_size()
-        self._grid = grid = _Grid(t, t._version, t.data_ptr(), width, t.tolist())
+        self._grid = grid = _Grid(t, t._version, t.data_ptr(), width, values or t.tolist())
         return grid
 
     def _cache(self, key: Any, stage: Stage) -> _Cached:

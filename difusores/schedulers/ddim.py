@@ -82,7 +82,7 @@ class DDIMScheduler(DiscreteScheduler):
         """
         values = self._timesteps(num_inference_steps)
         self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.tensor(values, dtype=torch.int64, device=device)
+        self._set_grid(values, device)
 
     def plan(
         self, num_inference_steps: int, *, eta: float = 0.0, use_clipped_model_output: bool = False

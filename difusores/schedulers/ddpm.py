@@ -100,7 +100,7 @@ class DDPMScheduler(DiscreteScheduler):
         self.custom_timesteps = timesteps is not None
         if timesteps is None:
             self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.tensor(values, dtype=torch.int64, device=device)
+        self._set_grid(values, device)
 
     def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
         """The timestep that follows in sampling, -1 after the last one."""
