@@ -10,6 +10,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+GENERATE := $(BIN)/python -m difusores generate --model bundled:digits --num 40 --steps 25 --seed 1
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/cpp/*.cpp)
 
 stop = { printf '\n%s\n' $(1) >&2; exit 1; }
@@ -53,6 +54,11 @@ setup: .venv/package.stamp
 	@$(PIP) --no-build-isolation --editable '.[dev]' || $(call stop,$(NO_INDEX))
 	@touch $@
 
+demo: .venv/package.stamp
+	@$(GENERATE) --out demo.png
+	@echo 'The same with DIFUSORES_BACKEND=reference:'
+	@DIFUSORES_BACKEND=reference $(GENERATE) --out build/demo-reference.png
+
 test: .venv/test.stamp
 	@$(BIN)/python -m pytest
 
@@ -75,6 +81,9 @@ format: .venv/test.stamp
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/clang-format -i $(CPP)
+
+bench: .venv/test.stamp
+	@for program in benchmarks/bench_*.py; do $(BIN)/python $$program; done
 
 clean:
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks demo.png
