@@ -198,7 +198,7 @@ class DiffusionPipeline(ConfigMixin):
 
 
 def _library_and_class(component: object) -> tuple[str | None, str | None]:
-    """An entry of model_index.json; "diffusers" stands for this package too, so that both libraries read it."""
+    """An entry of model_index.json; "diffusers" stands for this package too, so that both read it."""
     if component is None:
         return None, None
     component = getattr(component, "_orig_mod", component)  # of torch.compile

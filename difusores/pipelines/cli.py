@@ -1,0 +1,155 @@
+"""`python -m difusores generate`: sample images from a model into one picture."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from difusores import __version__
+from difusores.ops import use_backend
+from difusores.pipelines.images import write_grid
+from difusores.pipelines.pipeline import DiffusionPipeline
+from difusores.pipelines.unconditional import DDIMPipeline, DDPMPipeline, UNetPipeline
+from difusores.schedulers import DDIMScheduler, DDPMScheduler
+
+BATCH = 64  # images sampled at once
+DTYPES = ("float32", "bfloat16", "float16")
+SCHEDULERS = ("ddim", "ddpm")
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `generate`."""
+    add = parser.add_argument
+    add("--model", default="bundled:digits", help="pipeline folder, bundled:NAME or Hub id (%(default)s)")
+    add("--out", default="images.png", help="picture to write, a PNG (%(default)s)")
+    add("--num", type=int, default=16, help="number of images (%(default)s)")
+    add(
+        "--label", type=int, nargs="+", help="class label(s), taken in turn; all classes in turn if not given"
+    )
+    add(
+        "--guidance", type=float, default=2.0, help="classifier-free guidance scale, 1 for none (%(default)s)"
+    )
+    add("--steps", type=int, default=25, help="calls of the model (%(default)s)")
+    add("--scheduler", choices=SCHEDULERS, default="ddim", help="sampler (%(default)s)")
+    add("--eta", type=float, default=0.0, help="noise of the ddim sampler, 0 to 1 (%(default)s)")
+    add("--seed", type=int, default=0, help="of the first image; the next ones count up (%(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="of the model (%(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device (%(default)s)")
+    add("--backend", help="use one implementation of the ops by name, see `doctor`")
+    add("--json", action="store_true", help="print one line of JSON and no progress bar")
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Sample and write the picture. Returns the exit status.
+
+    Raises:
+        ValueError, OSError: an option that does not fit, named.
+    """
+    _check(args)
+    pipeline = _pipeline(args)
+    labels = _labels(args, pipeline.unet.config)
+    with use_backend(args.backend) if args.backend else contextlib.nullcontext():
+        start = time.perf_counter()
+        images = [_sample(pipeline, args, labels, first) for first in range(0, args.num, BATCH)]
+        seconds = time.perf_counter() - start
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_grid(np.concatenate(images), out)
+    if args.json:
+        print(json.dumps(_report(args, seconds)))
+    else:
+        rate = args.num / seconds
+        print(f"{out}: {args.num} images in {seconds:.2f} s, {rate:.2f} images/s, {args.steps} steps each")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("num", "steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it has to be 1 or more")
+    if not 0 <= args.eta <= 1:
+        raise ValueError(f"--eta is {args.eta}; it has to be from 0 to 1")
+    if args.eta and args.scheduler != "ddim":
+        raise ValueError(f"--eta is an option of --scheduler ddim, not of {args.scheduler}")
+    if not args.out.lower().endswith(".png"):
+        raise ValueError(f"--out is {args.out!r}; it has to end in .png")
+
+
+def _pipeline(args: argparse.Namespace) -> DDPMPipeline | DDIMPipeline:
+    stored = DiffusionPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
+    if not isinstance(stored, UNetPipeline):
+        raise ValueError(
+            f"{args.model!r} is a {type(stored).__name__}; generate needs one of unconditional images"
+        )
+    config, unet = stored.components["scheduler"].config, stored.unet
+    pipeline: DDPMPipeline | DDIMPipeline
+    if args.scheduler == "ddim":
+        pipeline = DDIMPipeline(unet, DDIMScheduler.from_config(config))
+    else:
+        pipeline = DDPMPipeline(unet, DDPMScheduler.from_config(config))
+    pipeline.set_progress_bar_config(disable=args.json)
+    return pipeline.to(args.device)
+
+
+def _labels(args: argparse.Namespace, config: dict[str, Any]) -> list[int] | None:
+    """A label for each image, or None for a model without classes."""
+    classes = config.get("num_class_embeds")
+    if classes is None:
+        if args.label is not None:
+            raise ValueError(f"--label is given, and {args.model!r} is not class-conditional")
+        return None
+    given = args.label or list(range(classes - 1))
+    wrong = [label for label in given if not 0 <= label < classes - 1]
+    if wrong:
+        raise ValueError(f"--label is {wrong[0]}; the classes of {args.model!r} are 0 to {classes - 2}")
+    return [given[i % len(given)] for i in range(args.num)]
+
+
+def _sample(
+    pipeline: DDPMPipeline | DDIMPipeline, args: argparse.Namespace, labels: list[int] | None, first: int
+) -> Any:
+    """Images `first` and following, [N, H, W, C]. Each has its own generator: alone it comes out the same."""
+    numbers = range(first, min(first + BATCH, args.num))
+    options: dict[str, Any] = {"eta": args.eta} if args.scheduler == "ddim" else {}
+    if labels is not None:
+        options |= {"class_labels": [labels[i] for i in numbers], "guidance_scale": args.guidance}
+    (images,) = pipeline(
+        batch_size=len(numbers),
+        generator=[torch.Generator().manual_seed(args.seed + i) for i in numbers],
+        num_inference_steps=args.steps,
+        output_type="np",
+        return_dict=False,
+        **options,
+    )
+    return images
+
+
+def _report(args: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    names = (
+        "model",
+        "num",
+        "label",
+        "guidance",
+        "steps",
+        "scheduler",
+        "eta",
+        "seed",
+        "dtype",
+        "device",
+        "out",
+    )
+    return {
+        **{name: getattr(args, name) for name in names},
+        "backend": args.backend or "default",
+        "seconds": seconds,
+        "images_per_second": args.num / seconds,
+        "threads": torch.get_num_threads(),
+        "versions": {"difusores": __version__, "torch": torch.__version__},
+    }
