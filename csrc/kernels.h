@@ -6,6 +6,8 @@
 
 namespace difusores {
 
+constexpr int64_t kMaxWidth = 16;  // floats in the widest vector
+
 enum class DType : int32_t { f32, bf16, f16 };
 
 // Per-channel parameter: [C], or [N, C] with a row stride in elements. ptr == nullptr: absent.
@@ -28,10 +30,12 @@ struct GroupNormSiluArgs {
     int64_t n, c, s, groups;
     double eps;
     bool silu;
-    // Channels last only. Rows of S are cut into chunks of chunk_rows; statistics and coefficients are scratch.
+    // Channels last only. Rows of S are cut into chunks of chunk_rows; the rest is scratch.
     int64_t chunks, chunk_rows;
-    double* partial;  // [N, chunks, G, 2]: mean and sum of squared deviations of each chunk
-    float* affine;    // [N, 4, C]: add, mean, multiplier and offset of each channel
+    int64_t padded_c;  // C rounded up to kMaxWidth
+    float* scratch;    // [N, chunks, 2, padded_c]: mean and squared deviations of each channel of a chunk
+    double* partial;   // [N, chunks, G, 2]: the same of each group
+    float* channels;   // [N, 4, C]: add, and the center, multiplier and offset of each channel
 };
 
 // One operand of a step: [B, inner], any batch stride. ptr == nullptr: absent.
@@ -75,8 +79,8 @@ constexpr int64_t kStepBlock = 1024;
     void group_norm_silu_apply(const GroupNormSiluArgs&, int64_t begin, int64_t end);                        \
     /* tasks: images * blocks of kStepBlock elements */                                                      \
     void scheduler_step(const SchedulerStepArgs&, int64_t begin, int64_t end);                               \
-    /* micro-benchmark: the arithmetic of silu((x - m) * a + b) over n floats, `repeats` times */            \
-    void silu_floor(const float* x, float* y, int64_t n, int64_t repeats);                                   \
+    /* micro-benchmark: silu((x - m) * a + b) over n elements, `repeats` times */                            \
+    void silu_floor(DType, const void* x, void* y, int64_t n, int64_t repeats);                              \
     }
 DIFUSORES_DECLARE_KERNELS(base)
 DIFUSORES_DECLARE_KERNELS(avx2)

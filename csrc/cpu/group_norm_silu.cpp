@@ -2,8 +2,9 @@
 // mean and rstd over each image's group of C / G channels and S positions.
 //
 // Bytes: x (and residual) twice, y once (and sum once); the second read of x comes from cache where a group fits there.
-// Statistics: blocks that fit L1 are summed, then their squared deviations from the block's own mean; blocks are joined
-// by Chan's formula (Chan, Golub, LeVeque 1983), so nothing cancels when mean >> std. fp32 in a block, fp64 between.
+// Statistics: eight vectors in registers give each lane a mean and the squared deviations from it (two passes without a
+// second load); lanes, blocks and rows are joined by Chan's formula (Chan, Golub, LeVeque 1983), so nothing cancels when
+// mean >> std. fp32 for at most kFlush blocks, fp64 beyond.
 // Layouts: [N, C, S], a task is one group; [N, S, C], a task is a chunk of rows, joined in a fixed order.
 #include "simd.h"
 
@@ -11,8 +12,11 @@ namespace difusores {
 namespace DIFUSORES_ISA_NAME {
 namespace {
 
-constexpr int64_t kBlock = 1024;  // elements of a row whose second pass comes from L1
-constexpr int64_t kRows = 32;     // channels last: rows whose second pass comes from L1
+constexpr int kDeep = 8;     // vectors of a block of the statistics
+constexpr int kFlush = 32;   // blocks after which the lanes are joined in fp64
+// Vectors that go through act together: as many as the registers hold beside its constants.
+constexpr int kUnroll = kWidth == 16 ? 4 : 2;
+constexpr int64_t kFetch = 192 << 10;  // bytes of a group that are fetched ahead: L2 holds it beside this one's x and y
 
 struct Moments {
     double count = 0, mean = 0, m2 = 0;
@@ -25,93 +29,122 @@ struct Moments {
     }
 };
 
-inline float rsqrt_exact(double v) { return static_cast<float>(1.0 / __builtin_sqrt(v)); }
-
-// --- channels first ---
-
-// h at [i, i + count) of one channel; lanes from `count` on are zero plus add.
+// h at [i, i + count) of one channel; lanes from `count` on are add.
 template <DType D, bool kResidual>
-inline f32v load_h(const char* x, const char* r, int64_t i, int count, float add) {
+DIFUSORES_INLINE f32v load_h(const void* x, const void* r, int64_t i, int count) {
     f32v h = count == kWidth ? load<D>(x, i) : load_tail<D>(x, i, count);
-    h += add;
     if constexpr (kResidual) h += count == kWidth ? load<D>(r, i) : load_tail<D>(r, i, count);
     return h;
 }
 
-template <DType D, bool kResidual>
-void row_moments(const char* x, const char* r, char* sum, int64_t s, float add, Moments& moments) {
-    for (int64_t begin = 0; begin < s; begin += kBlock) {
-        const int64_t end = begin + kBlock < s ? begin + kBlock : s;
-        const int64_t full = begin + (end - begin) / kWidth * kWidth;
-        const int tail = static_cast<int>(end - full);
-        const f32v mask = lane_mask(tail);
-        f32v a0 = {}, a1 = {}, a2 = {}, a3 = {};
-        int64_t i = begin;
-        for (; i + 4 * kWidth <= full; i += 4 * kWidth) {
-            const f32v h0 = load_h<D, kResidual>(x, r, i, kWidth, add);
-            const f32v h1 = load_h<D, kResidual>(x, r, i + kWidth, kWidth, add);
-            const f32v h2 = load_h<D, kResidual>(x, r, i + 2 * kWidth, kWidth, add);
-            const f32v h3 = load_h<D, kResidual>(x, r, i + 3 * kWidth, kWidth, add);
-            a0 += h0, a1 += h1, a2 += h2, a3 += h3;
-            if (sum) {
-                store<D>(sum, i, h0), store<D>(sum, i + kWidth, h1);
-                store<D>(sum, i + 2 * kWidth, h2), store<D>(sum, i + 3 * kWidth, h3);
-            }
-        }
-        for (; i < full; i += kWidth) {
-            const f32v h = load_h<D, kResidual>(x, r, i, kWidth, add);
-            a0 += h;
-            if (sum) store<D>(sum, i, h);
-        }
-        if (tail) {
-            const f32v h = load_h<D, kResidual>(x, r, full, tail, add);
-            a1 += h * mask;
-            if (sum) store_tail<D>(sum, full, h, tail);
-        }
-        const float mean = sum_lanes((a0 + a1) + (a2 + a3)) / static_cast<float>(end - begin);
-        a0 = a1 = a2 = a3 = f32v{};
-        for (i = begin; i + 4 * kWidth <= full; i += 4 * kWidth) {
-            const f32v d0 = load_h<D, kResidual>(x, r, i, kWidth, add) - mean;
-            const f32v d1 = load_h<D, kResidual>(x, r, i + kWidth, kWidth, add) - mean;
-            const f32v d2 = load_h<D, kResidual>(x, r, i + 2 * kWidth, kWidth, add) - mean;
-            const f32v d3 = load_h<D, kResidual>(x, r, i + 3 * kWidth, kWidth, add) - mean;
-            a0 += d0 * d0, a1 += d1 * d1, a2 += d2 * d2, a3 += d3 * d3;
-        }
-        for (; i < full; i += kWidth) {
-            const f32v d = load_h<D, kResidual>(x, r, i, kWidth, add) - mean;
-            a0 += d * d;
-        }
-        if (tail) {
-            const f32v d = (load_h<D, kResidual>(x, r, full, tail, add) - mean) * mask;
-            a1 += d * d;
-        }
-        moments.join(static_cast<double>(end - begin), mean, sum_lanes((a0 + a1) + (a2 + a3)));
-    }
-}
+// Mean and squared deviations of each lane.
+struct Lanes {
+    f32v mean = {}, m2 = {};
+    float count = 0;  // elements of a lane
+    int blocks = 0;
 
-template <DType D, bool kResidual, bool kSilu>
-void row_apply(const char* x, const char* r, char* y, int64_t s, float add, float mean, float a, float b) {
+    template <int kCount>
+    DIFUSORES_INLINE void join(const f32v (&h)[kCount]) {
+        f32v sum = h[0], dev = {};
+        for (int k = 1; k < kCount; ++k) sum += h[k];
+        const f32v block = sum * (1.0f / kCount);
+        for (int k = 0; k < kCount; ++k) dev += (h[k] - block) * (h[k] - block);
+        const float weight = kCount / (count + kCount);
+        const f32v delta = block - mean;
+        m2 += dev + delta * delta * (count * weight);
+        mean += delta * weight;
+        count += kCount;
+        ++blocks;
+    }
+
+    void flush(Moments& moments) {
+        const float center = sum_lanes(mean) / kWidth;
+        const f32v delta = mean - center;
+        moments.join(static_cast<double>(count) * kWidth, center, sum_lanes(m2 + delta * delta * count));
+        *this = Lanes();
+    }
+};
+
+// --- channels first ---
+
+// Joins one row of S elements; `sum` (or nullptr) receives h. kAdd: add is not zero.
+template <DType D, bool kResidual, bool kAdd>
+void row_moments(const char* x, const char* r, char* sum, int64_t s, float add, Lanes& lanes, Moments& moments) {
     const int64_t full = s / kWidth * kWidth;
     const int tail = static_cast<int>(s - full);
-    for (int64_t i = 0; i < full; i += kWidth) {
-        const f32v t = (load_h<D, kResidual>(x, r, i, kWidth, add) - mean) * a + b;
-        store<D>(y, i, kSilu ? silu(t) : t);
+    int64_t i = 0;
+    const auto step = [&](auto& h) __attribute__((always_inline)) {
+        constexpr int kCount = sizeof(h) / sizeof(f32v);
+        for (int k = 0; k < kCount; ++k) {
+            h[k] = load_h<D, kResidual>(x, r, i + k * kWidth, kWidth);
+            if constexpr (kAdd) h[k] += add;
+        }
+        if (sum) store_all<D>(sum, i, h);
+        lanes.join(h);
+        if (lanes.blocks == kFlush) lanes.flush(moments);
+        i += kCount * kWidth;
+    };
+    while (i + kDeep * kWidth <= full) {
+        f32v h[kDeep];
+        step(h);
+    }
+    while (i + 2 * kWidth <= full) {
+        f32v h[2];
+        step(h);
+    }
+    while (i < full) {
+        f32v h[1];
+        step(h);
     }
     if (tail) {
-        const f32v t = (load_h<D, kResidual>(x, r, full, tail, add) - mean) * a + b;
-        store_tail<D>(y, full, kSilu ? silu(t) : t, tail);
+        const f32v mask = lane_mask(tail);
+        const f32v h = load_h<D, kResidual>(x, r, full, tail) + add;
+        if (sum) store_tail<D>(sum, full, h, tail);
+        const float mean = sum_lanes(h * mask) / static_cast<float>(tail);
+        const f32v d = (h - mean) * mask;
+        moments.join(tail, mean, sum_lanes(d * d));
     }
 }
 
-// a and b of y = act((h - mean) * a + b) for channel c of image n.
-// What fp32 loses of the mean goes into b.
-inline void channel_affine(const GroupNormSiluArgs& args, int64_t n, int64_t c, double mean, float rstd, float* a,
-                           float* b) {
-    const float scale = 1.0f + param(args.scale, n, c, 0.0f);
-    *a = rstd * param(args.weight, 0, c, 1.0f) * scale;
-    *b = param(args.bias, 0, c, 0.0f) * scale + param(args.shift, n, c, 0.0f) -
-         static_cast<float>(mean - static_cast<float>(mean)) * *a;
+// The statistics wait for memory and act for arithmetic: while one group is in act, the next one, `ahead` bytes on, is
+// fetched (0: not).
+template <DType D, bool kResidual, bool kSilu>
+void row_apply(const char* x, const char* r, char* y, int64_t s, int64_t ahead, float center, float a, float b) {
+    const int64_t full = s / kWidth * kWidth;
+    const int tail = static_cast<int>(s - full);
+    int64_t i = 0;
+    for (; i + kUnroll * kWidth <= full; i += kUnroll * kWidth) {
+        if (ahead) {
+            prefetch<kUnroll * kWidth * kBytes<D>>(x + ahead + i * kBytes<D>);
+            if constexpr (kResidual) prefetch<kUnroll * kWidth * kBytes<D>>(r + ahead + i * kBytes<D>);
+        }
+        f32v t[kUnroll];
+        for (int k = 0; k < kUnroll; ++k) t[k] = (load_h<D, kResidual>(x, r, i + k * kWidth, kWidth) - center) * a + b;
+        if constexpr (kSilu) silu(t);
+        store_all<D>(y, i, t);
+    }
+    for (; i < s; i += kWidth) {
+        const int count = i < full ? kWidth : tail;
+        f32v t[1] = {(load_h<D, kResidual>(x, r, i, count) - center) * a + b};
+        if constexpr (kSilu) silu(t);
+        if (count == kWidth) store<D>(y, i, t[0]);
+        else store_tail<D>(y, i, t[0], count);
+    }
 }
+
+// y = act((x + residual - center) * a + b) for one channel. What fp32 loses of mean - add goes into b.
+struct Affine {
+    float center, a, b;
+    DIFUSORES_INLINE Affine(const GroupNormSiluArgs& args, int64_t n, int64_t c, const Moments& moments) {
+        const float rstd = static_cast<float>(1.0 / __builtin_sqrt(moments.m2 / moments.count + args.eps));
+        const float scale = 1.0f + param(args.scale, n, c, 0.0f);
+        const double exact = moments.mean - param(args.add, n, c, 0.0f);
+        center = static_cast<float>(exact);
+        a = rstd * param(args.weight, 0, c, 1.0f) * scale;
+        b = param(args.bias, 0, c, 0.0f) * scale + param(args.shift, n, c, 0.0f) -
+            static_cast<float>(exact - center) * a;
+    }
+};
 
 template <DType D, bool kResidual>
 void channels_first(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
@@ -125,118 +158,89 @@ void channels_first(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
         char* y = static_cast<char*>(args.y) + offset;
         char* sum = args.sum ? static_cast<char*>(args.sum) + offset : nullptr;
         Moments moments;
+        Lanes lanes;
         if (!args.add.ptr) {  // the group's channels are one row
-            row_moments<D, kResidual>(x, r, sum, per_group * args.s, 0.0f, moments);
+            row_moments<D, kResidual, false>(x, r, sum, per_group * args.s, 0.0f, lanes, moments);
         } else {
             for (int64_t k = 0; k < per_group; ++k) {
                 const int64_t o = k * row_bytes;
-                row_moments<D, kResidual>(x + o, kResidual ? r + o : nullptr, sum ? sum + o : nullptr, args.s,
-                                          param(args.add, n, first + k, 0.0f), moments);
+                row_moments<D, kResidual, true>(x + o, kResidual ? r + o : nullptr, sum ? sum + o : nullptr, args.s,
+                                                param(args.add, n, first + k, 0.0f), lanes, moments);
             }
         }
-        const float mean = static_cast<float>(moments.mean);
-        const float rstd = rsqrt_exact(moments.m2 / moments.count + args.eps);
+        lanes.flush(moments);
+        const int64_t group_bytes = per_group * row_bytes;
+        const int64_t ahead = task + 1 < end && group_bytes <= kFetch ? group_bytes : 0;
+        const auto apply = args.silu ? row_apply<D, kResidual, true> : row_apply<D, kResidual, false>;
         for (int64_t k = 0; k < per_group; ++k) {
             const int64_t o = k * row_bytes;
-            float a, b;
-            channel_affine(args, n, first + k, moments.mean, rstd, &a, &b);
-            const float add = param(args.add, n, first + k, 0.0f);
-            const char* rk = kResidual ? r + o : nullptr;
-            if (args.silu) row_apply<D, kResidual, true>(x + o, rk, y + o, args.s, add, mean, a, b);
-            else row_apply<D, kResidual, false>(x + o, rk, y + o, args.s, add, mean, a, b);
+            const Affine affine(args, n, first + k, moments);
+            apply(x + o, kResidual ? r + o : nullptr, y + o, args.s, ahead, affine.center, affine.a, affine.b);
         }
     }
 }
 
 // --- channels last ---
 
-// Mean and squared deviations of each channel over rows [begin, end) for the channels [c, c + kLanes vectors).
-template <DType D, bool kResidual, int kVectors>
-inline void strip_moments(const GroupNormSiluArgs& args, int64_t n, int64_t begin, int64_t end, int64_t c, int count,
-                          float* mean_out, float* m2_out) {
-    const float* add = args.affine + n * 4 * args.c;
-    f32v add_v[kVectors], mean[kVectors], m2[kVectors];
-    const auto at = [&](const void* p, int64_t row, int v) {
-        const int64_t i = (n * args.s + row) * args.c + c + v * kWidth;
-        return count == kWidth ? load<D>(p, i) : load_tail<D>(p, i, count);
-    };
-    const auto h_at = [&](int64_t row, int v) {
-        f32v h = at(args.x, row, v) + add_v[v];
-        if constexpr (kResidual) h += at(args.residual, row, v);
-        return h;
-    };
-    for (int v = 0; v < kVectors; ++v) {
-        add_v[v] = count == kWidth ? load<DType::f32>(add, c + v * kWidth) : load_tail<DType::f32>(add, c, count);
-        mean[v] = m2[v] = f32v{};
-    }
-    for (int64_t first = begin; first < end; first += kRows) {
-        const int64_t last = first + kRows < end ? first + kRows : end;
-        const float rows = static_cast<float>(last - first), before = static_cast<float>(first - begin);
-        f32v acc[kVectors] = {};
-        for (int64_t row = first; row < last; ++row)
-            for (int v = 0; v < kVectors; ++v) {
-                const f32v h = h_at(row, v);
-                acc[v] += h;
-                if (args.sum) {
-                    const int64_t i = (n * args.s + row) * args.c + c + v * kWidth;
-                    if (count == kWidth) store<D>(args.sum, i, h);
-                    else store_tail<D>(args.sum, i, h, count);
-                }
+// Joins kRows rows, from `row` on, into the channels' running mean and m2 (kRows elements each, `before` so far).
+template <DType D, bool kResidual, int kRows>
+void rows_moments(const GroupNormSiluArgs& args, int64_t n, int64_t row, float before, float* mean, float* m2) {
+    const float* add = args.channels + n * 4 * args.c;
+    const int64_t first = (n * args.s + row) * args.c;
+    const float weight = kRows / (before + kRows);
+    for (int64_t c = 0; c < args.c; c += kWidth) {
+        const int count = args.c - c < kWidth ? static_cast<int>(args.c - c) : kWidth;
+        // Eight rows are eight streams to the hardware's prefetcher, but the next rows are one.
+        const int64_t next = (first + kRows * args.c + c * kRows) * kBytes<D>;
+        prefetch<kRows * kWidth * kBytes<D>>(static_cast<const char*>(args.x) + next);
+        if constexpr (kResidual) prefetch<kRows * kWidth * kBytes<D>>(static_cast<const char*>(args.residual) + next);
+        f32v h[kRows];
+        for (int k = 0; k < kRows; ++k) h[k] = load_h<D, kResidual>(args.x, args.residual, first + k * args.c + c, count);
+        if (args.sum) {
+            const f32v a = count == kWidth ? load<DType::f32>(add, c) : load_tail<DType::f32>(add, c, count);
+            for (int k = 0; k < kRows; ++k) {
+                if (count == kWidth) store<D>(args.sum, first + k * args.c + c, h[k] + a);
+                else store_tail<D>(args.sum, first + k * args.c + c, h[k] + a, count);
             }
-        f32v block[kVectors], dev[kVectors] = {};
-        for (int v = 0; v < kVectors; ++v) block[v] = acc[v] / rows;
-        for (int64_t row = first; row < last; ++row)
-            for (int v = 0; v < kVectors; ++v) {
-                const f32v d = h_at(row, v) - block[v];
-                dev[v] += d * d;
-            }
-        for (int v = 0; v < kVectors; ++v) {
-            const f32v delta = block[v] - mean[v];
-            m2[v] += dev[v] + delta * delta * (before * rows / (before + rows));
-            mean[v] += delta * (rows / (before + rows));
         }
-    }
-    for (int v = 0; v < kVectors; ++v) {
-        if (count == kWidth) {
-            store<DType::f32>(mean_out, v * kWidth, mean[v]);
-            store<DType::f32>(m2_out, v * kWidth, m2[v]);
-        } else {
-            store_tail<DType::f32>(mean_out, 0, mean[v], count);
-            store_tail<DType::f32>(m2_out, 0, m2[v], count);
-        }
+        f32v sum = h[0], dev = {};
+        for (int k = 1; k < kRows; ++k) sum += h[k];
+        const f32v block = sum * (1.0f / kRows);
+        for (int k = 0; k < kRows; ++k) dev += (h[k] - block) * (h[k] - block);
+        // mean and m2 have room for whole vectors
+        const f32v delta = block - load<DType::f32>(mean, c);
+        store<DType::f32>(m2, c, load<DType::f32>(m2, c) + (dev + delta * delta * (before * weight)));
+        store<DType::f32>(mean, c, load<DType::f32>(mean, c) + delta * weight);
     }
 }
 
 template <DType D, bool kResidual>
 void channels_last_stats(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
-    constexpr int kVectors = 4;
-    constexpr int64_t kStrip = kVectors * kWidth;
     const int64_t per_group = args.c / args.groups;
     for (int64_t task = begin; task < end; ++task) {
         const int64_t n = task / args.chunks, first = task % args.chunks * args.chunk_rows;
         const int64_t last = first + args.chunk_rows < args.s ? first + args.chunk_rows : args.s;
-        const double rows = static_cast<double>(last - first);
+        float* mean = args.scratch + task * 2 * args.padded_c;
+        float* m2 = mean + args.padded_c;
+        for (int64_t c = 0; c < 2 * args.padded_c; ++c) mean[c] = 0.0f;
+        int64_t row = first;
+        for (; row + kDeep <= last; row += kDeep)
+            rows_moments<D, kResidual, kDeep>(args, n, row, static_cast<float>(row - first), mean, m2);
+        for (; row < last; ++row)
+            rows_moments<D, kResidual, 1>(args, n, row, static_cast<float>(row - first), mean, m2);
+        // Channels into groups: equal counts, so the group's mean is the mean of means.
+        const float* add = args.channels + n * 4 * args.c;
         double* partial = args.partial + task * args.groups * 2;
-        float mean[kStrip], m2[kStrip];
-        Moments moments;
-        for (int64_t c = 0; c < args.c;) {
-            int64_t width = kStrip;
-            if (c + kStrip <= args.c) {
-                strip_moments<D, kResidual, kVectors>(args, n, first, last, c, kWidth, mean, m2);
-            } else {
-                width = args.c - c < kWidth ? args.c - c : kWidth;
-                strip_moments<D, kResidual, 1>(args, n, first, last, c, static_cast<int>(width), mean, m2);
+        for (int64_t g = 0; g < args.groups; ++g) {
+            double total = 0.0, squares = 0.0;
+            for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) total += mean[c] + add[c];
+            const double center = total / static_cast<double>(per_group);
+            for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
+                const double delta = mean[c] + add[c] - center;
+                squares += m2[c] + delta * delta * static_cast<double>(last - first);
             }
-            for (int64_t k = 0; k < width; ++k) {
-                moments.join(rows, mean[k], m2[k]);
-                if ((c + k + 1) % per_group == 0) {
-                    const int64_t g = (c + k) / per_group;
-                    partial[2 * g] = moments.mean;
-                    partial[2 * g + 1] = moments.m2;
-                    moments = Moments();
-                }
-            }
-            c += width;
+            partial[2 * g] = center;
+            partial[2 * g + 1] = squares;
         }
     }
 }
@@ -248,25 +252,38 @@ void channels_last_apply(const GroupNormSiluArgs& args, int64_t begin, int64_t e
     for (int64_t task = begin; task < end; ++task) {
         const int64_t n = task / args.chunks, first = task % args.chunks * args.chunk_rows;
         const int64_t last = first + args.chunk_rows < args.s ? first + args.chunk_rows : args.s;
-        const float* add = args.affine + n * 4 * args.c;
-        const float *mean = add + args.c, *a = mean + args.c, *b = a + args.c;
+        const float* center = args.channels + (n * 4 + 1) * args.c;
+        const float *a = center + args.c, *b = a + args.c;
+        const auto affine = [&](int64_t o, int64_t c, int count) __attribute__((always_inline)) {
+            const auto at = [&](const float* p) __attribute__((always_inline)) {
+                return count == kWidth ? load<DType::f32>(p, c) : load_tail<DType::f32>(p, c, count);
+            };
+            return (load_h<D, kResidual>(args.x, args.residual, o + c, count) - at(center)) * at(a) + at(b);
+        };
         for (int64_t row = first; row < last; ++row) {
             const int64_t o = (n * args.s + row) * args.c;
-            for (int64_t c = 0; c < full; c += kWidth) {
-                f32v h = load<D>(args.x, o + c) + load<DType::f32>(add, c);
-                if constexpr (kResidual) h += load<D>(args.residual, o + c);
-                const f32v t = (h - load<DType::f32>(mean, c)) * load<DType::f32>(a, c) + load<DType::f32>(b, c);
-                store<D>(args.y, o + c, kSilu ? silu(t) : t);
+            int64_t c = 0;
+            for (; c + kUnroll * kWidth <= full; c += kUnroll * kWidth) {
+                f32v t[kUnroll];
+                for (int k = 0; k < kUnroll; ++k) t[k] = affine(o, c + k * kWidth, kWidth);
+                if constexpr (kSilu) silu(t);
+                store_all<D>(args.y, o + c, t);
             }
-            if (tail) {
-                f32v h = load_tail<D>(args.x, o + full, tail) + load_tail<DType::f32>(add, full, tail);
-                if constexpr (kResidual) h += load_tail<D>(args.residual, o + full, tail);
-                const f32v t = (h - load_tail<DType::f32>(mean, full, tail)) * load_tail<DType::f32>(a, full, tail) +
-                               load_tail<DType::f32>(b, full, tail);
-                store_tail<D>(args.y, o + full, kSilu ? silu(t) : t, tail);
+            for (; c < args.c; c += kWidth) {
+                const int count = c < full ? kWidth : tail;
+                f32v t[1] = {affine(o, c, count)};
+                if constexpr (kSilu) silu(t);
+                if (count == kWidth) store<D>(args.y, o + c, t[0]);
+                else store_tail<D>(args.y, o + c, t[0], count);
             }
         }
     }
+}
+
+template <DType D, bool kResidual>
+void apply_by_act(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
+    if (args.silu) channels_last_apply<D, kResidual, true>(args, begin, end);
+    else channels_last_apply<D, kResidual, false>(args, begin, end);
 }
 
 // Calls f<dtype, has residual>.
@@ -283,35 +300,25 @@ void channels_last_apply(const GroupNormSiluArgs& args, int64_t begin, int64_t e
                                  : f<DType::f16, false>(args, begin, end);            \
     }
 
-template <DType D, bool kResidual>
-void apply_by_act(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
-    if (args.silu) channels_last_apply<D, kResidual, true>(args, begin, end);
-    else channels_last_apply<D, kResidual, false>(args, begin, end);
-}
-
 }  // namespace
 
 void group_norm_silu(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
     DIFUSORES_BY_TYPE(channels_first)
 }
 
-void group_norm_silu_stats(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
-    DIFUSORES_BY_TYPE(channels_last_stats)
-}
-
-void group_norm_silu_apply(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
-    DIFUSORES_BY_TYPE(apply_by_act)
-}
-
 void group_norm_silu_prepare(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n)
-        for (int64_t c = 0; c < args.c; ++c) args.affine[n * 4 * args.c + c] = param(args.add, n, c, 0.0f);
+        for (int64_t c = 0; c < args.c; ++c) args.channels[n * 4 * args.c + c] = param(args.add, n, c, 0.0f);
+}
+
+void group_norm_silu_stats(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
+    DIFUSORES_BY_TYPE(channels_last_stats)
 }
 
 void group_norm_silu_combine(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
     const int64_t per_group = args.c / args.groups;
     for (int64_t n = begin; n < end; ++n) {
-        float* mean = args.affine + n * 4 * args.c + args.c;
+        float* center = args.channels + (n * 4 + 1) * args.c;
         for (int64_t g = 0; g < args.groups; ++g) {
             Moments moments;
             for (int64_t k = 0; k < args.chunks; ++k) {
@@ -320,19 +327,26 @@ void group_norm_silu_combine(const GroupNormSiluArgs& args, int64_t begin, int64
                 const double* partial = args.partial + ((n * args.chunks + k) * args.groups + g) * 2;
                 moments.join(static_cast<double>((last - first) * per_group), partial[0], partial[1]);
             }
-            const float rstd = rsqrt_exact(moments.m2 / moments.count + args.eps);
             for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
-                mean[c] = static_cast<float>(moments.mean);
-                channel_affine(args, n, c, moments.mean, rstd, mean + args.c + c, mean + 2 * args.c + c);
+                const Affine affine(args, n, c, moments);
+                center[c] = affine.center;
+                center[args.c + c] = affine.a;
+                center[2 * args.c + c] = affine.b;
             }
         }
     }
 }
 
-void silu_floor(const float* x, float* y, int64_t n, int64_t repeats) {
+void group_norm_silu_apply(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
+    DIFUSORES_BY_TYPE(apply_by_act)
+}
+
+void silu_floor(DType dtype, const void* x, void* y, int64_t n, int64_t repeats) {
+    const auto pass = dtype == DType::f32    ? row_apply<DType::f32, false, true>
+                      : dtype == DType::bf16 ? row_apply<DType::bf16, false, true>
+                                             : row_apply<DType::f16, false, true>;
     for (int64_t k = 0; k < repeats; ++k)
-        row_apply<DType::f32, false, true>(reinterpret_cast<const char*>(x), nullptr, reinterpret_cast<char*>(y), n,
-                                           0.0f, 0.5f, 1.5f, 0.25f);
+        pass(static_cast<const char*>(x), nullptr, static_cast<char*>(y), n, 0, 0.5f, 1.5f, 0.25f);
 }
 
 }  // namespace DIFUSORES_ISA_NAME

@@ -140,10 +140,10 @@ void predict(const float* row, const float* xh, const float* e, const float* s, 
 void scale_noise(const float* row, const float* z, const float* v, int64_t padded, float* out) {
     for (int64_t k = 0; k < padded; k += kWidth) {
         const f32v a = load<DType::f32>(v, k);
-        f32v factor;
-        if (row[kMode] == 1.0f) factor = exp_f32(a * row[kNu1] + row[kNu0]);
-        else for (int lane = 0; lane < kWidth; ++lane) factor[lane] = __builtin_sqrtf(a[lane]);
-        store<DType::f32>(out, k, load<DType::f32>(z, k) * factor);
+        f32v factor[1] = {a * row[kNu1] + row[kNu0]};
+        if (row[kMode] == 1.0f) exp_f32(factor);
+        else for (int lane = 0; lane < kWidth; ++lane) factor[0][lane] = __builtin_sqrtf(a[lane]);
+        store<DType::f32>(out, k, load<DType::f32>(z, k) * factor[0]);
     }
 }
 

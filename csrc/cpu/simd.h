@@ -28,49 +28,60 @@ typedef uint16_t u16v __attribute__((vector_size(2 * kWidth)));
 typedef f32v f32v_mem __attribute__((aligned(4), may_alias));
 typedef u16v u16v_mem __attribute__((aligned(2), may_alias));
 
-inline f32v splat(float a) { return a - f32v{}; }
+#define DIFUSORES_INLINE inline __attribute__((always_inline))
+
+DIFUSORES_INLINE f32v splat(float a) { return a - f32v{}; }
 
 // --- loads and stores: element type D in memory, fp32 in registers ---
 
 template <DType D>
-inline f32v load(const void* p, int64_t i);
+DIFUSORES_INLINE f32v load(const void* p, int64_t i);
 template <DType D>
-inline void store(void* p, int64_t i, f32v v);
+DIFUSORES_INLINE void store(void* p, int64_t i, f32v v);
 
 template <>
-inline f32v load<DType::f32>(const void* p, int64_t i) {
+DIFUSORES_INLINE f32v load<DType::f32>(const void* p, int64_t i) {
     return *reinterpret_cast<const f32v_mem*>(static_cast<const float*>(p) + i);
 }
 template <>
-inline void store<DType::f32>(void* p, int64_t i, f32v v) {
+DIFUSORES_INLINE void store<DType::f32>(void* p, int64_t i, f32v v) {
     *reinterpret_cast<f32v_mem*>(static_cast<float*>(p) + i) = v;
 }
 
 template <>
-inline f32v load<DType::bf16>(const void* p, int64_t i) {
-    const u16v h = *reinterpret_cast<const u16v_mem*>(static_cast<const uint16_t*>(p) + i);
-    return (f32v)(__builtin_convertvector(h, u32v) << 16);
+DIFUSORES_INLINE f32v load<DType::bf16>(const void* p, int64_t i) {
+    const uint16_t* q = static_cast<const uint16_t*>(p) + i;
+#if defined(__AVX512F__)
+    return (f32v)((u32v)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)q)) << 16);
+#elif defined(__AVX2__)
+    return (f32v)((u32v)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)q)) << 16);
+#else
+    return (f32v)(__builtin_convertvector(*reinterpret_cast<const u16v_mem*>(q), u32v) << 16);
+#endif
 }
-// Round to nearest even in integers: vcvtneps2bf16 flushes subnormal numbers, and the levels would differ in bits.
-template <>
-inline void store<DType::bf16>(void* p, int64_t i, f32v v) {
+// bf16 bits in the high half. Rounds to nearest even in integers: vcvtneps2bf16 flushes subnormal numbers, and the levels
+// would differ in bits.
+DIFUSORES_INLINE u32v round_bf16(f32v v) {
     const u32v bits = (u32v)v;
     const u32v rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-    const u32v quiet = bits | 0x400000u;
-    const u32v chosen = (v == v) ? rounded : quiet;
+    return (v == v) ? rounded : bits | 0x400000u;
+}
+template <>
+DIFUSORES_INLINE void store<DType::bf16>(void* p, int64_t i, f32v v) {
+    uint16_t* q = static_cast<uint16_t*>(p) + i;
+    const u32v high = round_bf16(v) >> 16;
 #if defined(__AVX512F__)
-    _mm256_storeu_si256((__m256i*)(static_cast<uint16_t*>(p) + i), _mm512_cvtepi32_epi16((__m512i)(chosen >> 16)));
+    _mm256_storeu_si256((__m256i*)q, _mm512_cvtepi32_epi16((__m512i)high));
 #elif defined(__AVX2__)
-    const __m256i high = (__m256i)(chosen >> 16);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
-    _mm_storeu_si128((__m128i*)(static_cast<uint16_t*>(p) + i), _mm256_castsi256_si128(packed));
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)high, (__m256i)high), 0x08);
+    _mm_storeu_si128((__m128i*)q, _mm256_castsi256_si128(packed));
 #else
-    *reinterpret_cast<u16v_mem*>(static_cast<uint16_t*>(p) + i) = __builtin_convertvector(chosen >> 16, u16v);
+    *reinterpret_cast<u16v_mem*>(q) = __builtin_convertvector(high, u16v);
 #endif
 }
 
 template <>
-inline f32v load<DType::f16>(const void* p, int64_t i) {
+DIFUSORES_INLINE f32v load<DType::f16>(const void* p, int64_t i) {
     const uint16_t* q = static_cast<const uint16_t*>(p) + i;
 #if defined(__AVX512F__)
     return (f32v)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)q));
@@ -87,7 +98,7 @@ inline f32v load<DType::f16>(const void* p, int64_t i) {
 #endif
 }
 template <>
-inline void store<DType::f16>(void* p, int64_t i, f32v v) {
+DIFUSORES_INLINE void store<DType::f16>(void* p, int64_t i, f32v v) {
     uint16_t* q = static_cast<uint16_t*>(p) + i;
 #if defined(__AVX512F__)
     _mm256_storeu_si256((__m256i*)q, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
@@ -101,25 +112,47 @@ inline void store<DType::f16>(void* p, int64_t i, f32v v) {
 #endif
 }
 
+// kCount consecutive vectors.
+template <DType D, int kCount>
+DIFUSORES_INLINE void store_all(void* p, int64_t i, const f32v (&v)[kCount]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if constexpr (D == DType::bf16 && kCount % 2 == 0) {
+        for (int k = 0; k < kCount; k += 2) {
+            const __m256i a = (__m256i)(round_bf16(v[k]) >> 16), b = (__m256i)(round_bf16(v[k + 1]) >> 16);
+            const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
+            _mm256_storeu_si256((__m256i*)(static_cast<uint16_t*>(p) + i + k * kWidth), packed);
+        }
+        return;
+    }
+#endif
+    for (int k = 0; k < kCount; ++k) store<D>(p, i + k * kWidth, v[k]);
+}
+
+// Asks for the cache lines of [p, p + kCount); any address is allowed.
+template <int64_t kCount>
+DIFUSORES_INLINE void prefetch(const char* p) {
+    for (int64_t o = 0; o < kCount; o += 64) __builtin_prefetch(p + o);
+}
+
 template <DType D>
 constexpr int64_t kBytes = D == DType::f32 ? 4 : 2;
 
 // The last `count` < kWidth elements; the other lanes are zero. A vector's lanes do not interact, so an element gets
 // the same bits in a tail as in a full vector.
 template <DType D>
-inline f32v load_tail(const void* p, int64_t i, int count) {
+DIFUSORES_INLINE f32v load_tail(const void* p, int64_t i, int count) {
     alignas(64) unsigned char buffer[4 * kWidth] = {};
     __builtin_memcpy(buffer, static_cast<const unsigned char*>(p) + i * kBytes<D>, count * kBytes<D>);
     return load<D>(buffer, 0);
 }
 template <DType D>
-inline void store_tail(void* p, int64_t i, f32v v, int count) {
+DIFUSORES_INLINE void store_tail(void* p, int64_t i, f32v v, int count) {
     alignas(64) unsigned char buffer[4 * kWidth];
     store<D>(buffer, 0, v);
     __builtin_memcpy(static_cast<unsigned char*>(p) + i * kBytes<D>, buffer, count * kBytes<D>);
 }
 
-inline float load_scalar(const void* p, DType dtype, int64_t i) {
+DIFUSORES_INLINE float load_scalar(const void* p, DType dtype, int64_t i) {
     switch (dtype) {
         case DType::f32: return static_cast<const float*>(p)[i];
         case DType::bf16: return load_tail<DType::bf16>(p, i, 1)[0];
@@ -127,19 +160,19 @@ inline float load_scalar(const void* p, DType dtype, int64_t i) {
     }
 }
 // Element (n, c) of a per-channel parameter, or `absent`.
-inline float param(const Param& a, int64_t n, int64_t c, float absent) {
+DIFUSORES_INLINE float param(const Param& a, int64_t n, int64_t c, float absent) {
     return a.ptr ? load_scalar(a.ptr, a.dtype, n * a.row_stride + c) : absent;
 }
 
 // 1 in the first `count` lanes, 0 in the others.
-inline f32v lane_mask(int count) {
+DIFUSORES_INLINE f32v lane_mask(int count) {
     f32v m;
     for (int k = 0; k < kWidth; ++k) m[k] = k < count ? 1.0f : 0.0f;
     return m;
 }
 
 // Sum of the lanes in a fixed order.
-inline float sum_lanes(f32v v) {
+DIFUSORES_INLINE float sum_lanes(f32v v) {
     float a[kWidth];
     __builtin_memcpy(a, &v, sizeof a);
     for (int half = kWidth / 2; half; half /= 2)
@@ -149,29 +182,58 @@ inline float sum_lanes(f32v v) {
 
 // --- functions ---
 
-// e^x to about 1 ulp on the range where it is finite and normal, saturating outside it; NaN stays NaN.
-// x = n ln 2 + r, |r| <= ln 2 / 2, n by the magic-number rounding; the polynomial is Cephes' expf (Moshier).
-inline f32v exp_f32(f32v x) {
-    x = x < -87.33f ? splat(-87.33f) : x;
-    x = x > 88.37f ? splat(88.37f) : x;
-    constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    const f32v t = x * 1.44269504088896341f + kMagic;
-    const f32v n = t - kMagic;
-    f32v r = x - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    f32v p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    return p * (f32v)(((i32v)t << 23) + (127 << 23));
+// max and min that keep a NaN in `x`.
+DIFUSORES_INLINE f32v at_least(float low, f32v x) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_max_ps(_mm512_set1_ps(low), (__m512)x);
+#elif defined(__AVX2__)
+    return (f32v)_mm256_max_ps(_mm256_set1_ps(low), (__m256)x);
+#else
+    return x < low ? splat(low) : x;
+#endif
+}
+DIFUSORES_INLINE f32v at_most(float high, f32v x) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_min_ps(_mm512_set1_ps(high), (__m512)x);
+#elif defined(__AVX2__)
+    return (f32v)_mm256_min_ps(_mm256_set1_ps(high), (__m256)x);
+#else
+    return x > high ? splat(high) : x;
+#endif
 }
 
-inline f32v silu(f32v x) { return x / (1.0f + exp_f32(-x)); }
+// x[k] = e^x[k], or e^-x[k], to about 2 ulp where that is finite and normal, saturating outside; NaN stays NaN.
+// The exponent is n ln 2 + r, |r| <= ln 2 / 2, n by the magic-number rounding; e^r by a degree-5 polynomial whose
+// relative error is at most 1.05e-7 there. kCount vectors go step by step together: one chain of dependent operations
+// is longer than the processor can look ahead.
+template <int kCount, bool kNegative = false>
+DIFUSORES_INLINE void exp_f32(f32v (&x)[kCount]) {
+    constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    constexpr float sign = kNegative ? -1.0f : 1.0f;
+    constexpr float low = kNegative ? -88.37f : -87.33f, high = kNegative ? 87.33f : 88.37f;
+    f32v t[kCount], p[kCount];
+    for (int k = 0; k < kCount; ++k) x[k] = at_most(high, at_least(low, x[k]));
+    for (int k = 0; k < kCount; ++k) t[k] = x[k] * (sign * 1.44269504088896341f) + kMagic;
+    for (int k = 0; k < kCount; ++k) x[k] -= (t[k] - kMagic) * (sign * 0.693147180559945309f);  // sign * r
+    for (int k = 0; k < kCount; ++k) p[k] = x[k] * (sign * 8.312520571053028e-3f) + 4.1890159249305725e-2f;
+    for (int k = 0; k < kCount; ++k) p[k] = p[k] * x[k] + sign * 1.6667114198207855e-1f;
+    for (int k = 0; k < kCount; ++k) p[k] = p[k] * x[k] + 4.99992311000824e-1f;
+    for (int k = 0; k < kCount; ++k) p[k] = p[k] * x[k] + sign;
+    for (int k = 0; k < kCount; ++k) p[k] = p[k] * x[k] + 1.0f;
+    for (int k = 0; k < kCount; ++k) x[k] = p[k] * (f32v)(((i32v)t[k] << 23) + (127 << 23));
+}
+
+// x[k] = x[k] / (1 + e^-x[k])
+template <int kCount>
+DIFUSORES_INLINE void silu(f32v (&x)[kCount]) {
+    f32v e[kCount];
+    for (int k = 0; k < kCount; ++k) e[k] = x[k];
+    exp_f32<kCount, true>(e);
+    for (int k = 0; k < kCount; ++k) x[k] /= 1.0f + e[k];
+}
 
 // ln x for positive normal x; Cephes' logf.
-inline f32v log_f32(f32v x) {
+DIFUSORES_INLINE f32v log_f32(f32v x) {
     i32v e = (i32v)((u32v)x >> 23) - 126;
     f32v m = (f32v)(((i32v)x & 0x007fffff) | 0x3f000000);  // [0.5, 1)
     const i32v low = m < 0.707106781186547524f;
@@ -194,7 +256,7 @@ inline f32v log_f32(f32v x) {
 }
 
 // cos and sin of 2 pi t for t in [0, 1]: quarter turns are exact, the rest by Cephes' polynomials on [-pi/4, pi/4].
-inline void cos_sin_turns(f32v t, f32v* cosine, f32v* sine) {
+DIFUSORES_INLINE void cos_sin_turns(f32v t, f32v* cosine, f32v* sine) {
     const f32v q4 = t * 4.0f + 12582912.0f;
     const i32v q = (i32v)q4;
     const f32v a = (t - (q4 - 12582912.0f) * 0.25f) * 6.28318530717958648f;

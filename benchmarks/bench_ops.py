@@ -1,0 +1,179 @@
+"""The fused operations against eager PyTorch and against what the machine allows, at shapes of real UNets.
+
+    python benchmarks/bench_ops.py [--op group_norm_silu|scheduler_step] [--set limit|sd15|cat|cifar10] [--json FILE]
+
+Every result is checked against the float64 reference before it is timed; a wrong one is not timed. Contestants are
+interleaved, figures are medians. `limit` is the greater of a copy of the tensor (`clone`: like the op, it makes a new
+tensor) and of the formula's one pass of arithmetic run from L1 in the same dtype (`_C.silu_floor`) over all threads;
+`copy_us` is the copy into memory that exists already. For the step, `limit` is `torch.add`: two reads, one write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timing import interleave, stamp
+from torch import Tensor
+
+from difusores import _C, ops
+from difusores.ops.scheduler_step import ROW, W
+
+# (N, C, H, W): the group norms of each network, widest batch that its users run by default; all have 32 groups.
+SHAPES: dict[str, list[tuple[int, int, int, int]]] = {
+    "limit": [(1, 128, 256, 256), (2, 320, 64, 64), (1, 512, 64, 64)],
+    "sd15": [
+        *((2, c, 64, 64) for c in (320, 640, 960)),
+        *((2, c, 32, 32) for c in (320, 640, 960, 1280, 1920)),
+        *((2, c, 16, 16) for c in (640, 1280, 1920, 2560)),
+        *((2, c, 8, 8) for c in (1280, 2560)),
+    ],
+    "cat": [
+        *((1, c, 256, 256) for c in (128, 256)),
+        *((1, c, 128, 128) for c in (128, 256, 384)),
+        *((1, c, 64, 64) for c in (128, 256, 384, 512)),
+        *((1, c, 32, 32) for c in (256, 512, 768)),
+        *((1, c, 16, 16) for c in (256, 512, 768, 1024)),
+        *((1, c, 8, 8) for c in (512, 1024)),
+    ],
+    "cifar10": [
+        *((n, c, 32, 32) for n in (1, 8) for c in (128, 256, 384)),
+        *((n, c, 16, 16) for n in (1, 8) for c in (128, 256, 384, 512)),
+        *((n, c, 8, 8) for n in (1, 8) for c in (256, 512)),
+        *((n, c, 4, 4) for n in (1, 8) for c in (256, 512)),
+    ],
+}
+GROUPS = 32
+
+
+def checked(result: Tensor, eager: Tensor, oracle: Tensor, what: str) -> None:
+    """The project's one tolerance rule; raises instead of timing a wrong result."""
+    eps = torch.finfo(result.dtype).eps
+    allowed = 2 * (eager.double() - oracle).abs().max() + 4 * eps * oracle.abs().max()
+    error = (result.double() - oracle).abs().max()
+    if not error <= allowed:
+        raise SystemExit(f"{what}: error {error:.2e} exceeds {allowed:.2e}; a wrong result is not timed")
+
+
+def group_norm_silu(shape: tuple[int, int, int, int], dtype: torch.dtype, layout: str, seconds: float) -> dict[str, Any]:
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(dtype)
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(shape[1]).to(dtype), torch.randn(shape[1]).to(dtype)
+    target = torch.empty_like(x)
+
+    def eager() -> Tensor:
+        return F.silu(F.group_norm(x, GROUPS, weight, bias))
+
+    def ours() -> Tensor:
+        return ops.group_norm_silu(x, GROUPS, weight, bias)  # type: ignore[return-value]
+
+    oracle = F.silu(F.group_norm(x.double(), GROUPS, weight.double(), bias.double()))
+    checked(ours(), eager(), oracle, f"group_norm_silu {shape} {dtype} {layout}")
+    contestants: dict[str, Callable[[], object]] = {
+        "ours": ours,
+        "eager": eager,
+        "clone": x.clone,
+        "copy": lambda: target.copy_(x),
+    }
+    floor = silu_floor(dtype) * x.numel() / torch.get_num_threads()
+    times = interleave(contestants, seconds=seconds)
+    limit = max(times["clone"], floor)
+    return {
+        "op": "group_norm_silu",
+        "shape": list(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "layout": layout,
+        **{f"{name}_us": 1e6 * t for name, t in times.items()},
+        "floor_us": 1e6 * floor,
+        "ours_over_limit": times["ours"] / limit,
+        "eager_over_ours": times["eager"] / times["ours"],
+    }
+
+
+def silu_floor(dtype: torch.dtype) -> float:
+    """Seconds per element of the formula's arithmetic on one thread, from L1."""
+    return _C.silu_floor(str(dtype).removeprefix("torch."), 200) * 1e-9
+
+
+def scheduler_step(shape: tuple[int, ...], dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+    """A deterministic DDIM stage: reads sample and model output, writes the next sample."""
+    torch.manual_seed(0)
+    x, e = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    row = torch.zeros(ROW, dtype=torch.float64)
+    row[0], row[4], row[5], row[6], row[7] = 1.0, 1.2, -0.7, -1.0, 1.0
+    row[W], row[W + 2] = 0.9, 0.4
+
+    def eager() -> Tensor:
+        return 0.9 * (1.2 * x - 0.7 * e).clamp(-1, 1) + 0.4 * e
+
+    def ours() -> Tensor:
+        return ops.scheduler_step(row, x, [e])[0]
+
+    oracle = 0.9 * (1.2 * x.double() - 0.7 * e.double()).clamp(-1, 1) + 0.4 * e.double()
+    checked(ours(), eager(), oracle, f"scheduler_step {shape} {dtype}")
+    contestants: dict[str, Callable[[], object]] = {
+        "ours": ours,
+        "eager": eager,
+        "limit": lambda: torch.add(x, e),
+    }
+    times = interleave(contestants, seconds=seconds)
+    return {
+        "op": "scheduler_step",
+        "shape": list(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "layout": "contiguous",
+        **{f"{name}_us": 1e6 * t for name, t in times.items()},
+        "ours_over_limit": times["ours"] / times["limit"],
+        "eager_over_ours": times["eager"] / times["ours"],
+    }
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", choices=("group_norm_silu", "scheduler_step"), action="append")
+    parser.add_argument("--set", choices=tuple(SHAPES), action="append", dest="sets")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), action="append", dest="dtypes")
+    parser.add_argument("--seconds", type=float, default=1.0, help="measuring time of one line of the table")
+    parser.add_argument("--json", type=Path, help="write the figures and the machine to this file")
+    args = parser.parse_args(arguments)
+    dtypes = [getattr(torch, name) for name in args.dtypes or ("float32", "bfloat16")]
+    jobs: list[Callable[[], dict[str, Any]]] = []
+    if "group_norm_silu" in (args.op or ("group_norm_silu",)):
+        for name in args.sets or SHAPES:
+            for shape in SHAPES[name]:
+                for dtype in dtypes:
+                    for layout in ("contiguous", "channels_last"):
+                        jobs.append(lambda s=shape, d=dtype, la=layout: group_norm_silu(s, d, la, args.seconds))  # type: ignore[misc]
+    if "scheduler_step" in (args.op or ("scheduler_step",)):
+        for step_shape in ((1, 4, 8, 8), (1, 4, 64, 64), (8, 3, 512, 512)):
+            for dtype in dtypes:
+                jobs.append(lambda s=step_shape, d=dtype: scheduler_step(s, d, args.seconds))  # type: ignore[misc]
+    rows = []
+    print(json.dumps(stamp()))
+    print(f"{'op':16} {'shape':20} {'dtype':9} {'layout':14} {'ours us':>9} {'eager us':>9} {'/limit':>7} {'eager/':>7}")
+    with torch.no_grad():
+        for job in jobs:
+            row = job()
+            rows.append(row)
+            shape_text = "x".join(map(str, row["shape"]))
+            print(
+                f"{row['op']:16} {shape_text:20} {row['dtype']:9} {row['layout']:14} {row['ours_us']:9.1f} "
+                f"{row['eager_us']:9.1f} {row['ours_over_limit']:7.2f} {row['eager_over_ours']:7.2f}",
+                flush=True,
+            )
+    slower = [row for row in rows if row["eager_over_ours"] < 1.0]
+    print(f"{len(rows)} lines, slower than eager in {len(slower)}")
+    if args.json:
+        args.json.write_text(json.dumps({"machine": stamp(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

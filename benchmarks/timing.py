@@ -1,0 +1,59 @@
+"""Interleaved timing: every contestant once per round, so that a drifting machine slows all of them alike."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[], object]], *, seconds: float = 1.0, rounds: int = 15
+) -> dict[str, float]:
+    """Median seconds per call of each contestant.
+
+    Each round times every contestant for about seconds / rounds / len(contestants); a contestant faster than a
+    microsecond-scale timer can see is called several times in a row.
+    """
+    repeats: dict[str, int] = {}
+    for name, call in contestants.items():
+        call()
+        start = time.perf_counter()
+        call()
+        once = max(time.perf_counter() - start, 1e-7)
+        repeats[name] = max(1, int(seconds / rounds / len(contestants) / once))
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, call in contestants.items():
+            n = repeats[name]
+            start = time.perf_counter()
+            for _ in range(n):
+                call()
+            samples[name].append((time.perf_counter() - start) / n)
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def stamp() -> dict[str, str | int]:
+    """What a figure has to be printed with: processor, threads, versions, date."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        fields = dict(
+            line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line
+        )
+        fields = {key.strip(): value.strip() for key, value in fields.items()}
+        model = (
+            f"{fields.get('model name', model)} (family {fields.get('cpu family')}, model {fields.get('model')})"
+        )
+    return {
+        "processor": model,
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
