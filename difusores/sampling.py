@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from difusores.ops import scheduler_step
-from difusores.ops.scheduler_step import CIN, G1
+from difusores.ops.scheduler_step import CIN, G1, MODE
 
 if TYPE_CHECKING:
     from difusores.plan import Noise, Plan
@@ -49,7 +49,7 @@ def sample(
         slots: tuple[Tensor, ...] = ()
         given = buffers.model_input(x, plan.stages[0].c_in)
         for i, stage in enumerate(plan.stages):
-            e, v = split_output(model(given, times[i]), x.shape, len(weights))
+            e, v = split_output(model(given, times[i]), x.shape, stage.row[MODE] != 0, len(weights))
             z = None
             if stage.noise is not None and keys is None:
                 z = buffers.noise(stage.noise, e[0].dtype, generator, keep="z" in stage.slots)
@@ -77,13 +77,16 @@ def sample(
     return x
 
 
-def split_output(output: Any, shape: torch.Size, copies: int = 1) -> tuple[list[Tensor], Tensor | None]:
+def split_output(
+    output: Any, shape: torch.Size, learned: bool, copies: int = 1
+) -> tuple[list[Tensor], Tensor | None]:
     """The model outputs e_k, one per copy of the batch, and the learned variance v (of the first copy) or
     None.
 
     Args:
         output: [copies * B, C or 2 * C, ...], or an object that begins with it. Nothing is copied.
         shape: of the sample, [B, C, ...].
+        learned: whether the second half of the channels has to be there.
 
     Raises:
         ValueError: another shape.
@@ -91,15 +94,16 @@ def split_output(output: Any, shape: torch.Size, copies: int = 1) -> tuple[list[
     if not isinstance(output, Tensor):
         output = output[0]
     channels = shape[1]
-    learned = output.ndim == len(shape) and output.shape[1] == 2 * channels
-    expected = (copies * shape[0], 2 * channels if learned else channels, *shape[2:])
+    double = output.ndim == len(shape) and output.shape[1] == 2 * channels
+    expected = (copies * shape[0], 2 * channels if learned or double else channels, *shape[2:])
     if tuple(output.shape) != expected:
+        kind = "a learned" if learned else "no learned"
         raise ValueError(
-            f"the model returned {tuple(output.shape)}; for a sample of {tuple(shape)} and {copies} guidance "
-            f"weights it has to return {expected}, or twice the channels"
+            f"the model returned {tuple(output.shape)}; a sample of {tuple(shape)}, {copies} guidance "
+            f"weights and {kind} variance need {expected}"
         )
     parts = output.chunk(copies) if copies > 1 else (output,)
-    if not learned:
+    if not double:
         return list(parts), None
     return [part[:, :channels] for part in parts], parts[0][:, channels:]
 
@@ -113,7 +117,7 @@ def dynamic_threshold(x0: Tensor, ratio: float, largest: float) -> Tensor:
     Returns:
         [B], fp32 (fp64 for an fp64 x0).
     """
-    images = x0.reshape(x0.shape[0], -1).abs()
+    images = x0.flatten(1).abs()
     images = images if x0.dtype is torch.float64 else images.float()
     # One image at a time: torch.quantile refuses more than 2**24 elements in all.
     quantiles = [torch.quantile(image, ratio) for image in images]

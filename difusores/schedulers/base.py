@@ -255,7 +255,7 @@ class DiscreteScheduler(SchedulerMixin):
         row, draws, learned, threshold = cached
         variance = None
         if learned:
-            (model_output,), variance = split_output(model_output, sample.shape)
+            (model_output,), variance = split_output(model_output, sample.shape, learned)
         if model_output.dtype is not sample.dtype:
             sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         if draws and noise is None:

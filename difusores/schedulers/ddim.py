@@ -100,16 +100,19 @@ class DDIMScheduler(DiscreteScheduler):
             self._alphas(),
             steps,
             self._prediction(),
-            final_alpha_cumprod=float(self.final_alpha_cumprod),
+            final_alpha_cumprod=self._final(),
             eta=eta,
             use_clipped_model_output=use_clipped_model_output,
         )
 
+    def _final(self) -> float:
+        final: Any = self.final_alpha_cumprod.tolist()
+        return float(final)
+
     def _get_variance(self, timestep: int, prev_timestep: int) -> Tensor:
         """The variance at eta = 1, which editing pipelines of diffusers read; 0-dim float32."""
         a = self._alphas()
-        final = float(self.final_alpha_cumprod)
-        before = a[prev_timestep] if prev_timestep >= 0 else final
+        before = a[prev_timestep] if prev_timestep >= 0 else self._final()
         return torch.tensor(solvers.ddim_variance(a[timestep], before))
 
     def step(
