@@ -80,8 +80,7 @@ def sample(
 def split_output(
     output: Any, shape: torch.Size, learned: bool, copies: int = 1
 ) -> tuple[list[Tensor], Tensor | None]:
-    """The model outputs e_k, one per copy of the batch, and the learned variance v (of the first copy) or
-    None.
+    """The model outputs e_k, one per copy of the batch, and the first copy's learned variance v or None.
 
     Args:
         output: [copies * B, C or 2 * C, ...], or an object that begins with it. Nothing is copied.
@@ -131,8 +130,7 @@ def draw_noise(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Standard normal noise with the numbers that `torch.randn` gives; a list of generators draws one image
-    each.
+    """Standard normal noise with the numbers that `torch.randn` gives; a list of generators draws per image.
 
     A generator of the CPU serves every device.
 

@@ -122,6 +122,15 @@ def test_wrong_plans_are_refused() -> None:
                 next(solver(ALPHAS, [(t, 5)], Prediction()))
 
 
+def test_eta_that_fills_the_variance_but_for_rounding_is_taken() -> None:
+    steps, prediction = [(1, 0)], Prediction("v_prediction")
+    stage = next(ddim([0.3, 0.0], steps, prediction, eta=1 + 1e-14))
+    assert stage.row[W + COLUMNS.index("e")] == 0
+    assert stage.row[W + COLUMNS.index("z")] == pytest.approx(math.sqrt(0.7))
+    with pytest.raises(ValueError, match=r"eta = 1\.01"):
+        next(ddim([0.3, 0.0], steps, prediction, eta=1.01))
+
+
 def test_ddim_at_eta_one_has_the_coefficients_of_ddpm() -> None:
     # Song et al. 2021, section 4.1
     for one, other in zip(
@@ -281,10 +290,18 @@ def test_a_variance_that_the_plan_does_not_use_is_left_out() -> None:
 
 def test_a_model_may_return_its_own_input() -> None:
     plan = make_plan([Stage(t, make_row((0, 1), {"x0": 0.5, "xh": 0.25}), c_in=0.5 + t) for t in (3, 2, 1)])
+    addresses = []
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        addresses.append(x.data_ptr())
+        return x
+
     x = expected = start()
     for c_in in (3.5, 2.5, 1.5):
         expected = 0.5 * c_in * expected + 0.25 * expected
-    torch.testing.assert_close(plan.run(lambda x, t: x, x), expected)
+    torch.testing.assert_close(plan.run(network, x), expected)
+    # the next input is written while this one, returned as the output, is read
+    assert all(one != other for one, other in pairwise(addresses))
 
 
 def test_the_model_is_given_its_dtype_and_scale() -> None:
@@ -293,7 +310,7 @@ def test_the_model_is_given_its_dtype_and_scale() -> None:
     def network(x: Tensor, t: Tensor) -> Tensor:
         assert t.ndim == 0 and not torch.is_grad_enabled()
         seen.append(x.clone())
-        return model(x.float(), t)
+        return model(x, t)
 
     rows = [make_row((1, -0.5), {"x0": 0.9}) for _ in range(3)]
     plan = make_plan(
@@ -304,6 +321,8 @@ def test_the_model_is_given_its_dtype_and_scale() -> None:
     for x, sample, c_in in zip(seen, samples, (2.0, 1.0, 0.5), strict=False):
         assert x.dtype is torch.bfloat16 and torch.equal(x, (c_in * sample).bfloat16())
     assert len(seen) == 3 and len(samples) == 4
+    wide = plan.run(lambda x, t: model(x, t).float(), start(), model_dtype=torch.bfloat16)
+    assert wide.dtype is torch.float32 and torch.equal(samples[-1], wide)
 
 
 def test_callbacks_see_every_stage_and_may_replace_the_sample() -> None:

@@ -131,7 +131,7 @@ class DiscreteScheduler(SchedulerMixin):
     _tables: dict[torch.device, Tensor]
 
     def _initialize(self) -> None:
-        """Tables and state from the configuration; the last thing that a constructor does."""
+        """Tables and state from the configuration."""
         config = self.config
         table = schedules.betas(
             config["beta_schedule"],

@@ -91,8 +91,9 @@ class DDIMScheduler(DiscreteScheduler):
 
         Args and Raises: as `set_timesteps` and `step`.
         """
+        timesteps = self._timesteps(num_inference_steps)
         stride = len(self) // int(num_inference_steps)
-        steps = [(t, t - stride) for t in self._timesteps(num_inference_steps)]
+        steps = [(t, t - stride) for t in timesteps]
         return self._plan([*self._stages(steps, eta, use_clipped_model_output)])
 
     def _stages(self, steps: Any, eta: float, use_clipped_model_output: bool) -> Any:

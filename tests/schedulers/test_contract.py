@@ -410,6 +410,17 @@ def test_where_diffusers_has_no_number(diffusers: Any) -> None:
             scheduler.step(e, 0, x)
 
 
+def test_counts_out_of_range_are_named() -> None:
+    for scheduler in (DDPMScheduler(), DDIMScheduler()):
+        for ask in (scheduler.set_timesteps, scheduler.plan):
+            for steps in (0, -3, 1001):
+                with pytest.raises(ValueError, match=f"from 1 to 1000.*got {steps}"):
+                    ask(steps)
+    for wrong in ({}, {"num_inference_steps": 5, "timesteps": [3]}):
+        with pytest.raises(ValueError, match="exactly one"):
+            DDPMScheduler().plan(**wrong)
+
+
 def test_a_learned_variance_needs_twice_the_channels() -> None:
     scheduler = DDPMScheduler(variance_type="learned_range")
     scheduler.set_timesteps(10)
