@@ -59,7 +59,7 @@ def run_train(args: argparse.Namespace) -> int:
             )
     from difusores.training.loop import train
 
-    print(f"exported {train(config, state)}")
+    train(config, state)
     return 0
 
 

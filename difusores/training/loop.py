@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from difusores.models import UNet2DModel
 from difusores.pipelines import DDIMPipeline, DDPMPipeline
-from difusores.schedulers import DDIMScheduler, DDPMScheduler
+from difusores.pipelines.images import write_grid
+from difusores.schedulers import DDPMScheduler
 from difusores.training import checkpoint
 from difusores.training.config import TrainConfig
 from difusores.training.data import Digits, ImageFolder, batch_indices, load_folder, load_mnist
 from difusores.training.ema import EMA
 from difusores.training.losses import add_noise, diffusion_loss
-from difusores.training.progress import Progress, learning_rate, write_grid
+from difusores.training.progress import Progress, learning_rate
 
 GRID_COLUMNS = 10
 
@@ -77,7 +78,11 @@ class Trainer:
         except ImportError as error:
             raise ImportError("training needs accelerate: pip install 'difusores[train]'") from error
         self.config = config
-        self.accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if config.precision == "bf16" else "no",
+            # Said in so many words, or processes launched together on CPUs would not find each other.
+            cpu=not torch.accelerator.is_available(),
+        )
         self.gather_object = gather_object
         processes = self.accelerator.num_processes
         if config.batch_size % processes:
@@ -187,9 +192,7 @@ class Trainer:
     def sample_grid(self, path: Path) -> None:
         """Sample with the averaged weights and write a picture: a row for each class, or one row."""
         config = self.config
-        pipeline = DDIMPipeline(
-            unet=self.ema.model, scheduler=DDIMScheduler.from_config(self.scheduler.config)
-        )
+        pipeline = DDIMPipeline(unet=self.ema.model, scheduler=self.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         rows = min(self.num_classes, GRID_COLUMNS) if config.class_conditional else 1
         options: dict[str, Any] = {}
@@ -203,7 +206,8 @@ class Trainer:
             output_type="np",
             **options,
         ).images
-        write_grid(images, GRID_COLUMNS, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_grid(images, path, GRID_COLUMNS)
 
 
 def train(config: TrainConfig, state: dict[str, Any] | None = None) -> Path:
@@ -233,4 +237,6 @@ def train(config: TrainConfig, state: dict[str, Any] | None = None) -> Path:
         if last or trainer.step % config.checkpoint_every == 0:
             trainer.save()
     trainer.accelerator.end_training()
+    if is_main:
+        print(f"exported {out / 'pipeline'}")
     return out / "pipeline"

@@ -1,16 +1,12 @@
-"""What a run shows while it goes on: lines of progress and grids of samples; and its learning rate."""
+"""The learning rate of each step, and the lines that a run prints."""
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from difusores.training.config import TrainConfig
@@ -59,17 +55,3 @@ class Progress:
         print(line, end="\r" if overwrite else "\n", flush=True)
         self.losses.clear()
         self.since = (step, now)
-
-
-def write_grid(images: np.ndarray, columns: int, path: Path) -> None:
-    """Write images, [N, H, W, C] in [0, 1], to one picture with `columns` images a row."""
-    count, height, width, channels = images.shape
-    rows = math.ceil(count / columns)
-    cells = np.zeros((rows * columns, height, width, channels), dtype=np.uint8)
-    cells[:count] = np.rint(images * 255)
-    grid = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    picture = grid.reshape(rows * height, columns * width, channels)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    Image.fromarray(picture[..., 0] if channels == 1 else picture).save(unfinished, format="PNG")
-    os.replace(unfinished, path)

@@ -1,0 +1,216 @@
+"""Whole runs of a tiny model: they learn, survive being killed, and leave folders that diffusers reads."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from difusores.models import UNet2DModel
+from difusores.training import checkpoint
+from difusores.training.config import TrainConfig
+from difusores.training.loop import Trainer, train
+from difusores.training.progress import Progress, learning_rate
+
+SIZE = {"resolution": 8, "widths": (8, 16), "attention": (4,), "head_dim": 8, "norm_groups": 4}
+CLASSES = {**SIZE, "class_conditional": True, "batch_size": 6}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the first run's precision for the whole process."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def options(config: dict[str, Any]) -> list[str]:
+    """A configuration as the command line has it."""
+    words = []
+    for name, value in config.items():
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words += [str(v) for v in (value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run_until(step: int | None, arguments: list[str]) -> int:
+    """Run `train` and kill it when it has reported `step` (None: never). Returns the step it began from."""
+    command = [sys.executable, "-m", "difusores", "train", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+    assert process.stdout is not None
+    began = -1
+    for line in process.stdout:
+        if found := re.search(r"from step (\d+)", line):
+            began = int(found[1])
+        if line.startswith(f"step {step}/"):
+            process.send_signal(signal.SIGKILL)
+    process.stdout.close()
+    assert process.wait() == (0 if step is None else -signal.SIGKILL)
+    return began
+
+
+def assert_same(a: Any, b: Any, path: str = "state") -> None:
+    """Equal bit for bit, in every leaf."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}[{key!r}]")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def test_a_run_killed_twice_ends_as_an_unbroken_one(pictures: Path, tmp_path: Path):
+    config = {**CLASSES, "data": pictures, "steps": 60, "warmup_steps": 10, "checkpoint_every": 4}
+    config |= {"flip": True, "log_every": 1, "sample_every": 20, "sample_steps": 2, "label_dropout": 0.3}
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert run_until(None, options({**config, "out": unbroken})) == 0
+    first, second = random.randint(5, 20), random.randint(30, 45)
+    assert run_until(first, options({**config, "out": broken})) == 0
+    assert 0 < run_until(second, ["--resume", str(broken)]) <= first + 4
+    assert first < run_until(None, ["--resume", str(broken)]) <= second + 4
+
+    states = [checkpoint.load_latest(run / "checkpoints") for run in (unbroken, broken)]
+    for state in states:
+        assert state["step"] == 60 and state["config"].pop("out")
+    assert_same(*states)
+    for name in ("samples/step-00000040.png", "pipeline/unet/diffusion_pytorch_model.safetensors"):
+        assert (unbroken / name).read_bytes() == (broken / name).read_bytes()
+    assert [path.name for path in checkpoint.checkpoints(broken / "checkpoints")] == [
+        "step-00000056.pt",
+        "step-00000060.pt",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("v_prediction", "bf16"), ("epsilon", "fp32"), ("sample", "fp32")]
+)
+def test_the_loss_falls(kind: str, precision: str, pictures: Path, tmp_path: Path):
+    config = TrainConfig(
+        data=str(pictures),
+        out=str(tmp_path),
+        steps=80,
+        warmup_steps=5,
+        learning_rate=3e-3,
+        prediction_type=kind,
+        precision=precision,
+        **CLASSES,
+    )
+    trainer = Trainer(config)
+    losses = [trainer.train_step().item() for _ in range(config.steps)]
+    assert sum(losses[-20:]) < 0.6 * sum(losses[:20])
+    weights = trainer.plain_model.state_dict()
+    assert all(w.dtype is torch.float32 for w in weights.values())
+    assert any(not torch.equal(w, trainer.ema.model.state_dict()[name]) for name, w in weights.items())
+
+
+def test_the_exported_folder_loads_in_diffusers(pictures: Path, tmp_path: Path):
+    from diffusers import DDIMPipeline, DDPMPipeline
+
+    config = TrainConfig(
+        data=str(pictures), out=str(tmp_path), steps=2, warmup_steps=0, sample_every=0, **CLASSES
+    )
+    folder = train(config)
+    ours = UNet2DModel.from_pretrained(folder / "unet")
+    assert ours.config["num_class_embeds"] == 3
+    sample, labels = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2])
+    for pipeline_class in (DDPMPipeline, DDIMPipeline):
+        pipeline = pipeline_class.from_pretrained(folder)
+        assert pipeline.scheduler.config.prediction_type == "v_prediction"
+        assert pipeline.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+        with torch.no_grad():
+            expected = pipeline.unet(sample, 500, class_labels=labels).sample
+            torch.testing.assert_close(ours(sample, 500, class_labels=labels).sample, expected)
+    state = checkpoint.load_latest(tmp_path / "checkpoints")
+    assert_same(dict(ours.state_dict()), dict(state["ema"]))
+
+
+def test_an_unconditional_run_writes_samples(pictures: Path, tmp_path: Path):
+    config = TrainConfig(
+        data=str(pictures), out=str(tmp_path), steps=2, warmup_steps=0, sample_every=1, sample_steps=2, **SIZE
+    )
+    train(config)
+    assert [path.name for path in sorted((tmp_path / "samples").iterdir())] == [
+        "step-00000001.png",
+        "step-00000002.png",
+    ]
+    assert UNet2DModel.from_pretrained(tmp_path / "pipeline" / "unet").config["num_class_embeds"] is None
+
+
+def test_labels_are_dropped_to_the_null_label(pictures: Path, tmp_path: Path):
+    config = TrainConfig(
+        data=str(pictures), out=str(tmp_path), label_dropout=0.5, **{**CLASSES, "batch_size": 400}
+    )
+    trainer = Trainer(config)
+    images, labels = trainer.batch()
+    assert labels is not None and (0.4 < (labels == 2).float().mean() < 0.6)
+    bright_above = images[:, 0, :4].mean((1, 2)) > images[:, 0, 4:].mean((1, 2))
+    assert torch.equal(bright_above[labels != 2], (labels == 0)[labels != 2])
+
+
+def test_two_processes_train_one_model(pictures: Path, tmp_path: Path):
+    config = {**CLASSES, "data": pictures, "out": tmp_path, "steps": 3, "warmup_steps": 0, "sample_steps": 2}
+    # What accelerate's launcher starts for several devices; on CPUs it needs MPI for that.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, "-m", "difusores", "train"]
+    done = subprocess.run([*command, *options(config)], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("from step 0") == 1
+    state = checkpoint.load_latest(tmp_path / "checkpoints")
+    first, second = state["rng"]
+    assert state["step"] == 3 and not torch.equal(first["torch"], second["torch"])
+    with pytest.raises(ValueError, match="2 processes and cannot go on with 1"):
+        Trainer(TrainConfig(**state["config"]), state)
+
+
+def test_resuming_with_other_images_is_refused(pictures: Path, tmp_path: Path):
+    config = TrainConfig(data=str(pictures), out=str(tmp_path), **CLASSES)
+    state = Trainer(config).state()
+    with pytest.raises(ValueError, match="held 17 images before, now 16"):
+        Trainer(config, {**state, "images": 17})
+
+
+def test_unfinished_files_are_not_checkpoints(tmp_path: Path):
+    checkpoint.save(tmp_path, 1, {"step": 1}, keep=2)
+    (tmp_path / "step-00000002.tmp").write_bytes(b"half")
+    assert checkpoint.load_latest(tmp_path) == {"step": 1}
+    for step in (3, 4):
+        checkpoint.save(tmp_path, step, {"step": step}, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003.pt", "step-00000004.pt"]
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    config = TrainConfig(data="mnist", out="", steps=110, warmup_steps=10, learning_rate=2.0)
+    rates = [learning_rate(config, step) for step in range(111)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2
+    assert rates[60] == pytest.approx(1) and rates[110] == pytest.approx(0)
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(pictures: Path, tmp_path: Path):
+    progress = Progress(TrainConfig(data="mnist", out="", log_every=2), 0)
+    progress.report(1, torch.tensor(float("nan")))
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 2"):
+        progress.report(2, torch.tensor(1.0))
