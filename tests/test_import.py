@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import difusores
+from difusores import native
 from difusores.__main__ import main
 
 PACKAGE = Path(difusores.__file__).parent
@@ -113,6 +114,13 @@ def test_without_a_usable_module_the_ops_answer_and_the_doctor_says_why(
     assert answer["mean"] == pytest.approx(0.0, abs=1e-6)
     assert answer["std"] == pytest.approx(1.0, abs=1e-4)
     assert answer["problems"] == []
+
+
+def test_the_compiled_module_is_loaded() -> None:
+    reason = native.status("cpu")
+    if reason is not None:
+        pytest.skip(reason)  # no compiler, or switched off; CI accepts the second alone
+    assert native.build_info()["isa_used"] in native.build_info()["isa_levels"].split(",")
 
 
 def test_switched_off() -> None:
