@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from difusores import __version__
+from difusores import __version__, native
 from difusores.ops import use_backend
 from difusores.pipelines.images import write_grid
 from difusores.pipelines.pipeline import DiffusionPipeline
@@ -78,6 +78,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--eta is {args.eta}; it has to be from 0 to 1")
     if args.eta and args.scheduler != "ddim":
         raise ValueError(f"--eta is an option of --scheduler ddim, not of {args.scheduler}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} is not available: {native.one_line(error)}") from error
     if not args.out.lower().endswith(".png"):
         raise ValueError(f"--out is {args.out!r}; it has to end in .png")
 

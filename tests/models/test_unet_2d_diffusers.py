@@ -195,7 +195,9 @@ def test_bfloat16_error_is_at_most_twice_theirs(name: str, memory_format: torch.
 
 
 @pytest.mark.parametrize(
-    "option", [{}, {"resnet_time_scale_shift": "scale_shift", "num_class_embeds": 7}, {"act_fn": "mish"}], ids=str
+    "option",
+    [{}, {"resnet_time_scale_shift": "scale_shift", "num_class_embeds": 7}, {"act_fn": "mish"}],
+    ids=str,
 )
 def test_same_gradients(option: dict[str, Any]) -> None:
     config = {**BASE, **option}

@@ -1,0 +1,143 @@
+"""`python -m difusores generate`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from difusores import DDPMPipeline, DDPMScheduler, UNet2DModel
+from difusores.__main__ import main
+
+CONFIG: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (8,),
+    "down_block_types": ("AttnDownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    DDPMPipeline(UNet2DModel(**CONFIG, num_class_embeds=4), DDPMScheduler()).save_pretrained(
+        tmp_path / "model"
+    )
+    return tmp_path / "model"
+
+
+def generate(folder: Path, *options: object, name: str = "out.png") -> np.ndarray:
+    out = folder.parent / name
+    argv = ["generate", "--model", str(folder), "--steps", "3", "--out", str(out), *map(str, options)]
+    assert main(argv) == 0
+    with Image.open(out) as picture:
+        return np.asarray(picture)
+
+
+def tiles(grid: np.ndarray, side: int = 8) -> list[np.ndarray]:
+    rows = (grid[i : i + side] for i in range(0, grid.shape[0], side))
+    return [row[:, j : j + side] for row in rows for j in range(0, grid.shape[1], side)]
+
+
+def test_grid_of_images(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = generate(folder, "--num", 5, "--label", 2)
+    assert grid.shape == (16, 24) and grid.dtype == np.uint8
+    images = tiles(grid)
+    assert not images[5].any() and all(image.std() > 5 for image in images[:5])
+    assert "5 images in" in capsys.readouterr().out
+
+
+def test_an_image_depends_on_its_seed_and_label_alone(folder: Path) -> None:
+    images = tiles(generate(folder, "--num", 4, "--seed", 10, "--label", 2, 0))
+    (alone,) = tiles(generate(folder, "--num", 1, "--seed", 13, "--label", 0))
+    assert np.abs(images[3].astype(int) - alone).max() <= 1
+    (other,) = tiles(generate(folder, "--num", 1, "--seed", 13, "--label", 2))
+    assert np.abs(other.astype(int) - alone).max() > 1
+
+
+def test_without_a_label_all_classes_take_turns(folder: Path) -> None:
+    assert np.array_equal(generate(folder, "--num", 4), generate(folder, "--num", 4, "--label", 0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--scheduler", "ddpm"),
+        ("--eta", "0.9"),
+        ("--guidance", "1"),
+        ("--steps", "4"),
+        ("--seed", "2"),
+        ("--dtype", "bfloat16"),
+    ],
+    ids=str,
+)
+def test_options_change_the_picture(folder: Path, options: tuple[str, str]) -> None:
+    assert not np.array_equal(generate(folder, "--num", 1), generate(folder, "--num", 1, *options))
+
+
+def test_backends_agree(folder: Path) -> None:
+    default, reference = (
+        generate(folder, "--num", 2, *options) for options in ((), ("--backend", "reference"))
+    )
+    assert np.abs(default.astype(int) - reference).max() <= 1
+
+
+def test_json(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    generate(folder, "--num", 2, "--label", 1, "--json", "--backend", "reference")
+    out, err = capfd.readouterr()
+    report = json.loads(out)
+    assert report["num"] == 2 and report["label"] == [1] and report["backend"] == "reference"
+    assert report["images_per_second"] == pytest.approx(2 / report["seconds"])
+    assert set(report["versions"]) == {"difusores", "torch"}
+    assert "it/s" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--num", "0"), "--num is 0"),
+        (("--steps", "0"), "--steps is 0"),
+        (("--steps", "2000"), "2000"),
+        (("--label", "3"), "--label is 3; the classes of"),
+        (("--eta", "2"), "--eta is 2.0"),
+        (("--eta", "1", "--scheduler", "ddpm"), "--eta"),
+        (("--out", "picture.jpg"), "picture.jpg"),
+        (("--model", "bundled:nothing"), "bundled model 'nothing'"),
+        (("--backend", "abacus"), "abacus"),
+        (("--device", "toaster"), "toaster"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_named(
+    folder: Path, options: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out.png"
+    assert main(["generate", "--model", str(folder), "--out", str(out), "--json", *options]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_label_for_a_model_without_classes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    DDPMPipeline(UNet2DModel(**CONFIG), DDPMScheduler()).save_pretrained(folder)
+    assert main(["generate", "--model", str(folder), "--label", "1"]) == 2
+    assert "not class-conditional" in capsys.readouterr().err
+
+
+def test_failed_write_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: str, target: str) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    assert (
+        main(["generate", "--model", str(folder), "--steps", "1", "--out", str(folder.parent / "x.png")]) == 2
+    )
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]

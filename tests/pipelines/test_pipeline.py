@@ -1,0 +1,131 @@
+"""What all pipelines share: components, folders, the check of the scheduler against the model's own."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from difusores import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+
+CONFIG: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (8,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+}
+
+
+def quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def build(kind: Any, scheduler: Any = None) -> Any:
+    torch.manual_seed(1)
+    return quiet(kind(UNet2DModel(**CONFIG).eval(), scheduler or DDPMScheduler()))
+
+
+def sample(pipeline: Any, **options: Any) -> np.ndarray:
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(2, generator, num_inference_steps=4, output_type="np", **options).images
+
+
+def test_components_and_swapping() -> None:
+    pipeline = build(DDPMPipeline)
+    assert list(pipeline.components) == ["unet", "scheduler"]
+    assert pipeline.components["unet"] is pipeline.unet
+    other = DDIMPipeline(**pipeline.components)
+    assert other.unet is pipeline.unet and isinstance(other.scheduler, DDIMScheduler)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    assert pipeline.config["scheduler"] == ("diffusers", "DDIMScheduler")
+    assert np.array_equal(sample(pipeline), sample(quiet(other)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    build(DDPMPipeline, DDPMScheduler(beta_end=0.03)).save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_round_trip(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "DDPMPipeline"
+    assert index["unet"] == ["diffusers", "UNet2DModel"]
+    assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
+    expected = sample(build(DDPMPipeline, DDPMScheduler(beta_end=0.03)))
+    for kind in (DDPMPipeline, DiffusionPipeline):
+        loaded = quiet(kind.from_pretrained(folder))
+        assert type(loaded) is DDPMPipeline
+        assert np.array_equal(sample(loaded), expected)
+    assert DDIMPipeline.from_pretrained(folder).scheduler.config.beta_end == 0.03
+    assert DDIMPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).dtype is torch.bfloat16
+
+
+def test_own_package_name_in_the_index(folder: Path) -> None:
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace('"diffusers"', '"difusores"'))
+    assert isinstance(DDPMPipeline.from_pretrained(folder).unet, UNet2DModel)
+
+
+def test_oldest_layout_has_all_files_in_the_root(folder: Path) -> None:
+    expected = sample(quiet(DDPMPipeline.from_pretrained(folder)))
+    for name in ("unet", "scheduler"):
+        for path in (folder / name).iterdir():
+            path.rename(folder / path.name)
+        (folder / name).rmdir()
+    assert np.array_equal(sample(quiet(DDPMPipeline.from_pretrained(folder))), expected)
+
+
+def test_passed_components_replace_the_folders(folder: Path) -> None:
+    scheduler = DDIMScheduler()
+    loaded = DDPMPipeline.from_pretrained(folder, scheduler=scheduler)
+    assert loaded.scheduler is scheduler
+
+
+def test_mistakes_are_named(folder: Path) -> None:
+    with pytest.raises(TypeError, match="vae"):
+        DDPMPipeline.from_pretrained(folder, vae=None)
+    with pytest.raises(OSError, match="bundled model 'nothing'"):
+        DDPMPipeline.from_pretrained("bundled:nothing")
+    index = folder / "model_index.json"
+    content = json.loads(index.read_text())
+    for entry in (["diffusers", "NoSuchModel"], ["os", "system"]):
+        index.write_text(json.dumps({**content, "unet": entry}))
+        with pytest.raises(ValueError, match=rf"{entry[0]}\.{entry[1]}"):
+            DDPMPipeline.from_pretrained(folder)
+    del content["unet"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="no unet"):
+        DDPMPipeline.from_pretrained(folder)
+
+
+def test_contradiction_with_the_models_folder_is_refused(folder: Path) -> None:
+    pipeline = quiet(DDPMPipeline.from_pretrained(folder))
+    pipeline.scheduler = DDPMScheduler(prediction_type="v_prediction", beta_end=0.03)
+    with pytest.raises(ValueError, match=r"'v_prediction'.*'epsilon'"):
+        sample(pipeline)
+    sample(pipeline, strict=False)
+    pipeline.scheduler = DDPMScheduler(beta_end=0.02)
+    with pytest.warns(UserWarning, match="0.02, .*0.03"):
+        sample(pipeline)
+    # nothing is known of another model
+    pipeline.unet = UNet2DModel(**CONFIG)
+    sample(pipeline)
+
+
+def test_failed_write_leaves_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: str, target: str) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        build(DDPMPipeline).save_pretrained(tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
