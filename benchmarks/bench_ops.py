@@ -1,11 +1,14 @@
 """The fused operations against eager PyTorch and against what the machine allows, at shapes of real UNets.
 
-    python benchmarks/bench_ops.py [--op group_norm_silu|scheduler_step] [--set limit|sd15|cat|cifar10] [--json FILE]
+    python benchmarks/bench_ops.py [--op group_norm_silu|scheduler_step] [--set limit|sd15|cat|cifar10]
+    [--json FILE]
 
-Every result is checked against the float64 reference before it is timed; a wrong one is not timed. Contestants are
-interleaved, figures are medians. `limit` is the greater of a copy of the tensor (`clone`: like the op, it makes a new
-tensor) and of the formula's one pass of arithmetic run from L1 in the same dtype (`_C.silu_floor`) over all threads;
-`copy_us` is the copy into memory that exists already. For the step, `limit` is `torch.add`: two reads, one write.
+Every result is checked against the float64 reference before it is timed; a wrong one is not timed.
+Contestants are interleaved, figures are medians. `limit` is the greater of a copy of the tensor (`clone`:
+like the op, it makes a new tensor) and of the formula's one pass of arithmetic run from L1 in the same dtype
+(`_C.silu_floor`) over all threads;
+`copy_us` is the copy into memory that exists already. For the step, `limit` is `torch.add`: two reads, one
+write.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from torch import Tensor
 from difusores import _C, ops
 from difusores.ops.scheduler_step import ROW, W
 
-# (N, C, H, W): the group norms of each network, widest batch that its users run by default; all have 32 groups.
+# (N, C, H, W): the group norms of each network, widest batch that its users run by default; all have 32
+# groups.
 SHAPES: dict[str, list[tuple[int, int, int, int]]] = {
     "limit": [(1, 128, 256, 256), (2, 320, 64, 64), (1, 512, 64, 64)],
     "sd15": [
@@ -61,7 +65,9 @@ def checked(result: Tensor, eager: Tensor, oracle: Tensor, what: str) -> None:
         raise SystemExit(f"{what}: error {error:.2e} exceeds {allowed:.2e}; a wrong result is not timed")
 
 
-def group_norm_silu(shape: tuple[int, int, int, int], dtype: torch.dtype, layout: str, seconds: float) -> dict[str, Any]:
+def group_norm_silu(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, layout: str, seconds: float
+) -> dict[str, Any]:
     torch.manual_seed(0)
     x = torch.randn(shape).to(dtype)
     if layout == "channels_last":
@@ -137,7 +143,9 @@ def scheduler_step(shape: tuple[int, ...], dtype: torch.dtype, seconds: float) -
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--op", choices=("group_norm_silu", "scheduler_step"), action="append")
     parser.add_argument("--set", choices=tuple(SHAPES), action="append", dest="sets")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), action="append", dest="dtypes")
@@ -151,14 +159,19 @@ def main(arguments: Sequence[str]) -> None:
             for shape in SHAPES[name]:
                 for dtype in dtypes:
                     for layout in ("contiguous", "channels_last"):
-                        jobs.append(lambda s=shape, d=dtype, la=layout: group_norm_silu(s, d, la, args.seconds))  # type: ignore[misc]
+                        jobs.append(
+                            lambda s=shape, d=dtype, la=layout: group_norm_silu(s, d, la, args.seconds)
+                        )  # type: ignore[misc]
     if "scheduler_step" in (args.op or ("scheduler_step",)):
         for step_shape in ((1, 4, 8, 8), (1, 4, 64, 64), (8, 3, 512, 512)):
             for dtype in dtypes:
                 jobs.append(lambda s=step_shape, d=dtype: scheduler_step(s, d, args.seconds))  # type: ignore[misc]
     rows = []
     print(json.dumps(stamp()))
-    print(f"{'op':16} {'shape':20} {'dtype':9} {'layout':14} {'ours us':>9} {'eager us':>9} {'/limit':>7} {'eager/':>7}")
+    print(
+        f"{'op':16} {'shape':20} {'dtype':9} {'layout':14} {'ours us':>9} {'eager us':>9} "
+        f"{'/limit':>7} {'eager/':>7}"
+    )
     with torch.no_grad():
         for job in jobs:
             row = job()

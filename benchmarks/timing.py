@@ -17,7 +17,8 @@ def interleave(
 ) -> dict[str, float]:
     """Median seconds per call of each contestant.
 
-    Each round times every contestant for about seconds / rounds / len(contestants); a contestant faster than a
+    Each round times every contestant for about seconds / rounds / len(contestants); a contestant faster than
+    a
     microsecond-scale timer can see is called several times in a row.
     """
     repeats: dict[str, int] = {}
@@ -47,9 +48,8 @@ def stamp() -> dict[str, str | int]:
             line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line
         )
         fields = {key.strip(): value.strip() for key, value in fields.items()}
-        model = (
-            f"{fields.get('model name', model)} (family {fields.get('cpu family')}, model {fields.get('model')})"
-        )
+        name, family, number = (fields.get(k) for k in ("model name", "cpu family", "model"))
+        model = f"{name or model} (family {family}, model {number})"
     return {
         "processor": model,
         "cores": os.cpu_count() or 0,

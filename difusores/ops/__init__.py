@@ -1,7 +1,6 @@
 """The fused operations, each with a pure-PyTorch reference and the kernels that this machine offers.
 
-`group_norm_silu`, `attention`, `scheduler_step`, `geglu`, `layer_norm`; `use_backend` chooses an implementation by name,
-`availability` says what there is.
+`use_backend` chooses an implementation by name, `availability` says what there is.
 """
 
 from difusores import native

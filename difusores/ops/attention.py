@@ -66,7 +66,9 @@ def supports(backend: str, q: Tensor) -> str | None:
     return None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """softmax(scale * q kᵀ + mask) v, per batch and head.
 
     Args:
@@ -76,14 +78,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, sc
         scale: factor on the scores; 1 / sqrt(D) if None.
 
     Returns:
-        [B, H, L, Dv] in q's dtype. Differentiable. A query whose keys are all masked gives NaN in the reference and an
-        implementation's choice elsewhere.
+        [B, H, L, Dv] in q's dtype. Differentiable. What a query gets whose keys are all masked is the
+        implementation's choice (NaN in the reference).
 
     Raises:
         ValueError: shapes or dtypes that do not fit, named.
     """
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise ValueError(f"q, k, v must be [B, H, L, D], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+        raise ValueError(
+            f"q, k, v must be [B, H, L, D], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
     if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
         raise ValueError(
             "q [B, H, L, D], k [B, H, S, D], v [B, H, S, Dv] do not fit: got "

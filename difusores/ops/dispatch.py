@@ -1,7 +1,7 @@
 """Which implementation of an op answers: the schema library, the order of preference, and `use_backend`.
 
-PyTorch's dispatcher does the dispatching. This file declares the schemas' library and decides, per call, between the
-registered op (which runs the kernel of the tensors' device) and the reference as plain Python.
+PyTorch's dispatcher does the dispatching. This file declares the schemas' library and decides, per call,
+between the registered op (which runs the kernel of the tensors' device) and the reference as plain Python.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from difusores import native
 LIBRARY = torch.library.Library("difusores", "DEF")
 
 BACKENDS = ("cuda", "triton", "torch", "cpu", "reference")
-"""Every backend name, in order of preference. `torch` is an op of PyTorch's own that computes the same thing."""
+"""Every backend name, in order of preference; `torch` is an op of PyTorch's own for the same thing."""
 
 _DEVICES: dict[str, tuple[str, ...]] = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
 _OPS: dict[str, tuple[str, ...]] = {}
@@ -36,7 +36,7 @@ def register(op: str, *backends: str) -> None:
 
 
 def status(backend: str) -> str | None:
-    """None if the backend can be used in this process, else the reason in words. Raises ValueError for an unknown name."""
+    """None if the backend can be used in this process, else the reason. ValueError for an unknown name."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(sorted(BACKENDS))}")
     if backend in ("cpu", "cuda"):
@@ -51,7 +51,9 @@ def availability() -> dict[str, dict[str, str | None]]:
     table: dict[str, dict[str, str | None]] = {}
     for op, backends in _OPS.items():
         table[op] = {
-            name: status(name) if name in backends else status(name) or f"{op} has no {name} kernel in this version"
+            name: status(name)
+            if name in backends
+            else status(name) or f"{op} has no {name} kernel in this version"
             for name in BACKENDS
         }
     return table
@@ -62,10 +64,12 @@ def use_backend(name: str) -> Iterator[None]:
     """Use one backend by name within a `with` block, in this thread or task only.
 
     Args:
-        name: "reference", "cpu", "triton", "cuda", or "torch" (attention through `scaled_dot_product_attention`).
+        name: "reference", "cpu", "triton", "cuda", or "torch" (attention through
+            `scaled_dot_product_attention`).
 
-    An op that has this backend uses it and raises `BackendUnavailable` for a call that it does not take; an op that has
-    no such kernel at all keeps its default. The environment variable DIFUSORES_BACKEND does the same for a process.
+    An op that has this backend uses it and raises `BackendUnavailable` for a call that it does not take; an
+    op that has no such kernel at all keeps its default. The environment variable DIFUSORES_BACKEND does the
+    same for a process. Under `torch.compile` a graph keeps the backend that was in force when it was traced.
 
     Raises:
         ValueError: unknown name.
@@ -85,7 +89,9 @@ def _from_environment() -> str | None:
     if os.environ.get("DIFUSORES_ISA") and os.environ.get("DIFUSORES_DISABLE") != "1":
         reason = native.status("cpu")
         if reason is not None:
-            raise BackendUnavailable(f"DIFUSORES_ISA={os.environ['DIFUSORES_ISA']} cannot be honoured: {reason}")
+            raise BackendUnavailable(
+                f"DIFUSORES_ISA={os.environ['DIFUSORES_ISA']} cannot be honoured: {reason}"
+            )
     name = os.environ.get("DIFUSORES_BACKEND") or None
     if name is not None:
         reason = status(name)
@@ -142,6 +148,14 @@ def _refusal(backend: str, device: str) -> str | None:
 
 
 _refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def below_autograd(op: Callable[..., Any], *call: Any) -> Any:
+    """Call a registered op without its autograd layer, which costs microseconds even if it records nothing."""
+    if torch.compiler.is_compiling():  # a graph has no such layer, and Dynamo cannot trace the guard
+        return op(*call)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*call)
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:

@@ -1,4 +1,7 @@
-"""GEGLU: the first half of the last dimension times GELU of the second (Shazeer 2020, "GLU Variants Improve Transformer")."""
+"""GEGLU: the first half of the last dimension times GELU of the second.
+
+Shazeer 2020, "GLU Variants Improve Transformer".
+"""
 
 from __future__ import annotations
 

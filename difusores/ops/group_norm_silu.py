@@ -1,10 +1,10 @@
-"""Group normalisation with everything that surrounds it in a diffusion UNet: adds before it, scale-shift and SiLU after it.
+"""Group normalisation with what surrounds it in a diffusion UNet: adds before it, scale-shift and SiLU after.
 
     h = x + add[n, c] + residual
     y = act((1 + scale[n, c]) * (weight[c] * (h - mean) / sqrt(var + eps) + bias[c]) + shift[n, c])
 
-mean and var over each image's group of C / num_groups channels (Wu & He 2018, "Group Normalization"; scale and shift as in
-Dhariwal & Nichol 2021, "Diffusion Models Beat GANs", section 3; act is SiLU or nothing).
+mean and var over each image's group of C / num_groups channels (Wu & He 2018, "Group Normalization"; scale
+and shift as in Dhariwal & Nichol 2021, "Diffusion Models Beat GANs", section 3; act is SiLU or nothing).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from difusores.ops.dispatch import LIBRARY, choose, needs_grad, register
+from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register
 
 LIBRARY.define(
-    "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? scale, "
-    "Tensor? shift, Tensor? add, Tensor? residual, bool return_sum) -> (Tensor, Tensor)"
+    "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, "
+    "Tensor? scale, Tensor? shift, Tensor? add, Tensor? residual, bool return_sum) -> (Tensor, Tensor)"
 )
 register("group_norm_silu", "cpu")
 
@@ -98,10 +98,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
-    """Recomputes the normalised tensor, then the chain rule through act, scale-shift and the group norm, in fp32 or wider."""
+    """The normalised tensor again, then the chain rule through act, scale-shift, norm; in fp32 or wider."""
     x, weight, bias, scale, shift, add, residual = ctx.saved_tensors
     wide = torch.promote_types(x.dtype, torch.float32)
-    n, c, g = x.shape[0], x.shape[1], ctx.num_groups
+    n, g = x.shape[0], ctx.num_groups
     spatial = list(range(2, x.ndim))
 
     def channels(t: Tensor) -> Tensor:
@@ -146,7 +146,19 @@ def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None
     grad_add = grad_h.sum(spatial).to(add.dtype) if add is not None else None
     grad_x = grad_h.to(x.dtype)
     grad_residual = grad_x if residual is not None else None
-    return (grad_x, None, grad_weight, grad_bias, None, None, grad_scale, grad_shift, grad_add, grad_residual, None)
+    return (
+        grad_x,
+        None,
+        grad_weight,
+        grad_bias,
+        None,
+        None,
+        grad_scale,
+        grad_shift,
+        grad_add,
+        grad_residual,
+        None,
+    )
 
 
 torch.library.register_autograd(
@@ -203,7 +215,8 @@ def _check(
             raise ValueError(f"{name} must have shape [N, C] = [{n}, {c}], got {tuple(p.shape)}")
     if residual is not None and (residual.shape != x.shape or residual.dtype is not x.dtype):
         raise ValueError(
-            f"residual must be like x, {tuple(x.shape)} {x.dtype}, got {tuple(residual.shape)} {residual.dtype}"
+            f"residual must be like x, {tuple(x.shape)} {x.dtype}, "
+            f"got {tuple(residual.shape)} {residual.dtype}"
         )
 
 
@@ -221,10 +234,11 @@ def group_norm_silu(
     residual: Tensor | None = None,
     return_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """y = act((1 + scale) * GroupNorm(x + add + residual) + shift), in one read for the statistics and one for the result.
+    """y = act((1 + scale) * GroupNorm(x + add + residual) + shift).
 
     Args:
-        x: [N, C, *spatial], 3-D to 5-D; fp32, bf16, fp16 (fp64 by the reference); contiguous or channels_last, kept.
+        x: [N, C, *spatial], 3-D to 5-D; fp32, bf16, fp16 (fp64 by the reference); contiguous or
+            channels_last, kept.
         num_groups: any divisor of C.
         weight, bias: [C] in x's dtype or fp32, or None.
         eps: added to the variance.
@@ -243,16 +257,13 @@ def group_norm_silu(
     _check(x, num_groups, weight, bias, scale, shift, add, residual)
     only_x = return_sum and add is None and residual is None
     call = (x, num_groups, weight, bias, eps, silu, scale, shift, add, residual, return_sum and not only_x)
-    backend = choose(
-        "group_norm_silu", x.device.type, supports, x, weight, bias, scale, shift, add, residual
-    )
+    backend = choose("group_norm_silu", x.device.type, supports, x, weight, bias, scale, shift, add, residual)
     if backend == "reference":
         y, total = reference(*call)
-    elif torch.compiler.is_compiling() or needs_grad(x, weight, bias, scale, shift, add, residual):
+    elif needs_grad(x, weight, bias, scale, shift, add, residual):
         y, total = torch.ops.difusores.group_norm_silu.default(*call)
     else:
-        with torch._C._AutoDispatchBelowAutograd():
-            y, total = torch.ops.difusores.group_norm_silu.default(*call)
+        y, total = below_autograd(torch.ops.difusores.group_norm_silu.default, *call)
     if not return_sum:
         return y
     return (y, x) if only_x else (y, total)

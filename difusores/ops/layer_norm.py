@@ -1,4 +1,7 @@
-"""Layer normalisation with an optional residual: h = x + residual; y = weight * (h - mean) / sqrt(var + eps) + bias.
+"""Layer normalisation with an optional residual.
+
+    h = x + residual
+    y = weight * (h - mean) / sqrt(var + eps) + bias
 
 mean and var over the last dimension (Ba et al. 2016, "Layer Normalization").
 """
@@ -14,13 +17,19 @@ from torch import Tensor
 from difusores.ops.dispatch import LIBRARY, register
 
 LIBRARY.define(
-    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual, bool return_sum) -> (Tensor, Tensor)"
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual, bool return_sum)"
+    " -> (Tensor, Tensor)"
 )
 register("layer_norm")
 
 
 def reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None, return_sum: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    return_sum: bool,
 ) -> tuple[Tensor, Tensor]:
     """The op in plain PyTorch. The second output is empty unless `return_sum`."""
     h = x if residual is None else x + residual
@@ -36,7 +45,12 @@ LIBRARY.impl("layer_norm", reference, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("difusores::layer_norm", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None, return_sum: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    return_sum: bool,
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape)
     return y, torch.empty_like(y) if return_sum else x.new_empty(0)
@@ -102,7 +116,8 @@ def layer_norm(
             raise ValueError(f"{name} must have shape [D] = [{x.shape[-1]}], got {tuple(p.shape)}")
     if residual is not None and (residual.shape != x.shape or residual.dtype is not x.dtype):
         raise ValueError(
-            f"residual must be like x, {tuple(x.shape)} {x.dtype}, got {tuple(residual.shape)} {residual.dtype}"
+            f"residual must be like x, {tuple(x.shape)} {x.dtype}, "
+            f"got {tuple(residual.shape)} {residual.dtype}"
         )
     only_x = return_sum and residual is None
     # Plain Python, not the registered op: only the reference exists, and PyTorch differentiates it.

@@ -1,14 +1,14 @@
 """One stage of any sampler as one pass over memory, from a row of float64 coefficients.
 
-    e   = sum_k g_k * e_k                                    guidance over up to three model outputs
-    xh  = x + r * z                                          churn
-    x0  = clamp(p_x * xh + p_e * e, lo, hi)                  or clamp(., -s, s) / s with a threshold s[image]
-    z*  = z  |  z * exp(nu0 + nu1 * v)  |  z * sqrt(v)       by mode 0, 1, 2 (v: learned variance)
-    (y, d, u) = W . [x0, xh, e, z*, s0, s1, s2, s3, s4]      an exact 0 in W means that the operand is not read
-    m   = c_in * y                                           the next model input, in the model's dtype, repeated
+    e   = sum_k g_k * e_k                               guidance over up to three model outputs
+    xh  = x + r * z                                     churn
+    x0  = clamp(p_x * xh + p_e * e, lo, hi)             or clamp(., -s, s) / s with a threshold s[image]
+    z*  = z  |  z * exp(nu0 + nu1 * v)  |  z * sqrt(v)  by mode 0, 1, 2 (v: learned variance)
+    (y, d, u) = W . [x0, xh, e, z*, s0, s1, s2, s3, s4] an exact 0 in W means that the operand is not read
+    m   = c_in * y                                      the next model input, in the model's dtype, repeated
 
-y is the next sample, d what the solver remembers, u a second kept tensor. Every diffusion sampler in use is a list of
-such rows (docs/design.md derives it); `difusores.solvers` writes them.
+y is the next sample, d what the solver remembers, u a second kept tensor. Every diffusion sampler in use is
+a list of such rows (docs/design.md derives it); `difusores.solvers` writes them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from difusores.ops.dispatch import LIBRARY, choose, needs_grad, register
+from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register
 
 G1, G2, G3, R, PX, PE, LO, HI, NU0, NU1, MODE, CIN = range(12)
 """Positions in a row before W."""
@@ -34,11 +34,14 @@ COLUMNS = ("x0", "xh", "e", "z", "s0", "s1", "s2", "s3", "s4")
 OUTPUTS = ("y", "d", "u", "x0", "m")
 """The outputs that can be asked for."""
 
-LIBRARY.define(
-    "scheduler_step(Tensor row, Tensor? step, Tensor sample, Tensor e1, Tensor? e2, Tensor? e3, Tensor? noise, "
-    "Tensor? variance, Tensor? threshold, Tensor? s0, Tensor? s1, Tensor? s2, Tensor? s3, Tensor? s4, Tensor? seeds, "
-    "Tensor(a!)? y, Tensor(b!)? d, Tensor(c!)? u, Tensor(d!)? x0, Tensor(e!)? m) -> ()"
+_SIGNATURE = (
+    "(Tensor row, Tensor? step, Tensor sample, Tensor e1, Tensor? e2, Tensor? e3, Tensor? noise, "
+    "Tensor? variance, Tensor? threshold, Tensor? s0, Tensor? s1, Tensor? s2, Tensor? s3, Tensor? s4, "
+    "Tensor? seeds, Tensor(a!)? y, Tensor(b!)? d, Tensor(c!)? u, Tensor(d!)? x0, Tensor(e!)? m) -> ()"
 )
+LIBRARY.define("scheduler_step" + _SIGNATURE)
+# The reference reads the row as Python numbers, which Dynamo cannot trace: a graph holds it as an op.
+LIBRARY.define("scheduler_step_reference" + _SIGNATURE)
 register("scheduler_step", "cpu")
 
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
@@ -77,8 +80,10 @@ def philox_integers(seeds: Tensor, blocks: int, draw: int) -> Tensor:
     return torch.stack(c, dim=-1)
 
 
-def philox_normal(seeds: Tensor, shape: Sequence[int], draw: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal noise that depends on (image seed, draw, element) alone, not on the batch, device or backend.
+def philox_normal(
+    seeds: Tensor, shape: Sequence[int], draw: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Standard normal noise that depends on (image seed, draw, element) alone: not on batch, device, backend.
 
     Args:
         seeds: [B] int64, one per image.
@@ -87,8 +92,9 @@ def philox_normal(seeds: Tensor, shape: Sequence[int], draw: int, dtype: torch.d
         dtype: of the result.
 
     Returns:
-        A tensor of `shape`: element i of an image is output i % 4 of Philox counter i // 4, pairs (0, 1) and (2, 3) through
-        Box-Muller: sqrt(-2 ln u) * (cos, sin)(2 pi t), u = ((a >> 9) + 0.5) / 2**23, t = (b >> 8) / 2**24.
+        A tensor of `shape`: element i of an image is output i % 4 of Philox counter i // 4; pairs (0, 1) and
+        (2, 3) of its integers (a, b) go through Box-Muller: sqrt(-2 ln u) * (cos, sin)(2 pi t), with
+        u = ((a >> 9) + 0.5) / 2**23 and t = (b >> 8) / 2**24.
     """
     per_image = math.prod(shape[1:])
     bits = philox_integers(seeds, (per_image + 3) // 4, draw)
@@ -114,7 +120,7 @@ def reference(
     slots: Sequence[Tensor | None],
     seeds: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The op in plain PyTorch: fp32 arithmetic (fp64 for an fp64 sample), every output that the row defines, unrounded."""
+    """The op in plain PyTorch: all outputs of the row, unrounded, in fp32 (fp64 for an fp64 sample)."""
     coefficients: list[float] = (row if step is None else row[int(step)]).tolist()
     x = _wide(sample)
     e: Tensor | None = None
@@ -139,14 +145,18 @@ def reference(
     scaled = z
     if coefficients[MODE] != 0.0 and any(w[3] != 0.0 for w in weights):
         v = _wide(_required(variance, "variance", "mode"))
-        factor = torch.exp(coefficients[NU0] + coefficients[NU1] * v) if coefficients[MODE] == 1.0 else torch.sqrt(v)
+        factor = (
+            torch.exp(coefficients[NU0] + coefficients[NU1] * v)
+            if coefficients[MODE] == 1.0
+            else torch.sqrt(v)
+        )
         scaled = _required(z, "noise", "mode") * factor
     operands = [x0, xh, e, scaled, *(None if s is None else _wide(s) for s in slots)]
     operands += [None] * (9 - len(operands))
     outputs = {"x0": x0}
     for name, w in zip(("y", "d", "u"), weights, strict=True):
         terms = [
-            (c, _required(t, column, "W"))
+            (c, _required(t, "noise" if column == "z" else column, "W"))
             for c, t, column in zip(w, operands, COLUMNS, strict=True)
             if c != 0.0
         ]
@@ -191,19 +201,26 @@ def _registered(
     x0: Tensor | None,
     m: Tensor | None,
 ) -> None:
-    results = reference(row, step, sample, (e1, e2, e3), noise, variance, threshold, (s0, s1, s2, s3, s4), seeds)
+    results = reference(
+        row, step, sample, (e1, e2, e3), noise, variance, threshold, (s0, s1, s2, s3, s4), seeds
+    )
     for name, out in zip(OUTPUTS, (y, d, u, x0, m), strict=True):
         if out is not None:
-            result = results[name]
-            if name == "m":
-                result = result.repeat(out.shape[0] // max(sample.shape[0], 1), *([1] * (sample.ndim - 1)))
-            out.copy_(result)
+            _write(name, results[name], out)
+
+
+def _write(name: str, result: Tensor, out: Tensor) -> None:
+    if name == "m" and out.shape[0] != result.shape[0]:
+        result = result.repeat(out.shape[0] // result.shape[0], *([1] * (result.ndim - 1)))
+    out.copy_(result)
 
 
 LIBRARY.impl("scheduler_step", _registered, "CompositeExplicitAutograd")
+LIBRARY.impl("scheduler_step_reference", _registered, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("difusores::scheduler_step", lib=LIBRARY)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("difusores::scheduler_step_reference", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake(*args: Tensor | None) -> None:
     return None
 
@@ -254,51 +271,58 @@ def scheduler_step(
     step: Tensor | None = None,
     seeds: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """One stage of a sampler: guidance, prediction type, clipping, noise, history and the next model input in one pass.
+    """One stage of a sampler: guidance, prediction, clipping, noise, history, next model input, in one pass.
 
     Args:
         row: [40] float64 on the CPU (layout: module constants), or [rows, 40] on any device with `step`.
-        sample: [B, ...], x; fp32, bf16, fp16 (fp64 by the reference), any dense layout, which the outputs keep.
-        model_outputs: one to three tensors e_k shaped like sample; a channel slice (any batch stride) is read in place.
+        sample: [B, ...], x; fp32, bf16, fp16 (fp64 by the reference), any dense layout, which the outputs
+            keep.
+        model_outputs: one to three tensors e_k shaped like sample; a channel slice (any batch stride) is
+            read in place.
         slots: up to five tensors s_k shaped like sample, or None.
-        noise: z, shaped like sample. seeds: [B] int64 instead, for in-kernel Philox noise keyed by (seed, row[39], element).
+        noise: z, shaped like sample. seeds: [B] int64 instead, for in-kernel Philox noise keyed by (seed,
+            row[39], element).
         variance: v, shaped like sample (the other half of the model's channels).
         threshold: [B], clips x0 to [-s, s] and divides it by s; then lo and hi are not used.
         outputs: names among "y", "d", "u", "x0", "m".
         out: the tensors to write, in the order of `outputs`; must not overlap any input. New ones if None.
-        model_dtype: dtype of "m" (sample's if None). model_repeats: how often "m" is repeated along the batch.
+        model_dtype: dtype of "m" (sample's if None). model_repeats: how often "m" is repeated along the
+            batch.
         step: [1] int64 on row's device, the index of the row.
 
     Returns:
-        The tensors named in `outputs`, in that order, in sample's dtype ("m": model_dtype). Inputs are not changed.
-        Arithmetic in fp32 (fp64 for an fp64 sample). Differentiable: calls that need a gradient run the reference.
+        The tensors named in `outputs`, in that order, in sample's dtype ("m": model_dtype). Inputs are not
+        changed.
+        Arithmetic in fp32 (fp64 for an fp64 sample). Differentiable: calls that need a gradient run the
+        reference.
 
     Raises:
-        ValueError: a shape, name or count that does not fit, or an operand that the row reads and was not given.
+        ValueError: a shape, name or count that does not fit, or an operand that the row reads and was not
+            given.
     """
     needed = (*model_outputs, *slots, noise, variance)
     _check(row, sample, model_outputs, slots, noise, variance, threshold, outputs, step, seeds)
-    repeats = model_repeats
-    if needs_grad(sample, *needed, threshold):
-        backend = "reference"
-    else:
+    differentiates = needs_grad(sample, *needed, threshold)
+    backend = "reference"
+    if not differentiates:
         backend = choose("scheduler_step", sample.device.type, supports, sample, needed, seeds, model_dtype)
-    if backend == "reference":
+    if out is None:
+        if not _dense(sample):
+            sample = sample.contiguous()
+        out = [
+            torch.empty_like(sample)
+            if name != "m"
+            else _empty_model_input(sample, model_dtype or sample.dtype, model_repeats)
+            for name in outputs
+        ]
+    if backend == "reference" and (differentiates or not torch.compiler.is_compiling()):
         results = reference(row, step, sample, model_outputs, noise, variance, threshold, slots, seeds)
-        finished = []
-        for name in outputs:
-            if name == "m":
-                m = results[name].to(model_dtype or sample.dtype)
-                finished.append(m.repeat(repeats, *([1] * (sample.ndim - 1))) if repeats != 1 else m)
-            else:
-                finished.append(results[name].to(sample.dtype))
-        if out is None:
-            return tuple(finished)
-        for target, result in zip(out, finished, strict=True):
-            target.copy_(result)
+        for name, target in zip(outputs, out, strict=True):
+            _write(name, results[name], target)
         return tuple(out)
-    if not _dense(sample):
-        sample = sample.contiguous()
+    op = torch.ops.difusores.scheduler_step
+    if backend == "reference":
+        op = torch.ops.difusores.scheduler_step_reference
     e = [_like(t, sample) for t in model_outputs]
     e += [None] * (3 - len(e))  # type: ignore[list-item]
     s = [None if t is None else _like(t, sample) for t in slots]
@@ -307,18 +331,12 @@ def scheduler_step(
         noise = _like(noise, sample)
     if variance is not None:
         variance = _like(variance, sample)
-    if out is None:
-        out = [
-            torch.empty_like(sample)
-            if name != "m"
-            else _empty_model_input(sample, model_dtype or sample.dtype, repeats)
-            for name in outputs
-        ]
     written = dict(zip(outputs, out, strict=True))
-    with torch._C._AutoDispatchBelowAutograd():
-        torch.ops.difusores.scheduler_step.default(
-            row, step, sample, *e, noise, variance, threshold, *s, seeds, *(written.get(name) for name in OUTPUTS)
-        )
+    below_autograd(
+        op.default,
+        *(row, step, sample, *e, noise, variance, threshold, *s, seeds),
+        *(written.get(name) for name in OUTPUTS),
+    )
     return tuple(out)
 
 
@@ -356,7 +374,9 @@ def _check(
     shape = sample.shape
     for t in (*model_outputs, *slots, noise, variance):
         if t is not None and t.shape != shape:
-            raise ValueError(f"every operand must have the sample's shape {tuple(shape)}, got {tuple(t.shape)}")
+            raise ValueError(
+                f"every operand must have the sample's shape {tuple(shape)}, got {tuple(t.shape)}"
+            )
     for name, t in (("threshold", threshold), ("seeds", seeds)):
         if t is not None and t.shape != shape[:1]:
             raise ValueError(f"{name} must have shape [B] = [{shape[0]}], got {tuple(t.shape)}")

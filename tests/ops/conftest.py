@@ -1,0 +1,42 @@
+"""The project's one tolerance rule, and the backends that each op's tests run over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from difusores.ops.dispatch import availability
+
+Check = Callable[[Tensor, Tensor, Tensor], None]
+
+
+def _obeys_the_rule(result: Tensor, eager: Tensor, oracle: Tensor) -> None:
+    """err(result) <= 2 err(eager, same dtype) + 4 eps max|oracle|, in max-abs and in RMS, against a
+    float64 oracle.
+    """
+    assert result.dtype is eager.dtype and oracle.dtype is torch.float64
+    assert result.shape == oracle.shape
+    finite = torch.isfinite(oracle)
+    assert torch.equal(torch.isnan(result), torch.isnan(eager)), "NaN where eager has none, or the reverse"
+    if not finite.any():
+        return
+    floor = 4 * torch.finfo(result.dtype).eps * oracle[finite].abs().max()
+    ours = (result.double() - oracle)[finite]
+    theirs = (eager.double() - oracle)[finite]
+    assert ours.abs().max() <= 2 * theirs.abs().max() + floor
+    assert ours.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt() + floor
+
+
+@pytest.fixture
+def check() -> Check:
+    return _obeys_the_rule
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend`: every backend of the op that the module names in OP and that this process has."""
+    if "backend" in metafunc.fixturenames:
+        table = availability()[metafunc.module.OP]
+        metafunc.parametrize("backend", [name for name, reason in table.items() if reason is None])

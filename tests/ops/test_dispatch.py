@@ -1,0 +1,112 @@
+"""Which backend answers: by name, by environment, per thread; and every ISA level of the native kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import difusores
+from difusores import native, ops
+from difusores.ops import dispatch
+
+NATIVE = dispatch.status("cpu") is None
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("DIFUSORES_")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**inherited, **environment}, capture_output=True, text=True
+    )
+
+
+def test_the_native_kernels_are_there() -> None:
+    """A suite that quietly runs without them proves nothing about them."""
+    if os.environ.get("DIFUSORES_DISABLE") == "1":
+        assert native.status("cpu") == "switched off by DIFUSORES_DISABLE=1"
+    else:
+        assert native.status("cpu") is None
+
+
+def test_availability_names_every_op_and_backend() -> None:
+    table = ops.availability()
+    assert set(table) == {"group_norm_silu", "attention", "scheduler_step", "geglu", "layer_norm"}
+    for backends in table.values():
+        assert set(backends) == set(dispatch.BACKENDS)
+        assert backends["reference"] is None
+        assert all(reason is None or reason for reason in backends.values())
+
+
+def test_asking_for_what_is_not_there_raises_with_the_reason() -> None:
+    with pytest.raises(ValueError, match="unknown backend 'fast'"), difusores.use_backend("fast"):
+        pass
+    if not torch.cuda.is_available():
+        refused = pytest.raises(ops.BackendUnavailable, match="backend 'cuda' is not available: ")
+        with refused, difusores.use_backend("cuda"):
+            pass
+
+
+def test_use_backend_is_of_its_own_thread_and_nests() -> None:
+    seen: list[str | None] = []
+    with difusores.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(dispatch.wanted()))
+        thread.start()
+        thread.join()
+        with difusores.use_backend("torch"):
+            assert dispatch.wanted() == "torch"
+        assert dispatch.wanted() == "reference"
+    assert seen == [os.environ.get("DIFUSORES_BACKEND")]
+    assert dispatch.wanted() == os.environ.get("DIFUSORES_BACKEND")
+
+
+def test_environment() -> None:
+    ask = "from difusores.ops import dispatch; print(dispatch.wanted())"
+    assert python(ask, DIFUSORES_BACKEND="reference").stdout.strip() == "reference"
+    refused = python(ask, DIFUSORES_BACKEND="cpu", DIFUSORES_DISABLE="1")
+    assert refused.returncode != 0 and "switched off by DIFUSORES_DISABLE=1" in refused.stderr
+    unknown = python(ask, DIFUSORES_BACKEND="fast")
+    assert unknown.returncode != 0 and "unknown backend 'fast'" in unknown.stderr
+
+
+@pytest.mark.parametrize("isa", native.ISA_LEVELS if NATIVE else [])
+def test_isa_levels(isa: str) -> None:
+    """Each level that this processor has passes the ops' tests; another is refused in words, not replaced."""
+    levels = native.build_info()["isa_levels"].split(",")
+    highest = native.build_info()["isa_found"]
+    if isa not in levels or levels.index(isa) > levels.index(highest):
+        refused = python(
+            "import torch; from difusores import ops; ops.group_norm_silu(torch.zeros(1, 2, 2, 2), 1, None, None)",
+            DIFUSORES_ISA=isa,
+        )
+        assert refused.returncode != 0
+        assert f"DIFUSORES_ISA={isa}" in refused.stderr and "no such level" in refused.stderr
+        return
+    assert python(
+        "from difusores import native; print(native.build_info()['isa_used'])", DIFUSORES_ISA=isa
+    ).stdout
+    if isa == native.build_info()["isa_used"]:
+        return  # the rest of the suite runs on it
+    folder = os.path.dirname(__file__)
+    tests = [os.path.join(folder, f"test_{op}.py") for op in ("group_norm_silu", "scheduler_step")]
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-k",
+            "cpu or bitwise",
+            "-p",
+            "no:cacheprovider",
+            *tests,
+        ],
+        env={**os.environ, "DIFUSORES_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]

@@ -1,0 +1,48 @@
+"""layer_norm against one float64 oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from difusores import ops
+
+OP = "layer_norm"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 9, 320), (5, 1), (1, 3, 7, 63), (0, 4)], ids=str)
+def test_against_the_oracle(backend: str, shape: Any, dtype: torch.dtype, check: Any) -> None:
+    x, r = (torch.randn(shape) + 3).to(dtype), torch.randn(shape).to(dtype)
+    w, b = torch.randn(shape[-1]), torch.randn(shape[-1])
+    h = x.double() + r.double()
+    oracle = torch.nn.functional.layer_norm(h, shape[-1:], w.double(), b.double(), 1e-5)
+    eager = torch.nn.functional.layer_norm(x + r, shape[-1:], w.to(dtype), b.to(dtype), 1e-5)
+    with ops.use_backend(backend):
+        y, total = ops.layer_norm(x, w, b, residual=r, return_sum=True)
+        assert ops.layer_norm(x, w, b, return_sum=True)[1] is x
+    if y.numel():
+        check(y, eager, oracle)
+        check(total, x + r, h)
+
+
+def test_gradients() -> None:
+    shapes = [(2, 3, 5), (5,), (5,), (2, 3, 5)]
+    x, w, b, r = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    op = torch.ops.difusores.layer_norm.default
+    assert torch.autograd.gradcheck(lambda *t: op(*t[:3], 1e-5, t[3], True), [x, w, b, r])
+    assert torch.autograd.gradcheck(lambda *t: ops.layer_norm(*t[:3], residual=t[3]), [x, w, b, r])
+    torch.library.opcheck(op, (x, w, b, 1e-5, r, True))
+    torch.library.opcheck(op, (x, None, None, 1e-5, None, False))
+
+
+def test_bad_input_is_named() -> None:
+    x = torch.zeros(2, 4)
+    with pytest.raises(ValueError, match=r"weight must have shape \[D\] = \[4\]"):
+        ops.layer_norm(x, torch.zeros(3), None)
+    with pytest.raises(ValueError, match="residual must be like x"):
+        ops.layer_norm(x, None, None, residual=torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="floating-point"):
+        ops.layer_norm(torch.zeros(2, 4, dtype=torch.int64), None, None)

@@ -1,0 +1,347 @@
+"""scheduler_step on every backend against one float64 oracle."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from difusores import ops
+from difusores.ops import dispatch
+from difusores.ops.scheduler_step import (
+    CIN,
+    DRAW,
+    HI,
+    LO,
+    MODE,
+    NU0,
+    NU1,
+    OUTPUTS,
+    PE,
+    PX,
+    ROW,
+    R,
+    W,
+    philox_integers,
+    philox_normal,
+)
+
+OP = "scheduler_step"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL = dispatch.status("cpu") is None
+
+
+def row(
+    *,
+    mode: int = 0,
+    churn: float = 0.0,
+    clip: float = math.inf,
+    columns: str = "111111111",
+    guidance: int = 1,
+) -> Tensor:
+    """A row with the given operands switched on; the coefficients are arbitrary, of the size that samplers
+    use.
+    """
+    r = torch.zeros(ROW, dtype=torch.float64)
+    r[:guidance] = torch.tensor([7.5, -6.5, 0.3][:guidance]) if guidance > 1 else 1.0
+    r[R], r[PX], r[PE], r[LO], r[HI] = churn, 1.3, -0.8, -clip, clip
+    r[NU0], r[NU1], r[MODE], r[CIN], r[DRAW] = -1.1, 0.4, mode, 0.7, 5
+    weights = torch.linspace(-0.9, 1.1, 27, dtype=torch.float64).reshape(3, 9)
+    r[W : W + 27] = (weights * torch.tensor([float(c) for c in columns], dtype=torch.float64)).flatten()
+    return r
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "everything": {"mode": 1, "churn": 0.2, "clip": 1.0, "guidance": 3},
+    "ddim": {"clip": 1.0, "columns": "101000000"},
+    "ddpm": {"clip": 1.0, "columns": "110100000"},
+    "learned": {"mode": 2, "columns": "010100000"},
+    "guided": {"columns": "011000000", "guidance": 2},
+    "history": {"columns": "010011111"},
+    "churned": {"columns": "011000000", "churn": 0.4},
+}
+
+
+def operands(shape: tuple[int, ...], dtype: torch.dtype, guidance: int) -> dict[str, Any]:
+    def image() -> Tensor:
+        return torch.randn(shape).to(dtype)
+
+    channels = torch.randn(shape[0], 2 * shape[1], *shape[2:]).to(dtype)  # epsilon and variance of one model
+    return {
+        "sample": image(),
+        "model_outputs": [channels[:, : shape[1]], image(), image()][:guidance],
+        "slots": [image() for _ in range(5)],
+        "noise": image(),
+        "variance": channels[:, shape[1] :].abs(),
+    }
+
+
+def cast(call: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    def one(v: Any) -> Any:
+        return v.to(dtype) if isinstance(v, Tensor) else [t.to(dtype) for t in v]
+
+    return {k: one(v) for k, v in call.items()}
+
+
+def step(backend: str, r: Tensor, call: dict[str, Any], **keywords: Any) -> tuple[Tensor, ...]:
+    with ops.use_backend(backend):
+        return ops.scheduler_step(
+            r,
+            call["sample"],
+            call["model_outputs"],
+            call["slots"],
+            **{
+                "noise": call["noise"],
+                "variance": call["variance"],
+                "outputs": OUTPUTS,
+                **keywords,
+            },
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 7, 5), (1, 4, 64, 64), (3, 2, 33), (2, 1), (1, 1, 1, 1, 3)], ids=str
+)
+@pytest.mark.parametrize("case", CASES)
+def test_against_the_oracle(backend: str, case: str, shape: Any, dtype: torch.dtype, check: Any) -> None:
+    r = row(**CASES[case])
+    call = operands(shape, dtype, CASES[case].get("guidance", 1))
+    got = step(backend, r, call, model_repeats=2)
+    eager = step("reference", r, call, model_repeats=2)
+    oracle = step("reference", r, cast(call, torch.float64), model_repeats=2)
+    for name, ours, theirs, exact in zip(OUTPUTS, got, eager, oracle, strict=True):
+        check(ours, theirs, exact)
+        assert ours.shape == ((2 * shape[0], *shape[1:]) if name == "m" else shape)
+
+
+def test_dynamic_threshold(backend: str, check: Any) -> None:
+    r, call, s = row(), operands((3, 4, 9, 9), torch.float32, 1), torch.tensor([0.5, 1.0, 2.5])
+    got = step(backend, r, call, threshold=s, outputs=("x0", "y"))
+    eager = step("reference", r, call, threshold=s, outputs=("x0", "y"))
+    oracle = step("reference", r, cast(call, torch.float64), threshold=s, outputs=("x0", "y"))
+    for ours, theirs, exact in zip(got, eager, oracle, strict=True):
+        check(ours, theirs, exact)
+    assert got[0].abs().amax() == 1.0
+
+
+def test_mixed_dtypes_and_model_input(backend: str, check: Any) -> None:
+    """An fp32 sample beside a bf16 model: read as it is, m written in the model's dtype, three times."""
+    r, call = row(guidance=2), operands((2, 3, 16, 16), torch.float32, 2)
+    call["model_outputs"] = [e.bfloat16() for e in call["model_outputs"]]
+    outputs: dict[str, Any] = {"outputs": ("y", "m"), "model_dtype": torch.bfloat16, "model_repeats": 3}
+    y, m = step(backend, r, call, **outputs)
+    eager = step("reference", r, call, **outputs)
+    oracle = step("reference", r, cast(call, torch.float64), outputs=("y", "m"), model_repeats=3)
+    assert y.dtype is torch.float32 and m.dtype is torch.bfloat16 and m.shape == (6, 3, 16, 16)
+    check(y, eager[0], oracle[0])
+    check(m, eager[1], oracle[1])
+    assert torch.equal(m[:2], m[2:4]) and torch.equal(m[:2], m[4:])
+
+
+def test_a_table_and_a_counter(backend: str) -> None:
+    table = torch.stack([row(clip=c) for c in (0.5, 1.0, 2.0)])
+    call = operands((2, 3, 8, 8), torch.float32, 1)
+    for k in range(3):
+        with ops.use_backend(backend):
+            a = ops.scheduler_step(
+                table,
+                call["sample"],
+                call["model_outputs"],
+                call["slots"],
+                noise=call["noise"],
+                outputs=("y", "x0"),
+                step=torch.tensor([k]),
+            )
+        b = step(backend, table[k].clone(), call, outputs=("y", "x0"))
+        assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def test_layouts(backend: str) -> None:
+    """channels_last in, channels_last out, the same numbers; a mixed layout follows the sample's."""
+    r, call = row(columns="111000000"), operands((2, 3, 8, 6), torch.float32, 1)
+    want = step(backend, r, call, outputs=("y", "m"), model_repeats=2)
+    last = {**call, "sample": call["sample"].to(memory_format=torch.channels_last)}
+    for outputs in (
+        [e.to(memory_format=torch.channels_last) for e in call["model_outputs"]],
+        call["model_outputs"],
+    ):
+        got = step(backend, r, {**last, "model_outputs": outputs}, outputs=("y", "m"), model_repeats=2)
+        for a, b in zip(got, want, strict=True):
+            assert a.is_contiguous(memory_format=torch.channels_last)
+            torch.testing.assert_close(a, b)
+    sliced = {**call, "sample": torch.cat([call["sample"]] * 2, dim=3)[..., ::2]}
+    assert step(backend, r, sliced, outputs=("y",))[0].is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bitwise(dtype: torch.dtype) -> None:
+    r, call = row(mode=1, churn=0.2, clip=1.0, guidance=3), operands((4, 3, 67, 61), dtype, 3)
+    threads = torch.get_num_threads()
+
+    def run(c: dict[str, Any]) -> tuple[Tensor, ...]:
+        return ops.scheduler_step(
+            r,
+            c["sample"],
+            c["model_outputs"],
+            c["slots"],
+            noise=c["noise"],
+            variance=c["variance"],
+            outputs=OUTPUTS,
+        )
+
+    try:
+        torch.set_num_threads(1)
+        one = run(call)
+        torch.set_num_threads(3)
+        several, again = run(call), run(call)
+    finally:
+        torch.set_num_threads(threads)
+    for a, b, c in zip(one, several, again, strict=True):
+        assert torch.equal(a, b) and torch.equal(b, c)
+    for k in range(4):
+        alone = {
+            n: v[k : k + 1] if isinstance(v, Tensor) else [t[k : k + 1] for t in v] for n, v in call.items()
+        }
+        assert all(torch.equal(a, b[k : k + 1]) for a, b in zip(run(alone), one, strict=True))
+
+
+def test_zero_means_not_read(backend: str) -> None:
+    """What the row does not read may be absent or NaN; what it reads must be there."""
+    r, call = row(columns="101000000"), operands((2, 3, 8, 8), torch.float32, 1)
+    want = step(backend, r, call, outputs=("y",))[0]
+    poisoned = {**call, "slots": [torch.full_like(call["sample"], math.nan)] * 5}
+    poisoned["noise"] = poisoned["variance"] = poisoned["slots"][0]
+    assert torch.equal(step(backend, r, poisoned, outputs=("y",))[0], want)
+    with ops.use_backend(backend):
+        assert torch.equal(ops.scheduler_step(r, call["sample"], call["model_outputs"])[0], want)
+        for columns, missing in (("000100000", "noise"), ("000010000", "s0"), ("000000001", "s4")):
+            with pytest.raises((ValueError, RuntimeError), match=f"reads {missing}, which was not given"):
+                ops.scheduler_step(row(columns=columns), call["sample"], call["model_outputs"])
+        with pytest.raises((ValueError, RuntimeError), match="reads variance, which was not given"):
+            ops.scheduler_step(
+                row(columns="000100000", mode=2), call["sample"], call["model_outputs"], noise=call["noise"]
+            )
+
+
+def test_nan_passes_through(backend: str) -> None:
+    r, call = row(clip=1.0), operands((2, 3, 8, 8), torch.float32, 1)
+    clean = step(backend, r, call, outputs=("y", "x0"))
+    call["sample"][1, 0, 0, 0] = math.nan
+    for got, want in zip(step(backend, r, call, outputs=("y", "x0")), clean, strict=True):
+        assert torch.isnan(got[1, 0, 0, 0])
+        got[1, 0, 0, 0] = want[1, 0, 0, 0]
+        assert torch.equal(got, want)
+
+
+def test_writes_into_given_tensors_and_leaves_inputs_alone(backend: str) -> None:
+    r, call = row(), operands((2, 3, 8, 8), torch.float32, 1)
+    want = step(backend, r, call, outputs=("y", "d"))
+    before = cast(call, torch.float32)
+    before = {k: v.clone() if isinstance(v, Tensor) else [t.clone() for t in v] for k, v in before.items()}
+    out = (torch.full((2, 3, 8, 8), math.nan), torch.full((2, 3, 8, 8), math.nan))
+    got = step(backend, r, call, outputs=("y", "d"), out=out)
+    for k in range(2):
+        assert got[k] is out[k] and torch.equal(out[k], want[k])
+    for name, value in call.items():
+        pairs = (
+            [(value, before[name])] if isinstance(value, Tensor) else zip(value, before[name], strict=True)
+        )
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert step(
+        backend,
+        r,
+        {k: v[:0] if isinstance(v, Tensor) else [t[:0] for t in v] for k, v in call.items()},
+        outputs=("y",),
+    )[0].shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**40 + 3, -1])
+def test_philox_noise(backend: str, seed: int) -> None:
+    """In-kernel noise is the reference's, whatever the image's place in the batch."""
+    shape = (3, 3, 21, 19)
+    seeds = torch.tensor([7, seed, 11])
+    r = torch.zeros(ROW, dtype=torch.float64)
+    r[W + 3], r[DRAW] = 1.0, 4
+    x = torch.zeros(shape)
+    with ops.use_backend(backend):
+        z = ops.scheduler_step(r, x, [x], seeds=seeds)[0]
+        alone = ops.scheduler_step(r, x[1:2], [x[1:2]], seeds=seeds[1:2])[0]
+    want = philox_normal(seeds, shape, 4, torch.float64)
+    assert (z.double() - want).abs().max() <= 1e-6
+    assert torch.equal(alone, z[1:2])
+
+
+def test_philox_integers() -> None:
+    """Philox4x32-10 on counter 0 and key 0, from the known answers published with Random123."""
+    assert philox_integers(torch.tensor([0]), 1, 0).flatten().tolist() == [
+        0x6627E8D5,
+        0xE169C58D,
+        0xBC57AC4C,
+        0x9B00DBD8,
+    ]
+    bits = philox_integers(torch.tensor([3, 4]), 1000, 2)
+    assert len(set(bits.flatten().tolist())) > 7990, "other seeds and counters, other numbers"
+    z = philox_normal(torch.tensor([3]), (1, 200_000), 0, torch.float64)
+    assert abs(z.mean()) < 0.01 and abs(z.var() - 1) < 0.02 and abs((z**4).mean() - 3) < 0.1
+
+
+def test_gradients_go_through_the_reference() -> None:
+    r, call = row(guidance=1), cast(operands((1, 2, 3), torch.float64, 1), torch.float64)
+    leaves = [call["sample"], call["model_outputs"][0].clone(), call["noise"], *call["slots"]]
+    leaves = [t.requires_grad_() for t in leaves]
+
+    def f(x: Tensor, e: Tensor, z: Tensor, *slots: Tensor) -> Any:
+        return ops.scheduler_step(r, x, [e], slots, noise=z, outputs=OUTPUTS)
+
+    assert torch.autograd.gradcheck(f, leaves)
+    assert not f(*(t.detach() for t in leaves))[0].requires_grad
+
+
+def test_opcheck() -> None:
+    call = operands((2, 3, 4, 4), torch.float32, 2)
+    e1, e2 = call["model_outputs"]
+    outputs = [torch.empty_like(call["sample"]) for _ in OUTPUTS]
+    torch.library.opcheck(
+        torch.ops.difusores.scheduler_step.default,
+        (
+            *(row(guidance=2), None, call["sample"], e1, e2, None, call["noise"], call["variance"], None),
+            *(*call["slots"], None, *outputs),
+        ),
+    )
+
+
+def test_compiles_without_a_break(backend: str) -> None:
+    r, call = row(clip=1.0), operands((2, 3, 8, 8), torch.float32, 1)
+
+    def f() -> Tensor:
+        return ops.scheduler_step(
+            r, call["sample"], call["model_outputs"], call["slots"], noise=call["noise"]
+        )[0]
+
+    torch.compiler.reset()  # a graph keeps the backend that was in force when it was traced
+    with ops.use_backend(backend):
+        assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(), f())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row": torch.zeros(40)}, "row must be float64"),
+        ({"row": torch.zeros(39, dtype=torch.float64)}, r"row must be float64 \[40\]"),
+        ({"model_outputs": []}, "one to three model outputs"),
+        ({"slots": [None] * 6}, "at most five slots"),
+        ({"noise": torch.zeros(2, 3, 8, 7)}, r"sample's shape \(2, 3, 8, 8\)"),
+        ({"threshold": torch.zeros(3)}, r"threshold must have shape \[B\] = \[2\]"),
+        ({"seeds": torch.zeros(1, dtype=torch.int64)}, "seeds must have shape"),
+        ({"outputs": ("y", "w")}, "unknown output 'w'"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+    x = torch.zeros(2, 3, 8, 8)
+    call: dict[str, Any] = {"row": row(columns="100000000"), "sample": x, "model_outputs": [x], **change}
+    with pytest.raises(ValueError, match=message):
+        ops.scheduler_step(**call)
