@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-# The only reasons to skip a test where CI=true: what the machine is or was told, never what the set-up forgot.
+# The only reasons to skip a test where CI=true: what the machine is or was told, not what the set-up forgot.
 ALLOWED_SKIPS = re.compile(
     "|".join(
         [
