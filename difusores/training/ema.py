@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+M = TypeVar("M", bound=nn.Module)
 
-class EMA:
+
+class EMA(Generic[M]):
     """Keeps averaged copies of a model's parameters: ema ← d·ema + (1 - d)·parameter.
 
     The decay warms up, d = min(decay, (1 + n) / (10 + n)) after n updates, so that the random first weights
@@ -19,12 +22,12 @@ class EMA:
         decay: in [0, 1).
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: M, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"the decay of the average is {decay}; allowed is 0 to below 1")
         self.decay = decay
         self.updates = 0
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model: M = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

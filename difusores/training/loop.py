@@ -199,15 +199,15 @@ class Trainer:
         if config.class_conditional:
             labels = [row for row in range(rows) for _ in range(GRID_COLUMNS)]
             options = {"class_labels": labels, "guidance_scale": config.guidance}
-        images = pipeline(
+        output: Any = pipeline(
             batch_size=rows * GRID_COLUMNS,
             generator=torch.Generator().manual_seed(config.seed),
             num_inference_steps=config.sample_steps,
             output_type="np",
             **options,
-        ).images
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_grid(images, path, GRID_COLUMNS)
+        write_grid(output.images, path, GRID_COLUMNS)
 
 
 def train(config: TrainConfig, state: dict[str, Any] | None = None) -> Path:
