@@ -371,13 +371,18 @@ def test_slots_hold_what_the_stage_binds() -> None:
 
 def test_noise_in_a_slot_is_kept_and_several_draws_are_drawn() -> None:
     first = make_row((1, 0), {"x0": 1, "z": 0.5})
-    second = make_row((1, 0), {"x0": 1, "z": 1, "s0": 3})
+    later = make_row((1, 0), {"x0": 1, "z": 1, "s0": 3})
     plan = make_plan(
-        [Stage(2, first, noise=Noise(), slots=("z",)), Stage(1, second, noise=Noise(2, "float32"), slots=())]
+        [
+            Stage(3, first, noise=Noise(), slots=("z",)),
+            Stage(2, later, noise=Noise(2), slots=("s0",)),
+            Stage(1, later, noise=Noise(1, "float32")),
+        ]
     )
     draws = torch.Generator().manual_seed(1)
-    z = [torch.randn(SHAPE, generator=draws, dtype=d) for d in (torch.float64, torch.float32, torch.float32)]
-    expected = start(torch.float64) + 0.5 * z[0] + z[2].double() + 3 * z[0]
+    z = [torch.randn(SHAPE, generator=draws, dtype=torch.float64) for _ in range(3)]
+    last = torch.randn(SHAPE, generator=draws, dtype=torch.float32).double()
+    expected = start(torch.float64) + 0.5 * z[0] + (z[2] + 3 * z[0]) + (last + 3 * z[0])
     result = plan.run(model, start(torch.float64), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
