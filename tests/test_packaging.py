@@ -55,6 +55,15 @@ def doctor(target: Path) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def files(package: Path) -> list[str]:
+    """What a package consists of, data included; what is made on the spot left out."""
+    return sorted(
+        str(path.relative_to(package))
+        for path in package.rglob("*")
+        if path.is_file() and path.suffix not in (".pyc", ".so") and path.name != "_build_reason.txt"
+    )
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A copy of the sources in which nothing has been built."""
@@ -79,7 +88,7 @@ def test_with_a_compiler(tmp_path: Path) -> None:
     assert report["modules"]["cpu"] is None
     assert report["versions"]["difusores"] == difusores.__version__
     assert "base" in report["build"]["isa_levels"].split(",")
-    assert (tmp_path / "difusores" / "py.typed").is_file()
+    assert files(tmp_path / "difusores") == files(ROOT / "difusores")
     assert sorted(path.name for path in tmp_path.iterdir() if "dist-info" not in path.name) == [
         "bin",
         "difusores",
