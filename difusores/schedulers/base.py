@@ -220,7 +220,7 @@ class DiscreteScheduler(SchedulerMixin):
             return int(timestep)
         if timestep.ndim == 0:
             index, odd = divmod(timestep.data_ptr() - grid.start, grid.width)
-            if 0 <= index < len(grid.values) and odd == 0 and timestep.dtype is grid.timesteps.dtype:
+            if 0 <= index < len(grid.values) and odd == 0:
                 return grid.values[index]
         if timestep.numel() != 1:
             raise ValueError(f"step takes one timestep, got a tensor of shape {tuple(timestep.shape)}")
