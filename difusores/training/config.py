@@ -32,11 +32,11 @@ class TrainConfig:
     resolution: int = _option(32, "height and width of the images")
     channels: int = _option(1, "1 (grey) or 3 (RGB)")
     widths: tuple[int, ...] = _option(
-        (24, 48, 96), "channels at each resolution of the UNet, halved from one to the next"
+        (16, 32, 64, 128), "channels at each resolution of the UNet, halved from one to the next"
     )
     layers_per_block: int = _option(1, "residual blocks at each resolution")
     attention: tuple[int, ...] = _option((8,), "resolutions (heights) that have self-attention")
-    head_dim: int = _option(24, "channels of an attention head")
+    head_dim: int = _option(16, "channels of an attention head")
     norm_groups: int = _option(8, "groups of the group normalisations; divides every width")
     class_conditional: bool = _option(False, "give the network the class, so that it can be asked for one")
     label_dropout: float = _option(0.1, "part of the labels replaced by the null label, which guidance needs")

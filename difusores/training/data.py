@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from difusores.training.fetch import MNIST_FILE, cache_dir
@@ -62,7 +62,7 @@ class ImageFolder:
         path, size = self.files[index], self.resolution
         try:
             with Image.open(path) as file:
-                picture = file.convert("L" if self.channels == 1 else "RGB")
+                picture = ImageOps.exif_transpose(file).convert("L" if self.channels == 1 else "RGB")
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{path} cannot be read as a picture: {error}") from error
         width, height = picture.size
