@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
-GENERATE := $(BIN)/python -m difusores generate --model bundled:digits --num 40 --steps 25 --seed 1
+GENERATE := $(BIN)/python -m difusores generate --model bundled:digits --num 36 --steps 25 --seed 1
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/cpp/*.cpp)
 
 stop = { printf '\n%s\n' $(1) >&2; exit 1; }
