@@ -15,8 +15,10 @@ import os
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn, TypeVar
+
+from difusores.files import find_file, replacing, upload_folder
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +146,8 @@ class ConfigMixin:
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write `to_json_string()` to a file: the whole file or, on failure, none."""
-        write_text_atomically(json_file_path, self.to_json_string())
+        with replacing(json_file_path) as path, open(path, "w", encoding="utf-8") as file:
+            file.write(self.to_json_string())
 
     def save_config(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
@@ -292,69 +295,3 @@ def _to_jsonable(value: Any) -> Any:
     if hasattr(value, "to_dict"):
         return value.to_dict()
     raise TypeError(f"a configuration value of {type(value)} cannot be written as JSON: {value!r}")
-
-
-def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 file beside `path` and move it there, so that no half-written file is ever seen."""
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
-
-
-def find_file(
-    source: str | os.PathLike[str], names: str | Iterable[str], subfolder: str | None = None, **hub: Any
-) -> str:
-    """Path of the first of `names` found in `source`: a file itself, a folder, or a Hub repository.
-
-    A folder is searched in `subfolder` first and then in its root. huggingface_hub is imported only where
-    `source` is no path of this machine; `hub` goes to its `hf_hub_download`.
-
-    Raises:
-        OSError: nothing was found, or the Hub cannot be reached.
-    """
-    source = os.fspath(source)
-    names = (names,) if isinstance(names, str) else tuple(names)
-    if os.path.isfile(source):
-        return source
-    if os.path.isdir(source):
-        folders = [os.path.join(source, subfolder), source] if subfolder else [source]
-        for path in (os.path.join(folder, name) for folder in folders for name in names):
-            if os.path.isfile(path):
-                return path
-        raise OSError(f"there is no file named {' or '.join(names)} in {' or '.join(map(repr, folders))}")
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise OSError(
-            f"{source!r} is no folder of this machine, and huggingface_hub is not installed to fetch it"
-        ) from error
-    missing: Exception | None = None
-    for name in names:
-        try:
-            return str(hf_hub_download(source, filename=name, subfolder=subfolder, **hub))
-        except (EntryNotFoundError, OSError, ValueError) as error:
-            # LocalEntryNotFoundError, a kind of EntryNotFoundError, means that the Hub was not reached
-            if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
-                raise OSError(
-                    f"{source!r} is no folder here, and reading {name} from the Hub failed: {error}"
-                ) from error
-            missing = error
-    raise OSError(f"the Hub repository {source!r} has no file named {' or '.join(names)}") from missing
-
-
-def upload_folder(folder: str | os.PathLike[str], **kwargs: Any) -> None:
-    """Upload a folder to a Hub repository, made if it is not there; `kwargs` as in `save_config`."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=kwargs.pop("token", None))
-    repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(folder)))
-    repo = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True)
-    subfolder = kwargs.pop("subfolder", None)
-    api.upload_folder(repo_id=repo.repo_id, folder_path=os.fspath(folder), path_in_repo=subfolder, **kwargs)

@@ -196,7 +196,8 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = x if self.group_norm is None else self.group_norm(x)
-        tokens = hidden.flatten(2).transpose(1, 2)  # [N, HW, C], a view in either layout
+        # [N, HW, C]; of NCHW one copy here saves three in the projections
+        tokens = hidden.flatten(2).transpose(1, 2).contiguous()
         q, k, v = (
             projection(tokens).view(*tokens.shape[:2], self.heads, -1).transpose(1, 2)
             for projection in (self.to_q, self.to_k, self.to_v)

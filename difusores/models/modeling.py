@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from difusores.configuration import ConfigMixin, find_file, upload_folder
+from difusores.configuration import ConfigMixin
+from difusores.files import find_file, replacing, upload_folder
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
 # before diffusers 0.15
@@ -86,7 +87,9 @@ class ModelMixin(nn.Module, ConfigMixin):
             ValueError: the weights do not fit the configuration; all missing, unexpected and misshaped ones
                 are named.
         """
-        source = resolve_bundled(pretrained_model_name_or_path)
+        source = os.fspath(pretrained_model_name_or_path)
+        if os.path.isfile(source):
+            raise OSError(f"{source!r} is a file; a folder is needed")
         hub: dict[str, Any] = {
             "cache_dir": cache_dir,
             "force_download": force_download,
@@ -105,7 +108,7 @@ class ModelMixin(nn.Module, ConfigMixin):
         paths = find_weights(source, subfolder, variant, use_safetensors, hub)
         tensors = convert_legacy_attention(read_tensors(paths), model.state_dict())
         _assign(model, tensors, torch_dtype or torch.float32, paths[0])
-        model.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
+        model.register_to_config(_name_or_path=source)
         return model.eval()  # type: ignore[no-any-return]
 
     def save_pretrained(
@@ -141,26 +144,6 @@ class ModelMixin(nn.Module, ConfigMixin):
         write_safetensors(os.path.join(save_directory, name), self.state_dict())
         if push_to_hub:
             upload_folder(save_directory, **hub)
-
-
-def resolve_bundled(source: str | os.PathLike[str]) -> str:
-    """The folder of a "bundled:<name>", which is part of this package; anything else as it came.
-
-    Raises:
-        OSError: no bundled model has that name; those that there are, are named.
-    """
-    source = os.fspath(source)
-    if not source.startswith("bundled:"):
-        return source
-    assets = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets")
-    entries = os.scandir(assets) if os.path.isdir(assets) else ()
-    names = sorted(
-        entry.name for entry in entries if os.path.isfile(os.path.join(entry.path, "model_index.json"))
-    )
-    name = source.removeprefix("bundled:")
-    if name not in names:
-        raise OSError(f"there is no bundled model {name!r}; there are: {', '.join(names) or 'none'}")
-    return os.path.join(assets, name)
 
 
 def find_weights(
@@ -207,19 +190,12 @@ def convert_legacy_attention(
 
 
 def write_safetensors(path: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Write beside `path` and move there, so that no half-written file is ever seen."""
+    """Write one safetensors file: the whole file or, on failure, none."""
     from safetensors.torch import save
 
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        # not save_file: it makes files that only their owner can read
-        with open(temporary, "wb") as file:
-            file.write(save({name: t.contiguous() for name, t in tensors.items()}, {"format": "pt"}))
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
+    # not save_file: it makes files that only their owner can read
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(save({name: t.contiguous() for name, t in tensors.items()}, {"format": "pt"}))
 
 
 def _assign(model: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype, path: str) -> None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from difusores.files import replacing
 from difusores.outputs import BaseOutput
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -68,11 +69,5 @@ def write_grid(images: npt.NDArray[Any], path: str | os.PathLike[str], columns: 
     cells[:count] = images
     grid = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
     (picture,) = _to_bytes(grid.reshape(1, rows * height, columns * width, channels))
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    try:
+    with replacing(path) as temporary:
         Image.fromarray(picture).save(temporary, format="PNG")
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from difusores.configuration import ConfigMixin, upload_folder
-from difusores.models.modeling import resolve_bundled
+from difusores.configuration import ConfigMixin
+from difusores.files import upload_folder
 from difusores.plan import Plan
 
 LIBRARIES = {"diffusers": "difusores", "difusores": "difusores", "transformers": "transformers"}
@@ -141,7 +141,7 @@ class DiffusionPipeline(ConfigMixin):
             TypeError: an option that is not one of these.
             ValueError: a component is missing, or this package has no class of its name.
         """
-        source = resolve_bundled(pretrained_model_name_or_path)
+        source = os.fspath(pretrained_model_name_or_path)
         hub_names = ("cache_dir", "force_download", "local_files_only", "revision", "token")
         hub: dict[str, Any] = {name: options.pop(name) for name in hub_names if name in options}
         model_options = {
@@ -219,7 +219,7 @@ def _find_class(library: str, name: str) -> Any:
 def _load_component(
     source: str, name: str, entry: Any, model_options: dict[str, Any], hub: dict[str, Any]
 ) -> Any:
-    """One component, from the folder of its name or, in the oldest repositories, from the root."""
+    """One component, from the folder of its name."""
     if not isinstance(entry, (list, tuple)):
         return entry
     library, class_name = entry
@@ -227,9 +227,4 @@ def _load_component(
         return None
     component_class = _find_class(library, class_name)
     options = {**hub, **(model_options if issubclass(component_class, nn.Module) else {})}
-    try:
-        return component_class.from_pretrained(source, subfolder=name, **options)
-    except OSError:
-        if os.path.isdir(source):
-            raise
-        return component_class.from_pretrained(source, **options)
+    return component_class.from_pretrained(source, subfolder=name, **options)

@@ -165,6 +165,8 @@ def test_everything_that_does_not_fit_is_named_at_once(folder: Path) -> None:
 def test_bad_arguments_are_named(model: UNet2DModel, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="no_such_option"):
         UNet2DModel.from_pretrained(folder, no_such_option=1)
+    with pytest.raises(OSError, match="is a file"):
+        UNet2DModel.from_pretrained(folder / "config.json")
     with pytest.raises(OSError, match="bundled model 'no-such-model'"):
         UNet2DModel.from_pretrained("bundled:no-such-model")
     with pytest.raises(ValueError, match="safe_serialization"):

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from difusores import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from difusores import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    UNet2DModel,
+    files,
+)
 
 CONFIG: dict[str, Any] = {
     "sample_size": 8,
@@ -84,6 +92,33 @@ def test_oldest_layout_has_all_files_in_the_root(folder: Path) -> None:
     assert np.array_equal(sample(quiet(DDPMPipeline.from_pretrained(folder))), expected)
 
 
+def test_bundled_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "ASSETS", str(folder.parent))
+    assert isinstance(DiffusionPipeline.from_pretrained("bundled:saved"), DDPMPipeline)
+    assert isinstance(UNet2DModel.from_pretrained("bundled:saved", subfolder="unet"), UNet2DModel)
+    assert DDIMScheduler.from_pretrained("bundled:saved", subfolder="scheduler").config.beta_end == 0.03
+    with pytest.raises(OSError, match="'nothing'; there are: saved"):
+        DDPMPipeline.from_pretrained("bundled:nothing")
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_hub_id(folder: Path, flat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    expected = sample(quiet(DDPMPipeline.from_pretrained(folder)))
+
+    def download(repo: str, filename: str, subfolder: str | None, **options: Any) -> str:
+        assert (repo, options["revision"]) == ("someone/something", "v2")
+        folders = [folder, folder / "unet", folder / "scheduler"] if flat else [folder / (subfolder or "")]
+        found = [place / filename for place in folders if (place / filename).is_file()]
+        if not found or (flat and subfolder):
+            raise huggingface_hub.errors.EntryNotFoundError(filename)
+        return str(found[0])
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    loaded = DDPMPipeline.from_pretrained("someone/something", revision="v2")
+    assert np.array_equal(sample(quiet(loaded)), expected)
+
+
 def test_passed_components_replace_the_folders(folder: Path) -> None:
     scheduler = DDIMScheduler()
     loaded = DDPMPipeline.from_pretrained(folder, scheduler=scheduler)
@@ -93,8 +128,6 @@ def test_passed_components_replace_the_folders(folder: Path) -> None:
 def test_mistakes_are_named(folder: Path) -> None:
     with pytest.raises(TypeError, match="vae"):
         DDPMPipeline.from_pretrained(folder, vae=None)
-    with pytest.raises(OSError, match="bundled model 'nothing'"):
-        DDPMPipeline.from_pretrained("bundled:nothing")
     index = folder / "model_index.json"
     content = json.loads(index.read_text())
     for entry in (["diffusers", "NoSuchModel"], ["os", "system"]):
