@@ -163,6 +163,20 @@ def test_assigned_timesteps_and_tables_are_used_at_once(diffusers: Any) -> None:
     assert same(900) and same(250)
 
 
+def test_the_arguments_of_a_step_choose_its_row(diffusers: Any) -> None:
+    e, x = pair()
+    schedulers = DDIMScheduler(), diffusers.DDIMScheduler()
+    for scheduler in schedulers:
+        scheduler.set_timesteps(10)
+    for eta in (0.0, 0.5, 0.0, 1.0):
+        for clipped in (False, True):
+            results = [
+                s.step(e, 500, x, eta, clipped, torch.Generator().manual_seed(0), return_dict=False)[0]
+                for s in schedulers
+            ]
+            torch.testing.assert_close(*results, atol=1e-5, rtol=0)
+
+
 class NoHostReads(TorchDispatchMode):
     """Fails where a value of a tensor would be waited for."""
 
@@ -217,8 +231,12 @@ def test_timesteps_may_be_strided_or_made_in_inference_mode(cls: type[Any]) -> N
     scheduler = cls()
     scheduler.set_timesteps(10)
     wanted = scheduler.step(e, 500, x)[1]
-    scheduler.timesteps = torch.arange(950, -1, -50)[1::2]
+    every = torch.arange(950, -1, -50)
+    scheduler.timesteps = every[1::2]
     assert torch.equal(scheduler.step(e, scheduler.timesteps[4], x)[1], wanted)
+    if cls is DDIMScheduler:
+        # lies between two elements of timesteps, and is none of them
+        assert torch.equal(scheduler.step(e, every[10], x)[1], scheduler.step(e, 450, x)[1])
     with torch.inference_mode():
         scheduler.set_timesteps(10)
         assert torch.equal(scheduler.step(e, scheduler.timesteps[4], x)[1], wanted)
