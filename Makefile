@@ -86,5 +86,5 @@ bench: .venv/test.stamp
 	@for program in benchmarks/bench_*.py; do $(BIN)/python $$program; done
 
 clean:
-	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks demo.png
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache demo.png
 	@rm -f difusores/_C.*.so difusores/_build_reason.txt .venv/*.stamp
