@@ -151,7 +151,9 @@ class DiffusionPipeline(ConfigMixin):
             "low_cpu_mem_usage": low_cpu_mem_usage,
         }
         index = cls.load_config(source, **hub)
-        own_class = _find_class("difusores", index["_class_name"]) if cls is DiffusionPipeline else cls
+        own_class = (
+            _find_class("difusores", str(index.get("_class_name"))) if cls is DiffusionPipeline else cls
+        )
         names = list(inspect.signature(own_class.__init__).parameters)[1:]
         unknown = sorted(options.keys() - set(names))
         if unknown:
@@ -163,11 +165,11 @@ class DiffusionPipeline(ConfigMixin):
         stored = {
             name: _load_component(source, name, index[name], model_options, hub)
             for name in names
-            if name not in options or name == "scheduler"
+            if name not in options
         }
-        pipeline: Self = own_class(**{**stored, **options})
+        pipeline: Self = own_class(**stored, **options)
         if not any(isinstance(value, nn.Module) for value in options.values()):
-            pipeline._trained_with = stored.get("scheduler")
+            pipeline._trained_with = _own_scheduler(source, index, stored, hub)
         return pipeline
 
     def save_pretrained(
@@ -228,3 +230,13 @@ def _load_component(
     component_class = _find_class(library, class_name)
     options = {**hub, **(model_options if issubclass(component_class, nn.Module) else {})}
     return component_class.from_pretrained(source, subfolder=name, **options)
+
+
+def _own_scheduler(source: str, index: dict[str, Any], stored: dict[str, Any], hub: dict[str, Any]) -> Any:
+    """The folder's scheduler, read for the check alone if another was passed; None if it cannot be known."""
+    if "scheduler" in stored or "scheduler" not in index:
+        return stored.get("scheduler")
+    try:
+        return _load_component(source, "scheduler", index["scheduler"], {}, hub)
+    except ValueError:  # of a class that this version does not have
+        return None

@@ -125,6 +125,17 @@ def test_passed_components_replace_the_folders(folder: Path) -> None:
     assert loaded.scheduler is scheduler
 
 
+def test_passed_scheduler_is_checked_against_the_folders_where_that_is_known(folder: Path) -> None:
+    scheduler = DDPMScheduler(prediction_type="sample", beta_end=0.03)
+    with pytest.raises(ValueError, match=r"'sample'.*'epsilon'"):
+        sample(quiet(DDPMPipeline.from_pretrained(folder, scheduler=scheduler)))
+    index = folder / "model_index.json"
+    content = json.loads(index.read_text())
+    for entry in ({"scheduler": ["diffusers", "SchedulerOfAnotherVersion"]}, {}):
+        index.write_text(json.dumps({"_class_name": "DDPMPipeline", "unet": content["unet"], **entry}))
+        sample(quiet(DDPMPipeline.from_pretrained(folder, scheduler=scheduler)))
+
+
 def test_mistakes_are_named(folder: Path) -> None:
     with pytest.raises(TypeError, match="vae"):
         DDPMPipeline.from_pretrained(folder, vae=None)
@@ -134,6 +145,9 @@ def test_mistakes_are_named(folder: Path) -> None:
         index.write_text(json.dumps({**content, "unet": entry}))
         with pytest.raises(ValueError, match=rf"{entry[0]}\.{entry[1]}"):
             DDPMPipeline.from_pretrained(folder)
+    index.write_text(json.dumps({**content, "_class_name": "NoSuchPipeline"}))
+    with pytest.raises(ValueError, match="NoSuchPipeline"):
+        DiffusionPipeline.from_pretrained(folder)
     del content["unet"]
     index.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="no unet"):
