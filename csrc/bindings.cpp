@@ -167,6 +167,7 @@ Result result_of(const OptionalTensor& t, const Tensor& sample, int64_t inner, c
         STD_TORCH_CHECK(t->size(d) == sample.size(d) && (t->size(d) == 1 || t->stride(d) == sample.stride(d)),
                         "scheduler_step: output ", name, " must have the sample's per-image strides");
     STD_TORCH_CHECK(t->size(0) <= 1 || t->stride(0) == inner, "scheduler_step: output ", name, " must be dense");
+    want_huge_pages(*t);
     return {t->data_ptr(), dtype_of(*t, name), batch ? t->size(0) / batch : 0};
 }
 

@@ -151,7 +151,7 @@ _refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def below_autograd(op: Callable[..., Any], *call: Any) -> Any:
-    """Call a registered op without its autograd layer, which costs microseconds even if it records nothing."""
+    """Call a registered op without its autograd layer, which costs time even where it records nothing."""
     if torch.compiler.is_compiling():  # a graph has no such layer, and Dynamo cannot trace the guard
         return op(*call)
     with torch._C._AutoDispatchBelowAutograd():

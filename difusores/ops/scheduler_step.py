@@ -19,7 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register
+from difusores import native
+from difusores.ops.dispatch import LIBRARY, choose, needs_grad, register, wanted
 
 G1, G2, G3, R, PX, PE, LO, HI, NU0, NU1, MODE, CIN = range(12)
 """Positions in a row before W."""
@@ -225,7 +226,7 @@ def _fake(*args: Tensor | None) -> None:
     return None
 
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 def supports(
@@ -300,19 +301,95 @@ def scheduler_step(
         ValueError: a shape, name or count that does not fit, or an operand that the row reads and was not
             given.
     """
+    operands = (row, sample, model_outputs, slots, noise, variance, threshold, step, seeds)
+    if out is None and not torch.compiler.is_compiling() and _plain(operands):
+        try:
+            return _native(operands, outputs, model_dtype, model_repeats)
+        except (RuntimeError, ValueError, IndexError):
+            pass  # the kernel refused; what follows finds another way or the words for it
+    return _general(operands, outputs, out, model_dtype, model_repeats)
+
+
+_Operands = tuple[
+    Tensor,  # row
+    Tensor,  # sample
+    Sequence[Tensor],  # model_outputs
+    Sequence[Tensor | None],  # slots
+    Tensor | None,  # noise
+    Tensor | None,  # variance
+    Tensor | None,  # threshold
+    Tensor | None,  # step
+    Tensor | None,  # seeds
+]
+
+
+def _plain(operands: _Operands) -> bool:
+    """Whether the call may go straight to the CPU kernel, which checks all that it is given."""
+    sample = operands[1]
+    if sample.dtype not in _KERNEL_DTYPES or not sample.is_cpu or wanted() not in (None, "cpu"):
+        return False
+    if native.status("cpu") is not None:
+        return False
+    return not torch.is_grad_enabled() or not needs_grad(
+        sample, *operands[2], *operands[3], operands[4], operands[5], operands[6]
+    )
+
+
+_NO_SLOTS = (None,) * 5
+
+
+def _native(
+    operands: _Operands, outputs: Sequence[str], model_dtype: torch.dtype | None, repeats: int
+) -> tuple[Tensor, ...]:
+    """The kernel on operands as they are: at a small size, looking at them costs more than the step."""
+    row, sample, model_outputs, slots, noise, variance, threshold, step, seeds = operands
+    e1, e2, e3 = (
+        (*model_outputs, None, None)[:3] if len(model_outputs) > 1 else (model_outputs[0], None, None)
+    )
+    s0, s1, s2, s3, s4 = (*slots, *_NO_SLOTS[len(slots) :]) if slots else _NO_SLOTS
+    y = d = u = x0 = m = None
+    for name in outputs:
+        if name == "y":
+            y = torch.empty_like(sample)
+        elif name == "x0":
+            x0 = torch.empty_like(sample)
+        elif name == "d":
+            d = torch.empty_like(sample)
+        elif name == "u":
+            u = torch.empty_like(sample)
+        elif name == "m":
+            m = _empty_model_input(sample, model_dtype or sample.dtype, repeats)
+        else:
+            raise ValueError(name)
+    torch.ops.difusores.scheduler_step.default(
+        row, step, sample, e1, e2, e3, noise, variance, threshold, s0, s1, s2, s3, s4, seeds, y, d, u, x0, m
+    )
+    written = {"y": y, "d": d, "u": u, "x0": x0, "m": m}
+    return tuple([written[name] for name in outputs])  # type: ignore[misc]
+
+
+def _general(
+    operands: _Operands,
+    outputs: Sequence[str],
+    out: Sequence[Tensor] | None,
+    model_dtype: torch.dtype | None,
+    repeats: int,
+) -> tuple[Tensor, ...]:
+    """Any backend, layout and dtype; refuses in words what no backend takes."""
+    row, sample, model_outputs, slots, noise, variance, threshold, step, seeds = operands
     needed = (*model_outputs, *slots, noise, variance)
     _check(row, sample, model_outputs, slots, noise, variance, threshold, outputs, step, seeds)
     differentiates = needs_grad(sample, *needed, threshold)
     backend = "reference"
     if not differentiates:
         backend = choose("scheduler_step", sample.device.type, supports, sample, needed, seeds, model_dtype)
+    if not _dense(sample):
+        sample = sample.contiguous()
     if out is None:
-        if not _dense(sample):
-            sample = sample.contiguous()
         out = [
             torch.empty_like(sample)
             if name != "m"
-            else _empty_model_input(sample, model_dtype or sample.dtype, model_repeats)
+            else _empty_model_input(sample, model_dtype or sample.dtype, repeats)
             for name in outputs
         ]
     if backend == "reference" and (differentiates or not torch.compiler.is_compiling()):
@@ -324,17 +401,13 @@ def scheduler_step(
     if backend == "reference":
         op = torch.ops.difusores.scheduler_step_reference
     e = [_like(t, sample) for t in model_outputs]
-    e += [None] * (3 - len(e))  # type: ignore[list-item]
     s = [None if t is None else _like(t, sample) for t in slots]
-    s += [None] * (5 - len(s))
-    if noise is not None:
-        noise = _like(noise, sample)
-    if variance is not None:
-        variance = _like(variance, sample)
+    noise, variance = (None if t is None else _like(t, sample) for t in (noise, variance))
+    threshold = None if threshold is None else threshold.float().contiguous()
     written = dict(zip(outputs, out, strict=True))
-    below_autograd(
-        op.default,
-        *(row, step, sample, *e, noise, variance, threshold, *s, seeds),
+    op.default(
+        *(row, step, sample, *e, *_NO_SLOTS[: 3 - len(e)], noise, variance, threshold),
+        *(*s, *_NO_SLOTS[: 5 - len(s)], seeds),
         *(written.get(name) for name in OUTPUTS),
     )
     return tuple(out)
