@@ -217,9 +217,9 @@ void scheduler_step(Tensor row, OptionalTensor step, Tensor sample, Tensor e1, O
     const OptionalTensor* slots[5] = {&s0, &s1, &s2, &s3, &s4};
     for (int k = 0; k < 5; ++k) a.slots[k] = operand_of(*slots[k], sample, "slot");
     if (threshold) {
-        STD_TORCH_CHECK(threshold->scalar_type() == ScalarType::Float && threshold->is_contiguous() &&
-                            threshold->numel() == batch,
-                        "scheduler_step: threshold must be contiguous float32 [B]");
+        STD_TORCH_CHECK(
+            threshold->scalar_type() == ScalarType::Float && threshold->is_contiguous() && threshold->numel() == batch,
+            "scheduler_step: threshold must be contiguous float32 [B]");
         a.threshold = static_cast<const float*>(threshold->data_ptr());
     }
     if (seeds) {
@@ -264,8 +264,8 @@ pybind11::dict build_info() {
     return info;
 }
 
-// Nanoseconds per element of silu((x - m) * a + b) from L1 to L1 on one thread, in the dtype's own loads and stores: what
-// a fused group norm cannot go below.
+// Nanoseconds per element of silu((x - m) * a + b) from L1 to L1 on one thread, in the dtype's own loads and stores:
+// what a fused group norm cannot go below.
 double silu_floor(const std::string& dtype, int64_t repeats) {
     constexpr int64_t n = 4096;
     const DType type = dtype == "float32" ? DType::f32 : dtype == "bfloat16" ? DType::bf16 : DType::f16;

@@ -6,10 +6,10 @@
 namespace difusores {
 namespace {
 
-#define DIFUSORES_TABLE(isa)                                                                                  \
-    Kernels {                                                                                                 \
-        #isa, isa::group_norm_silu, isa::group_norm_silu_prepare, isa::group_norm_silu_stats,                 \
-            isa::group_norm_silu_combine, isa::group_norm_silu_apply, isa::scheduler_step, isa::silu_floor    \
+#define DIFUSORES_TABLE(isa)                                                                               \
+    Kernels {                                                                                              \
+        #isa, isa::group_norm_silu, isa::group_norm_silu_prepare, isa::group_norm_silu_stats,              \
+            isa::group_norm_silu_combine, isa::group_norm_silu_apply, isa::scheduler_step, isa::silu_floor \
     }
 
 const Kernels kTables[] = {
@@ -29,8 +29,7 @@ bool cpu_has(const char* isa) {
     if (std::strcmp(isa, "base") == 0) return true;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (std::strcmp(isa, "avx2") == 0) return avx2;
     if (std::strcmp(isa, "avx512") == 0)
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

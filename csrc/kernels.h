@@ -53,12 +53,12 @@ struct Result {
 
 // See cpu/scheduler_step.cpp and difusores/ops/scheduler_step.py for the formula and the row's layout.
 struct SchedulerStepArgs {
-    const double* row;     // [40]
-    Operand sample;        // x
-    Operand e[3];          // model outputs
-    Operand noise;         // z
-    Operand variance;      // v
-    Operand slots[5];      // s0 .. s4
+    const double* row;       // [40]
+    Operand sample;          // x
+    Operand e[3];            // model outputs
+    Operand noise;           // z
+    Operand variance;        // v
+    Operand slots[5];        // s0 .. s4
     const float* threshold;  // [B] or nullptr
     const int64_t* seeds;    // [B] or nullptr: in-kernel Philox noise
     Result y, d, u, x0, m;
@@ -68,19 +68,19 @@ struct SchedulerStepArgs {
 constexpr int64_t kStepBlock = 1024;
 
 // The functions of one ISA level. They work on tasks [begin, end).
-#define DIFUSORES_DECLARE_KERNELS(isa)                                                                       \
-    namespace isa {                                                                                          \
-    /* channels first; tasks: N * G */                                                                       \
-    void group_norm_silu(const GroupNormSiluArgs&, int64_t begin, int64_t end);                              \
-    /* channels last, in this order; tasks: N, N * chunks, N, N * chunks */                                  \
-    void group_norm_silu_prepare(const GroupNormSiluArgs&, int64_t begin, int64_t end);                      \
-    void group_norm_silu_stats(const GroupNormSiluArgs&, int64_t begin, int64_t end);                        \
-    void group_norm_silu_combine(const GroupNormSiluArgs&, int64_t begin, int64_t end);                      \
-    void group_norm_silu_apply(const GroupNormSiluArgs&, int64_t begin, int64_t end);                        \
-    /* tasks: images * blocks of kStepBlock elements */                                                      \
-    void scheduler_step(const SchedulerStepArgs&, int64_t begin, int64_t end);                               \
-    /* micro-benchmark: silu((x - m) * a + b) over n elements, `repeats` times */                            \
-    void silu_floor(DType, const void* x, void* y, int64_t n, int64_t repeats);                              \
+#define DIFUSORES_DECLARE_KERNELS(isa)                                                  \
+    namespace isa {                                                                     \
+    /* channels first; tasks: N * G */                                                  \
+    void group_norm_silu(const GroupNormSiluArgs&, int64_t begin, int64_t end);         \
+    /* channels last, in this order; tasks: N, N * chunks, N, N * chunks */             \
+    void group_norm_silu_prepare(const GroupNormSiluArgs&, int64_t begin, int64_t end); \
+    void group_norm_silu_stats(const GroupNormSiluArgs&, int64_t begin, int64_t end);   \
+    void group_norm_silu_combine(const GroupNormSiluArgs&, int64_t begin, int64_t end); \
+    void group_norm_silu_apply(const GroupNormSiluArgs&, int64_t begin, int64_t end);   \
+    /* tasks: images * blocks of kStepBlock elements */                                 \
+    void scheduler_step(const SchedulerStepArgs&, int64_t begin, int64_t end);          \
+    /* micro-benchmark: silu((x - m) * a + b) over n elements, `repeats` times */       \
+    void silu_floor(DType, const void* x, void* y, int64_t n, int64_t repeats);         \
     }
 DIFUSORES_DECLARE_KERNELS(base)
 DIFUSORES_DECLARE_KERNELS(avx2)

@@ -3,17 +3,17 @@
 //
 // Bytes: x (and residual) twice, y once (and sum once); the second read of x comes from cache where a group fits there.
 // Statistics: eight vectors in registers give each lane a mean and the squared deviations from it (two passes without a
-// second load); lanes, blocks and rows are joined by Chan's formula (Chan, Golub, LeVeque 1983), so nothing cancels when
-// mean >> std. fp32 for at most kFlush blocks, fp64 beyond.
-// Layouts: [N, C, S], a task is one group; [N, S, C], a task is a chunk of rows, joined in a fixed order.
+// second load); lanes, blocks and rows are joined by Chan's formula (Chan, Golub, LeVeque 1983), so nothing cancels
+// when mean >> std. fp32 for at most kFlush blocks, fp64 beyond. Layouts: [N, C, S], a task is one group; [N, S, C], a
+// task is a chunk of rows, joined in a fixed order.
 #include "simd.h"
 
 namespace difusores {
 namespace DIFUSORES_ISA_NAME {
 namespace {
 
-constexpr int kDeep = 8;     // vectors of a block of the statistics
-constexpr int kFlush = 32;   // blocks after which the lanes are joined in fp64
+constexpr int kDeep = 8;    // vectors of a block of the statistics
+constexpr int kFlush = 32;  // blocks after which the lanes are joined in fp64
 // Vectors that go through act together: as many as the registers hold beside its constants.
 constexpr int kUnroll = kWidth == 16 ? 4 : 2;
 constexpr int64_t kFetch = 192 << 10;  // bytes of a group that are fetched ahead: L2 holds it beside this one's x and y
@@ -195,7 +195,8 @@ void rows_moments(const GroupNormSiluArgs& args, int64_t n, int64_t row, float b
         prefetch<kRows * kWidth * kBytes<D>>(static_cast<const char*>(args.x) + next);
         if constexpr (kResidual) prefetch<kRows * kWidth * kBytes<D>>(static_cast<const char*>(args.residual) + next);
         f32v h[kRows];
-        for (int k = 0; k < kRows; ++k) h[k] = load_h<D, kResidual>(args.x, args.residual, first + k * args.c + c, count);
+        for (int k = 0; k < kRows; ++k)
+            h[k] = load_h<D, kResidual>(args.x, args.residual, first + k * args.c + c, count);
         if (args.sum) {
             const f32v a = count == kWidth ? load<DType::f32>(add, c) : load_tail<DType::f32>(add, c, count);
             for (int k = 0; k < kRows; ++k) {
@@ -287,24 +288,19 @@ void apply_by_act(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
 }
 
 // Calls f<dtype, has residual>.
-#define DIFUSORES_BY_TYPE(f)                                                          \
-    switch (args.dtype) {                                                             \
-        case DType::f32:                                                              \
-            return args.residual ? f<DType::f32, true>(args, begin, end)              \
-                                 : f<DType::f32, false>(args, begin, end);            \
-        case DType::bf16:                                                             \
-            return args.residual ? f<DType::bf16, true>(args, begin, end)             \
-                                 : f<DType::bf16, false>(args, begin, end);           \
-        case DType::f16:                                                              \
-            return args.residual ? f<DType::f16, true>(args, begin, end)              \
-                                 : f<DType::f16, false>(args, begin, end);            \
+#define DIFUSORES_BY_TYPE(f)                                                                                         \
+    switch (args.dtype) {                                                                                            \
+        case DType::f32:                                                                                             \
+            return args.residual ? f<DType::f32, true>(args, begin, end) : f<DType::f32, false>(args, begin, end);   \
+        case DType::bf16:                                                                                            \
+            return args.residual ? f<DType::bf16, true>(args, begin, end) : f<DType::bf16, false>(args, begin, end); \
+        case DType::f16:                                                                                             \
+            return args.residual ? f<DType::f16, true>(args, begin, end) : f<DType::f16, false>(args, begin, end);   \
     }
 
 }  // namespace
 
-void group_norm_silu(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
-    DIFUSORES_BY_TYPE(channels_first)
-}
+void group_norm_silu(const GroupNormSiluArgs& args, int64_t begin, int64_t end) { DIFUSORES_BY_TYPE(channels_first) }
 
 void group_norm_silu_prepare(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n)

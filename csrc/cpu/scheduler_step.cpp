@@ -16,37 +16,43 @@ struct alignas(64) Block {
     float v[kStepBlock];
 };
 
+template <DType D>
+void widen(const void* p, int64_t first, int64_t count, float* out) {
+    const int64_t full = count / kWidth * kWidth;
+    const int tail = static_cast<int>(count - full);
+    for (int64_t k = 0; k < full; k += kWidth) store<DType::f32>(out, k, load<D>(p, first + k));
+    if (tail) store<DType::f32>(out, full, load_tail<D>(p, first + full, tail));
+}
+
+template <DType D>
+void narrow(void* p, int64_t first, int64_t count, const float* v) {
+    const int64_t full = count / kWidth * kWidth;
+    const int tail = static_cast<int>(count - full);
+    for (int64_t k = 0; k < full; k += kWidth) store<D>(p, first + k, load<DType::f32>(v, k));
+    if (tail) store_tail<D>(p, first + full, load<DType::f32>(v, full), tail);
+}
+
 // Operand elements [i, i + count) of image b as fp32, zero-padded to whole vectors; in place where they are fp32.
 const float* read(const Operand& o, int64_t b, int64_t i, int64_t count, Block& scratch) {
     const int64_t first = b * o.batch_stride + i;
-    const int64_t full = count / kWidth * kWidth;
-    const int tail = static_cast<int>(count - full);
-    if (o.dtype == DType::f32 && !tail) return static_cast<const float*>(o.ptr) + first;
-    const auto widen = [&](auto load_full, auto load_rest) {
-        for (int64_t k = 0; k < full; k += kWidth) store<DType::f32>(scratch.v, k, load_full(o.ptr, first + k));
-        if (tail) store<DType::f32>(scratch.v, full, load_rest(o.ptr, first + full, tail));
-    };
     switch (o.dtype) {
-        case DType::f32: widen(load<DType::f32>, load_tail<DType::f32>); break;
-        case DType::bf16: widen(load<DType::bf16>, load_tail<DType::bf16>); break;
-        case DType::f16: widen(load<DType::f16>, load_tail<DType::f16>); break;
+        case DType::f32:
+            if (count % kWidth == 0) return static_cast<const float*>(o.ptr) + first;
+            widen<DType::f32>(o.ptr, first, count, scratch.v);
+            break;
+        case DType::bf16: widen<DType::bf16>(o.ptr, first, count, scratch.v); break;
+        case DType::f16: widen<DType::f16>(o.ptr, first, count, scratch.v); break;
     }
     return scratch.v;
 }
 
 void write(const Result& r, int64_t batch, int64_t inner, int64_t b, int64_t i, int64_t count, const float* v) {
-    const int64_t full = count / kWidth * kWidth;
-    const int tail = static_cast<int>(count - full);
     for (int64_t repeat = 0; repeat < r.repeats; ++repeat) {
         const int64_t first = (repeat * batch + b) * inner + i;
-        const auto narrow = [&](auto store_full, auto store_rest) {
-            for (int64_t k = 0; k < full; k += kWidth) store_full(r.ptr, first + k, load<DType::f32>(v, k));
-            if (tail) store_rest(r.ptr, first + full, load<DType::f32>(v, full), tail);
-        };
         switch (r.dtype) {
-            case DType::f32: narrow(store<DType::f32>, store_tail<DType::f32>); break;
-            case DType::bf16: narrow(store<DType::bf16>, store_tail<DType::bf16>); break;
-            case DType::f16: narrow(store<DType::f16>, store_tail<DType::f16>); break;
+            case DType::f32: narrow<DType::f32>(r.ptr, first, count, v); break;
+            case DType::bf16: narrow<DType::bf16>(r.ptr, first, count, v); break;
+            case DType::f16: narrow<DType::f16>(r.ptr, first, count, v); break;
         }
     }
 }
@@ -65,7 +71,9 @@ void combine(const float* const* p, const float* c, int64_t padded, float* out) 
 
 void combine(int terms, const float* const* p, const float* c, int64_t padded, float* out) {
     switch (terms) {
-        case 0: for (int64_t k = 0; k < padded; k += kWidth) store<DType::f32>(out, k, f32v{}); return;
+        case 0:
+            for (int64_t k = 0; k < padded; k += kWidth) store<DType::f32>(out, k, f32v{});
+            return;
         case 1: return combine<1>(p, c, padded, out);
         case 2: return combine<2>(p, c, padded, out);
         case 3: return combine<3>(p, c, padded, out);
@@ -142,7 +150,8 @@ void scale_noise(const float* row, const float* z, const float* v, int64_t padde
         const f32v a = load<DType::f32>(v, k);
         f32v factor[1] = {a * row[kNu1] + row[kNu0]};
         if (row[kMode] == 1.0f) exp_f32(factor);
-        else for (int lane = 0; lane < kWidth; ++lane) factor[0][lane] = __builtin_sqrtf(a[lane]);
+        else
+            for (int lane = 0; lane < kWidth; ++lane) factor[0][lane] = __builtin_sqrtf(a[lane]);
         store<DType::f32>(out, k, load<DType::f32>(z, k) * factor[0]);
     }
 }
@@ -157,8 +166,8 @@ struct Reads {
             for (int j = 0; j < kColumns; ++j) column[j] |= wanted[k] && row[kW + kColumns * k + j] != 0.0f;
         x0 = args.x0.ptr || column[0];
         z = column[3] || row[kR] != 0.0f;
-        column[2] |= x0 && row[kPE] != 0.0f;                   // e
-        column[1] |= x0 && row[kPX] != 0.0f;                   // xh
+        column[2] |= x0 && row[kPE] != 0.0f;  // e
+        column[1] |= x0 && row[kPX] != 0.0f;  // xh
     }
 };
 

@@ -59,8 +59,8 @@ DIFUSORES_INLINE f32v load<DType::bf16>(const void* p, int64_t i) {
     return (f32v)(__builtin_convertvector(*reinterpret_cast<const u16v_mem*>(q), u32v) << 16);
 #endif
 }
-// bf16 bits in the high half. Rounds to nearest even in integers: vcvtneps2bf16 flushes subnormal numbers, and the levels
-// would differ in bits.
+// bf16 bits in the high half. Rounds to nearest even in integers: vcvtneps2bf16 flushes subnormal numbers, and the
+// levels would differ in bits.
 DIFUSORES_INLINE u32v round_bf16(f32v v) {
     const u32v bits = (u32v)v;
     const u32v rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -262,8 +262,8 @@ DIFUSORES_INLINE void cos_sin_turns(f32v t, f32v* cosine, f32v* sine) {
     const f32v a = (t - (q4 - 12582912.0f) * 0.25f) * 6.28318530717958648f;
     const f32v z = a * a;
     const f32v s = ((z * -1.9515295891e-4f + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * a + a;
-    const f32v c = ((z * 2.443315711809948e-5f - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * (z * z) -
-                   0.5f * z + 1.0f;
+    const f32v c =
+        ((z * 2.443315711809948e-5f - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * (z * z) - 0.5f * z + 1.0f;
     const i32v odd = (q & 1) != 0;
     const u32v sign_c = (u32v)((q + 1) & 2) << 30;
     const u32v sign_s = (u32v)(q & 2) << 30;

@@ -1,5 +1,5 @@
-// The kernels without torch: every ISA level that this processor has, against a float64 oracle, on memory whose bounds a
-// sanitizer watches. Prints one line per failure; exits with their number.
+// The kernels without torch: every ISA level that this processor has, against a float64 oracle, on memory whose bounds
+// a sanitizer watches. Prints one line per failure; exits with their number.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -137,7 +137,8 @@ void step(const Kernels& k, int64_t batch, int64_t inner) {
             worst = std::fmax(worst, std::fabs(got - want));
         worst = std::fmax(worst, std::fabs(x0[i] - p));
     }
-    expect(worst <= 3e-6, std::string(k.isa) + " scheduler_step " + std::to_string(inner) + ": " + std::to_string(worst));
+    expect(worst <= 3e-6,
+           std::string(k.isa) + " scheduler_step " + std::to_string(inner) + ": " + std::to_string(worst));
 }
 
 }  // namespace
