@@ -117,6 +117,7 @@ def test_compiles_without_a_graph_break(case) -> None:
     assert relative_l2(compiled(**inputs).sample, output) < 2e-5
 
 
+@pytest.mark.slow
 def test_compiled_training_gives_the_same_gradients() -> None:
     config = {**SMALL, "block_out_channels": (8,), "num_class_embeds": 3}
     config.update(down_block_types=("AttnDownBlock2D",), up_block_types=("UpBlock2D",))

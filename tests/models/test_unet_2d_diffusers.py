@@ -28,7 +28,6 @@ DDPM = {
     "norm_num_groups": 8,
     "time_embedding_type": "positional",
 }
-# google/ddpm-cat-256, ddpm-celebahq-256 and ddpm-church-256 have one architecture
 DDPM_256 = {
     **DDPM,
     "sample_size": 256,
@@ -44,9 +43,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
         "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
     },
-    "google/ddpm-cat-256": DDPM_256,
-    "google/ddpm-celebahq-256": DDPM_256,
-    "google/ddpm-church-256": DDPM_256,
+    "google/ddpm-cat-256, ddpm-celebahq-256, ddpm-church-256": DDPM_256,
     "CompVis/ldm-celebahq-256": {
         "sample_size": 64,
         "attention_head_dim": 8,
