@@ -302,9 +302,9 @@ def scheduler_step(
             given.
     """
     operands = (row, sample, model_outputs, slots, noise, variance, threshold, step, seeds)
-    if out is None and not torch.compiler.is_compiling() and _plain(operands):
+    if not torch.compiler.is_compiling() and _plain(operands):
         try:
-            return _native(operands, outputs, model_dtype, model_repeats)
+            return _native(operands, outputs, out, model_dtype, model_repeats)
         except (RuntimeError, ValueError, IndexError):
             pass  # the kernel refused; what follows finds another way or the words for it
     return _general(operands, outputs, out, model_dtype, model_repeats)
@@ -339,7 +339,11 @@ _NO_SLOTS = (None,) * 5
 
 
 def _native(
-    operands: _Operands, outputs: Sequence[str], model_dtype: torch.dtype | None, repeats: int
+    operands: _Operands,
+    outputs: Sequence[str],
+    out: Sequence[Tensor] | None,
+    model_dtype: torch.dtype | None,
+    repeats: int,
 ) -> tuple[Tensor, ...]:
     """The kernel on operands as they are: at a small size, looking at them costs more than the step."""
     row, sample, model_outputs, slots, noise, variance, threshold, step, seeds = operands
@@ -347,25 +351,21 @@ def _native(
         (*model_outputs, None, None)[:3] if len(model_outputs) > 1 else (model_outputs[0], None, None)
     )
     s0, s1, s2, s3, s4 = (*slots, *_NO_SLOTS[len(slots) :]) if slots else _NO_SLOTS
-    y = d = u = x0 = m = None
-    for name in outputs:
-        if name == "y":
-            y = torch.empty_like(sample)
-        elif name == "x0":
-            x0 = torch.empty_like(sample)
-        elif name == "d":
-            d = torch.empty_like(sample)
-        elif name == "u":
-            u = torch.empty_like(sample)
-        elif name == "m":
-            m = _empty_model_input(sample, model_dtype or sample.dtype, repeats)
-        else:
-            raise ValueError(name)
+    if out is None:
+        out = [
+            _empty_model_input(sample, model_dtype or sample.dtype, repeats)
+            if name == "m"
+            else torch.empty_like(sample)
+            for name in outputs
+        ]
+    written = dict(zip(outputs, out, strict=True))
+    y, d, u, x0, m = [written.pop(name, None) for name in OUTPUTS]
+    if written:
+        raise ValueError(f"unknown outputs {list(written)}")
     torch.ops.difusores.scheduler_step.default(
         row, step, sample, e1, e2, e3, noise, variance, threshold, s0, s1, s2, s3, s4, seeds, y, d, u, x0, m
     )
-    written = {"y": y, "d": d, "u": u, "x0": x0, "m": m}
-    return tuple([written[name] for name in outputs])  # type: ignore[misc]
+    return tuple(out)
 
 
 def _general(
