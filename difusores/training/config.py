@@ -29,6 +29,7 @@ class TrainConfig:
         }
     )
     out: str = field(metadata={"help": "folder of the run: checkpoints, sample grids, the exported pipeline"})
+    init: str = _option("", "pipeline folder or bundled name whose weights the run begins with")
     resolution: int = _option(32, "height and width of the images")
     channels: int = _option(1, "1 (grey) or 3 (RGB)")
     widths: tuple[int, ...] = _option(
@@ -43,14 +44,16 @@ class TrainConfig:
     prediction_type: str = _option("v_prediction", f"what is predicted: {', '.join(PREDICTION_TYPES)}")
     beta_schedule: str = _option("squaredcos_cap_v2", f"noise schedule: {', '.join(BETA_SCHEDULES)}")
     train_timesteps: int = _option(1000, "noise levels of the schedule")
-    min_snr_gamma: float = _option(5.0, "gamma of the min-SNR loss weight; 0 weights all timesteps equally")
-    steps: int = _option(10_000, "optimizer steps")
-    batch_size: int = _option(64, "images a step, over all devices together")
+    min_snr_gamma: float = _option(
+        0.0, "gamma of the min-SNR loss weight, 5 in its paper; 0 for equal weights"
+    )
+    steps: int = _option(5_000, "optimizer steps")
+    batch_size: int = _option(32, "images a step, over all devices together")
     learning_rate: float = _option(1e-3, "peak learning rate of AdamW")
-    warmup_steps: int = _option(200, "steps of linear warm-up; a cosine to 0 follows")
+    warmup_steps: int = _option(100, "steps of linear warm-up; a cosine to 0 follows")
     weight_decay: float = _option(0.01, "of AdamW")
     max_grad_norm: float = _option(1.0, "gradients are scaled down to this L2 norm")
-    ema_decay: float = _option(0.999, "of the averaged weights, which are exported")
+    ema_decay: float = _option(0.998, "of the averaged weights, which are exported")
     flip: bool = _option(False, "mirror images at random")
     precision: str = _option("fp32", f"of the network's arithmetic (autocast): {', '.join(PRECISIONS)}")
     seed: int = _option(0, "of the weights, the order of the images, and the noise")

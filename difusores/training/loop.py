@@ -40,6 +40,22 @@ def build_model(config: TrainConfig, num_classes: int) -> UNet2DModel:
     )
 
 
+def _copy_weights(source: str, model: UNet2DModel) -> None:
+    """Load the weights of the UNet in the pipeline `source`, which must be of `model`'s shape."""
+    found = UNet2DModel.from_pretrained(source, subfolder="unet")
+    shapes, wanted = ({name: tuple(w.shape) for name, w in m.state_dict().items()} for m in (found, model))
+    if shapes != wanted:
+        differing = sorted(
+            name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name)
+        )
+        name = differing[0]
+        raise ValueError(
+            f"--init is {source!r}, whose UNet is another than these options describe: {name} has shape "
+            f"{shapes.get(name)} there, {wanted.get(name)} here"
+        )
+    model.load_state_dict(found.state_dict())
+
+
 def build_scheduler(config: TrainConfig) -> DDPMScheduler:
     """The noise schedule of `config`; its configuration is written beside the model."""
     return DDPMScheduler(
@@ -99,6 +115,8 @@ class Trainer:
         set_seed(config.seed + self.accelerator.process_index)  # the same weights, each process its own noise
         if state is not None:
             model.load_state_dict(state["model"])
+        elif config.init:
+            _copy_weights(config.init, model)
         self.ema = EMA(model.to(self.accelerator.device), config.ema_decay)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay

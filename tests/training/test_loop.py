@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,20 @@ def test_an_unconditional_run_writes_samples(pictures: Path, tmp_path: Path):
         "step-00000002.png",
     ]
     assert UNet2DModel.from_pretrained(tmp_path / "pipeline" / "unet").config["num_class_embeds"] is None
+
+
+def test_a_run_begins_with_the_weights_it_is_given(pictures: Path, tmp_path: Path):
+    first = TrainConfig(
+        data=str(pictures), out=str(tmp_path / "first"), steps=2, warmup_steps=0, sample_every=0, **CLASSES
+    )
+    folder = train(first)
+    exported = UNet2DModel.from_pretrained(folder / "unet").state_dict()
+    second = replace(first, out=str(tmp_path / "second"), init=str(folder), seed=5)
+    assert_same(dict(Trainer(second).plain_model.state_dict()), dict(exported))
+    with pytest.raises(ValueError, match=r"--init is .* has shape .* there, .* here"):
+        Trainer(replace(second, widths=(8, 24)))
+    with pytest.raises(OSError, match="nowhere"):
+        Trainer(replace(second, init=str(tmp_path / "nowhere")))
 
 
 def test_labels_are_dropped_to_the_null_label(pictures: Path, tmp_path: Path):
