@@ -30,38 +30,46 @@ std::vector<float> normal(size_t n, unsigned seed, float mean = 0.0f) {
     return v;
 }
 
-// Heap blocks of exactly the bytes needed, so that one element too far is seen.
-std::vector<uint16_t> to_bf16(const std::vector<float>& v) {
-    std::vector<uint16_t> out(v.size());
-    for (size_t i = 0; i < v.size(); ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, &v[i], 4);
-        out[i] = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+// Half-precision bits. Heap blocks of exactly the bytes needed, so that one element too far is seen.
+float from_half(uint16_t h, DType dtype) {
+    if (dtype == DType::f16) {
+        _Float16 f;
+        std::memcpy(&f, &h, 2);
+        return static_cast<float>(f);
     }
-    return out;
-}
-float from_bf16(uint16_t h) {
     const uint32_t bits = static_cast<uint32_t>(h) << 16;
     float f;
     std::memcpy(&f, &bits, 4);
     return f;
 }
+std::vector<uint16_t> to_half(const std::vector<float>& v, DType dtype) {
+    std::vector<uint16_t> out(v.size());
+    for (size_t i = 0; i < v.size(); ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, &v[i], 4);
+        out[i] = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+        const _Float16 f = static_cast<_Float16>(v[i]);
+        if (dtype == DType::f16) std::memcpy(&out[i], &f, 2);
+    }
+    return out;
+}
 
-void group_norm(const Kernels& k, int64_t n, int64_t c, int64_t s, int64_t g, bool last, bool bf16) {
+void group_norm(const Kernels& k, int64_t n, int64_t c, int64_t s, int64_t g, bool last, DType dtype) {
+    const bool half = dtype != DType::f32;
     const size_t size = n * c * s;
     std::vector<float> x = normal(size, 1, 5.0f), r = normal(size, 2);
     const std::vector<float> w = normal(c, 3), b = normal(c, 4), add = normal(n * c, 5), scale = normal(n * c, 6);
-    const auto xh = to_bf16(x), rh = to_bf16(r);
-    if (bf16)
-        for (size_t i = 0; i < size; ++i) x[i] = from_bf16(xh[i]), r[i] = from_bf16(rh[i]);
+    const auto xh = to_half(x, dtype), rh = to_half(r, dtype);
+    if (half)
+        for (size_t i = 0; i < size; ++i) x[i] = from_half(xh[i], dtype), r[i] = from_half(rh[i], dtype);
     std::vector<float> y(size), sum(size);
     std::vector<uint16_t> yh(size), sumh(size);
     GroupNormSiluArgs a{};
-    a.x = bf16 ? static_cast<const void*>(xh.data()) : x.data();
-    a.residual = bf16 ? static_cast<const void*>(rh.data()) : r.data();
-    a.y = bf16 ? static_cast<void*>(yh.data()) : y.data();
-    a.sum = bf16 ? static_cast<void*>(sumh.data()) : sum.data();
-    a.dtype = bf16 ? DType::bf16 : DType::f32;
+    a.x = half ? static_cast<const void*>(xh.data()) : x.data();
+    a.residual = half ? static_cast<const void*>(rh.data()) : r.data();
+    a.y = half ? static_cast<void*>(yh.data()) : y.data();
+    a.sum = half ? static_cast<void*>(sumh.data()) : sum.data();
+    a.dtype = dtype;
     a.weight = {w.data(), DType::f32, 0}, a.bias = {b.data(), DType::f32, 0};
     a.add = {add.data(), DType::f32, c}, a.scale = {scale.data(), DType::f32, c};
     a.n = n, a.c = c, a.s = s, a.groups = g, a.eps = 1e-5, a.silu = true;
@@ -80,6 +88,8 @@ void group_norm(const Kernels& k, int64_t n, int64_t c, int64_t s, int64_t g, bo
     const auto at = [&](int64_t i, int64_t ch, int64_t p) {
         return static_cast<size_t>(last ? (i * s + p) * c + ch : (i * c + ch) * s + p);
     };
+    // rounding of the result, to nearest: half a unit in the last place, with room for fp32 before it
+    const double unit = dtype == DType::f32 ? 3e-7 : dtype == DType::bf16 ? 0x1p-8 : 0x1p-11;
     double worst = 0, largest = 0;
     for (int64_t i = 0; i < n; ++i)
         for (int64_t group = 0; group < g; ++group) {
@@ -98,18 +108,18 @@ void group_norm(const Kernels& k, int64_t n, int64_t c, int64_t s, int64_t g, bo
                     const double t = normed * (1.0 + scale[i * c + ch]);
                     const double want = t / (1 + std::exp(-t));
                     const size_t o = at(i, ch, p);
-                    const double got = bf16 ? from_bf16(yh[o]) : y[o], total = bf16 ? from_bf16(sumh[o]) : sum[o];
-                    const double unit = bf16 ? 1.0 / 128 : 1.0;
+                    const double got = half ? from_half(yh[o], dtype) : y[o];
+                    const double total = half ? from_half(sumh[o], dtype) : sum[o];
                     worst = std::fmax(worst, std::fabs(got - want));
                     largest = std::fmax(largest, std::fabs(want));
-                    expect(std::fabs(total - h(ch, p)) <= std::fabs(h(ch, p)) * unit * (bf16 ? 1.0 : 3e-7) + 1e-6,
+                    expect(std::fabs(total - h(ch, p)) <= std::fabs(h(ch, p)) * unit + 1e-6,
                            std::string(k.isa) + " sum");
                 }
         }
-    const double allowed = (bf16 ? 0x1p-8 : 2e-6) * largest + 1e-5;
-    expect(worst <= allowed, std::string(k.isa) + (last ? " channels last " : " channels first ") +
-                                 (bf16 ? "bf16 " : "f32 ") + std::to_string(c) + "x" + std::to_string(s) + ": " +
-                                 std::to_string(worst));
+    const double allowed = std::fmax(unit, 2e-6) * largest + 1e-5;
+    expect(worst <= allowed, std::string(k.isa) + (last ? " channels last " : " channels first ") + "dtype " +
+                                 std::to_string(static_cast<int>(dtype)) + " " + std::to_string(c) + "x" +
+                                 std::to_string(s) + ": " + std::to_string(worst));
 }
 
 void step(const Kernels& k, int64_t batch, int64_t inner) {
@@ -147,13 +157,24 @@ int main() {
     int levels = 0;
     for (const char* isa : {"base", "avx2", "avx512"}) {
         const Kernels* k = kernels_of(isa);
+#ifdef DIFUSORES_EMULATES_AVX512  // compiled without its instructions: it runs wherever AVX2 does
+        const Kernels emulated{"avx512",
+                               avx512::group_norm_silu,
+                               avx512::group_norm_silu_prepare,
+                               avx512::group_norm_silu_stats,
+                               avx512::group_norm_silu_combine,
+                               avx512::group_norm_silu_apply,
+                               avx512::scheduler_step,
+                               avx512::silu_floor};
+        if (std::string(isa) == "avx512" && cpu_has("avx2")) k = &emulated;
+#endif
         if (!k) continue;
         ++levels;
         for (const bool last : {false, true})
-            for (const bool bf16 : {false, true}) {
-                for (const int64_t s : {1, 3, 16, 17, 33, 1025}) group_norm(*k, 2, 12, s, 3, last, bf16);
-                group_norm(*k, 1, 70, 9, 35, last, bf16);
-                group_norm(*k, 2, 5, 64, 1, last, bf16);
+            for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+                for (const int64_t s : {1, 3, 16, 17, 33, 1025}) group_norm(*k, 2, 12, s, 3, last, dtype);
+                group_norm(*k, 1, 70, 9, 35, last, dtype);
+                group_norm(*k, 2, 5, 64, 1, last, dtype);
             }
         for (const int64_t inner : {1, 7, 1023, 1024, 1025, 5000}) step(*k, 2, inner);
     }

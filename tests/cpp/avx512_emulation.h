@@ -1,0 +1,56 @@
+// The AVX-512 intrinsics of csrc/cpu/simd.h on an AVX2 processor, so that the source of that level (16 lanes, four
+// vectors together) runs where the instructions do not. Included before everything else by -include.
+#pragma once
+#include <immintrin.h>
+#define __AVX512F__ 1
+
+namespace emulation {
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int i32x16 __attribute__((vector_size(64)));
+
+// vmaxps and vminps return the second operand unless the first is greater (less): a NaN there stays.
+inline __m512 max_ps(__m512 a, __m512 b) { return (__m512)((f32x16)a > (f32x16)b ? (f32x16)a : (f32x16)b); }
+inline __m512 min_ps(__m512 a, __m512 b) { return (__m512)((f32x16)a < (f32x16)b ? (f32x16)a : (f32x16)b); }
+inline __m512 set1_ps(float a) { return (__m512)(a - f32x16{}); }
+
+template <class Low, class High>
+inline __m512i join(Low low, High high) {
+    __m512i out;
+    __builtin_memcpy(&out, &low, 32);
+    __builtin_memcpy(reinterpret_cast<char*>(&out) + 32, &high, 32);
+    return out;
+}
+inline __m512i cvtepu16_epi32(__m256i h) {
+    return join(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(h)),
+                _mm256_cvtepu16_epi32(_mm256_extracti128_si256(h, 1)));
+}
+inline __m256i cvtepi32_epi16(__m512i v) {
+    const i32x16 lanes = (i32x16)v;
+    __m256i out;
+    for (int k = 0; k < 16; ++k) {
+        const short low = static_cast<short>(lanes[k]);
+        __builtin_memcpy(reinterpret_cast<char*>(&out) + 2 * k, &low, 2);
+    }
+    return out;
+}
+inline __m512 cvtph_ps(__m256i h) {
+    return (__m512)join(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)));
+}
+inline __m256i cvtps_ph(__m512 v) {
+    __m256 half[2];
+    __builtin_memcpy(half, &v, 64);
+    const __m128i low = _mm256_cvtps_ph(half[0], _MM_FROUND_TO_NEAREST_INT);
+    return _mm256_set_m128i(_mm256_cvtps_ph(half[1], _MM_FROUND_TO_NEAREST_INT), low);
+}
+
+}  // namespace emulation
+
+#undef _mm512_cvtps_ph
+#define _mm512_max_ps emulation::max_ps
+#define _mm512_min_ps emulation::min_ps
+#define _mm512_set1_ps emulation::set1_ps
+#define _mm512_cvtepu16_epi32 emulation::cvtepu16_epi32
+#define _mm512_cvtepi32_epi16 emulation::cvtepi32_epi16
+#define _mm512_cvtph_ps emulation::cvtph_ps
+#define _mm512_cvtps_ph(v, rounding) emulation::cvtps_ph(v)
