@@ -151,6 +151,20 @@ void check_image(const Tensor& t, const Tensor& sample, const char* name) {
                         "scheduler_step: ", name, " must have the sample's shape and per-image strides");
 }
 
+// The elements of an image are one run of memory, in whatever order of dimensions.
+void check_dense(const Tensor& sample, int64_t inner) {
+    int64_t covered = 1;
+    for (bool found = true; covered < inner && found;) {
+        found = false;
+        for (int64_t d = 1; d < sample.dim() && !found; ++d)
+            if (sample.size(d) > 1 && sample.stride(d) == covered) {
+                covered *= sample.size(d);
+                found = true;
+            }
+    }
+    STD_TORCH_CHECK(covered == inner, "scheduler_step: the images of sample must be dense");
+}
+
 Operand operand_of(const OptionalTensor& t, const Tensor& sample, const char* name) {
     if (!t) return {};
     check_image(*t, sample, name);
@@ -206,6 +220,7 @@ void scheduler_step(Tensor row, OptionalTensor step, Tensor sample, Tensor e1, O
                         " is outside the table of rows");
     }
     const int64_t batch = sample.size(0), inner = sample.numel() / batch;
+    check_dense(sample, inner);
     SchedulerStepArgs a{};
     a.row = static_cast<const double*>(row.data_ptr()) + index * 40;
     a.sample = operand_of(sample, sample, "sample");

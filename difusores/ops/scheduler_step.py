@@ -298,8 +298,8 @@ def scheduler_step(
         reference.
 
     Raises:
-        ValueError: a shape, name or count that does not fit, or an operand that the row reads and was not
-            given.
+        ValueError: a shape, name or count that does not fit. An operand that the row reads and was not given:
+            ValueError from the reference, RuntimeError from a kernel.
     """
     operands = (row, sample, model_outputs, slots, noise, variance, threshold, step, seeds)
     if not torch.compiler.is_compiling() and _plain(operands):
@@ -352,12 +352,7 @@ def _native(
     )
     s0, s1, s2, s3, s4 = (*slots, *_NO_SLOTS[len(slots) :]) if slots else _NO_SLOTS
     if out is None:
-        out = [
-            _empty_model_input(sample, model_dtype or sample.dtype, repeats)
-            if name == "m"
-            else torch.empty_like(sample)
-            for name in outputs
-        ]
+        out = _new_outputs(sample, outputs, model_dtype, repeats)
     written = dict(zip(outputs, out, strict=True))
     y, d, u, x0, m = [written.pop(name, None) for name in OUTPUTS]
     if written:
@@ -386,12 +381,7 @@ def _general(
     if not _dense(sample):
         sample = sample.contiguous()
     if out is None:
-        out = [
-            torch.empty_like(sample)
-            if name != "m"
-            else _empty_model_input(sample, model_dtype or sample.dtype, repeats)
-            for name in outputs
-        ]
+        out = _new_outputs(sample, outputs, model_dtype, repeats)
     if backend == "reference" and (differentiates or not torch.compiler.is_compiling()):
         results = reference(row, step, sample, model_outputs, noise, variance, threshold, slots, seeds)
         for name, target in zip(outputs, out, strict=True):
@@ -404,17 +394,37 @@ def _general(
     s = [None if t is None else _like(t, sample) for t in slots]
     noise, variance = (None if t is None else _like(t, sample) for t in (noise, variance))
     threshold = None if threshold is None else threshold.float().contiguous()
-    written = dict(zip(outputs, out, strict=True))
+    strides = (sample.shape[1:].numel(), *sample.stride()[1:])
+    new = [
+        t if t.stride() == strides else torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device)
+        for t in out
+    ]
+    written = dict(zip(outputs, new, strict=True))
     op.default(
         *(row, step, sample, *e, *_NO_SLOTS[: 3 - len(e)], noise, variance, threshold),
         *(*s, *_NO_SLOTS[: 5 - len(s)], seeds),
         *(written.get(name) for name in OUTPUTS),
     )
+    for given, result in zip(out, new, strict=True):
+        if given is not result:
+            given.copy_(result)
     return tuple(out)
 
 
 def _dense(t: Tensor) -> bool:
-    return t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t)
+    """Whether each image is one run of memory, in whatever order of dimensions."""
+    return t.is_contiguous() or len(t) == 0 or torch.ops.aten.is_non_overlapping_and_dense(t[0])
+
+
+def _new_outputs(
+    sample: Tensor, outputs: Sequence[str], model_dtype: torch.dtype | None, repeats: int
+) -> list[Tensor]:
+    return [
+        _empty_model_input(sample, model_dtype or sample.dtype, repeats)
+        if name == "m"
+        else torch.empty_like(sample)
+        for name in outputs
+    ]
 
 
 def _empty_model_input(sample: Tensor, dtype: torch.dtype, repeats: int) -> Tensor:

@@ -175,6 +175,17 @@ def test_layouts(backend: str) -> None:
             torch.testing.assert_close(a, b)
     sliced = {**call, "sample": torch.cat([call["sample"]] * 2, dim=3)[..., ::2]}
     assert step(backend, r, sliced, outputs=("y",))[0].is_contiguous()
+    rows = torch.zeros(2, 3, 8, 12)[..., ::2]  # images with gaps, in and out
+    gaps = {**call, "sample": rows.copy_(call["sample"])}
+    for out in (torch.zeros(2, 3, 8, 12)[..., ::2], torch.zeros(4, 3, 8, 6)[::2], torch.zeros(2, 3, 6, 8).mT):
+        (y,) = step(backend, r, gaps, outputs=("y",), out=[out])
+        assert y is out
+        torch.testing.assert_close(y, want[0])
+    overlapping = torch.randn(9).as_strided((2, 3, 3), (0, 2, 2))  # as long as a dense image, but not one
+    fresh = {**operands((2, 3, 3), torch.float32, 1), "sample": overlapping}
+    (y,) = step(backend, r, fresh, outputs=("y",))
+    copied = {**fresh, "sample": overlapping.contiguous()}
+    torch.testing.assert_close(y, step("reference", r, copied, outputs=("y",))[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
