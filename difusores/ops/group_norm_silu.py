@@ -101,8 +101,9 @@ def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None
     """The normalised tensor again, then the chain rule through act, scale-shift, norm; in fp32 or wider."""
     x, weight, bias, scale, shift, add, residual = ctx.saved_tensors
     wide = torch.promote_types(x.dtype, torch.float32)
-    n, g = x.shape[0], ctx.num_groups
-    spatial = list(range(2, x.ndim))
+
+    def widened(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(wide)
 
     def channels(t: Tensor) -> Tensor:
         return _per_channel(t.to(wide), x)
@@ -112,51 +113,41 @@ def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None
         h = h + channels(add)
     if residual is not None:
         h = h + residual.to(wide)
-    grouped = h.reshape(n, g, -1)
-    var, mean = torch.var_mean(grouped, dim=2, correction=0, keepdim=True)
-    rstd = torch.rsqrt(var + ctx.eps)
-    hat = ((grouped - mean) * rstd).reshape(x.shape)
-    normed = hat if weight is None else hat * channels(weight[None])
-    if bias is not None:
-        normed = normed + channels(bias[None])
-    pre = normed if scale is None else normed * (1 + channels(scale))
-    if shift is not None:
-        pre = pre + channels(shift)
-
+    n, c, spatial = x.shape[0], x.shape[1], list(range(2, x.ndim))
+    size = (n, c, x.shape[2:].numel(), ctx.num_groups)
+    gamma = widened(weight)
+    layout = _memory_format(h)  # the backward kernel of torch takes it that all tensors have one layout
+    h = h.contiguous(memory_format=layout)
+    normed, mean, rstd = torch.ops.aten.native_group_norm(h, gamma, widened(bias), *size, ctx.eps)
     grad = grad_y.to(wide)
     if ctx.silu:
-        sigmoid = torch.sigmoid(pre)
-        grad = grad * sigmoid * (1 + pre * (1 - sigmoid))
+        pre = normed if scale is None else normed * (1 + channels(scale))
+        if shift is not None:
+            pre = pre + channels(shift)
+        grad = torch.ops.aten.silu_backward(grad, pre)
     grad_shift = grad.sum(spatial).to(shift.dtype) if shift is not None else None
     grad_scale = None
     if scale is not None:
         grad_scale = (grad * normed).sum(spatial).to(scale.dtype)
         grad = grad * (1 + channels(scale))
-    over = [0, *spatial]
-    grad_bias = grad.sum(over).to(bias.dtype) if bias is not None else None
-    grad_weight = None
-    if weight is not None:
-        grad_weight = (grad * hat).sum(over).to(weight.dtype)
-        grad = grad * channels(weight[None])
-    flat, flat_hat = grad.reshape(n, g, -1), hat.reshape(n, g, -1)
-    grad_h = rstd * (flat - flat.mean(2, keepdim=True) - flat_hat * (flat * flat_hat).mean(2, keepdim=True))
-    grad_h = grad_h.reshape(x.shape)
+    mask = [True, weight is not None, bias is not None]
+    grad_h, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
+        grad.contiguous(memory_format=layout), h, mean, rstd, gamma, *size, mask
+    )
     if ctx.return_sum:
         grad_h = grad_h + grad_sum
-    grad_add = grad_h.sum(spatial).to(add.dtype) if add is not None else None
     grad_x = grad_h.to(x.dtype)
-    grad_residual = grad_x if residual is not None else None
     return (
         grad_x,
         None,
-        grad_weight,
-        grad_bias,
+        None if weight is None else grad_weight.to(weight.dtype),
+        None if bias is None else grad_bias.to(bias.dtype),
         None,
         None,
         grad_scale,
         grad_shift,
-        grad_add,
-        grad_residual,
+        None if add is None else grad_h.sum(spatial).to(add.dtype),
+        None if residual is None else grad_x,
         None,
     )
 

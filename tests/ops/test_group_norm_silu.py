@@ -261,6 +261,21 @@ def test_gradients(options: str, check: Any) -> None:
         torch.testing.assert_close(formula[places[name]], exact, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("of_grad", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("of_x", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 8, 5, 4), (2, 8, 3, 5, 4)], ids=str)
+def test_gradients_of_layouts(shape: tuple[int, ...], of_x: str, of_grad: str) -> None:
+    """The gradient comes in the layout of what follows, which need not be that of x."""
+    call = make(shape, torch.float32, of_x, OPTIONS["plain"])
+    grad = make(shape, torch.float32, of_grad, OPTIONS["plain"])["x"]
+    grads = []
+    for backend in (None, "reference"):
+        x = call["x"].detach().requires_grad_()
+        run(backend, {**call, "x": x}, 4)[0].backward(grad)
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
+
+
 def test_gradcheck() -> None:
     def f(*tensors: Tensor) -> Any:
         x, weight, bias, scale, shift, add, residual = tensors
