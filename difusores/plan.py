@@ -181,12 +181,13 @@ class Plan:
 
     def table(self) -> Tensor:
         """All rows, [stages, 40] float64 on the CPU; a new tensor at each call."""
-        return torch.tensor([stage.row for stage in self.stages], dtype=torch.float64).reshape(-1, ROW)
+        rows = [stage.row for stage in self.stages]
+        return torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(-1, ROW)
 
     def times(self, device: torch.device | str = "cpu") -> Tensor:
         """What the model is told, [stages]: int64, or float32 for continuous time."""
         dtype = torch.float32 if self.continuous else torch.int64
-        return torch.tensor([stage.time for stage in self.stages]).to(device, dtype)
+        return torch.tensor([stage.time for stage in self.stages], dtype=dtype, device=device)
 
     def to_json(self) -> str:
         """The plan as JSON (infinite limits as strings); `from_json` gives back an equal plan."""

@@ -41,7 +41,7 @@ def sample(
     if not 1 <= len(weights) <= 3:
         raise ValueError(f"guidance takes one to three weights, got {len(weights)}")
     table = plan.table()
-    table[:, G1 : G1 + len(weights)] = torch.tensor(weights, dtype=torch.float64)
+    table[:, G1 : G1 + len(weights)] = torch.tensor(weights, dtype=torch.float64, device="cpu")
     rows, times = table.unbind(0), plan.times(x.device).unbind(0)
     with torch.no_grad():
         buffers = _Buffers(x, model_dtype, len(weights))
@@ -147,7 +147,7 @@ def draw_noise(
         if source is None or source.device.type == device.type:
             part.normal_(generator=source)
         elif source.device.type == "cpu":
-            part.copy_(torch.randn(part.shape, generator=source, dtype=dtype))
+            part.copy_(torch.randn(part.shape, generator=source, dtype=dtype, device="cpu"))
         else:
             raise ValueError(f"a generator on {source.device} cannot draw noise for a sample on {device}")
     return z

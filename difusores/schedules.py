@@ -45,19 +45,18 @@ def betas(
         NotImplementedError: unknown schedule.
     """
     if trained_betas is not None:
-        # as_tensor would share memory with the caller's array
-        table = torch.as_tensor(trained_betas).detach().to("cpu", torch.float32, copy=True)
+        # as_tensor may share memory with the caller's array
+        table = torch.as_tensor(trained_betas, dtype=torch.float32, device="cpu").detach().clone()
     elif schedule == "linear":
-        table = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
+        table = _linspace(beta_start, beta_end, num_train_timesteps)
     elif schedule == "scaled_linear":
-        ends = beta_start**0.5, beta_end**0.5
-        table = torch.linspace(*ends, num_train_timesteps, dtype=torch.float32) ** 2
+        table = _linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps) ** 2
     elif schedule == "squaredcos_cap_v2":
         table = _from_alpha_bar(_cosine_alpha_bar, num_train_timesteps)
     elif schedule == "laplace":
         table = _from_alpha_bar(_laplace_alpha_bar, num_train_timesteps)
     elif schedule == "sigmoid":
-        logits = torch.linspace(-6, 6, num_train_timesteps, dtype=torch.float32)
+        logits = _linspace(-6, 6, num_train_timesteps)
         table = torch.sigmoid(logits) * (beta_end - beta_start) + beta_start
     else:
         names = ", ".join(BETA_SCHEDULES)
@@ -85,10 +84,15 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
     return (1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])).double()
 
 
+def _linspace(start: float, end: float, steps: int) -> Tensor:
+    # the device is named, here and below: `with torch.device(...)` around the call would choose another
+    return torch.linspace(start, end, steps, dtype=torch.float32, device="cpu")
+
+
 def _from_alpha_bar(alpha_bar: Callable[[float], float], steps: int, largest: float = 0.999) -> Tensor:
     """Betas whose alphas_cumprod follow a function of time in [0, 1]; float32."""
     values = [min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), largest) for i in range(steps)]
-    return torch.tensor(values, dtype=torch.float32)
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def _cosine_alpha_bar(t: float) -> float:

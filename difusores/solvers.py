@@ -102,8 +102,7 @@ def ddpm(
     for t, before in steps:
         a, a_before = _signal_share(alphas_cumprod, t), alphas_cumprod[before] if before >= 0 else 1.0
         ratio = a / a_before
-        beta = 1 - ratio
-        small = max((1 - a_before) / (1 - a) * beta, 1e-20)
+        small, beta = ddpm_variances(a, a_before)
         y = {"x0": math.sqrt(a_before) * beta / (1 - a), "xh": math.sqrt(ratio) * (1 - a_before) / (1 - a)}
         mode, nu = 0, (0.0, 0.0)
         if variance_type == "learned":
@@ -135,7 +134,8 @@ def ddim(
         alphas_cumprod: [T].
         steps: (timestep, previous timestep).
         final_alpha_cumprod: alphas_cumprod where the previous timestep is negative.
-        eta: 0 is deterministic, 1 has the variance of DDPM.
+        eta: 0 is deterministic, 1 has the variance of DDPM. Below 0, as in diffusers, the predicted noise
+            shrinks as for -eta, and none is added.
         use_clipped_model_output: take the noise from the limited x0 instead of the unlimited one.
 
     Raises:
@@ -156,7 +156,8 @@ def ddim(
             epsilon = {"xh": 1 / sigma, "x0": -alpha / sigma}
         y = {name: math.sqrt(max(left, 0.0)) * weight for name, weight in epsilon.items()}
         y["x0"] = y.get("x0", 0.0) + math.sqrt(a_before)
-        y["z"] = math.sqrt(max(variance, 0.0))
+        if eta > 0:
+            y["z"] = math.sqrt(max(variance, 0.0))
         row = make_row(prediction.x0(alpha, sigma), y, clip=prediction.limits)
         yield Stage(t, row, noise=Noise() if eta > 0 else None, threshold=prediction.threshold)
 
@@ -168,6 +169,12 @@ def _signal_share(alphas_cumprod: Sequence[float], t: int) -> float:
     if not 0 <= a < 1:
         raise ValueError(f"alphas_cumprod has to lie in [0, 1), and is {a} at timestep {t}")
     return a
+
+
+def ddpm_variances(a: float, a_before: float) -> tuple[float, float]:
+    """The posterior's variance, at least 1e-20, and beta: "fixed_small" and "fixed_large" of `ddpm`."""
+    beta = 1 - a / a_before
+    return max((1 - a_before) / (1 - a) * beta, 1e-20), beta
 
 
 def ddim_variance(a: float, a_before: float) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,9 @@ COMPATIBLES = [
     "EDMEulerScheduler",
 ]
 """Schedulers for models of one kind, which read each other's configurations."""
+
+MOST_ROWS = 4096
+"""Rows that a scheduler keeps: more than there are training steps."""
 
 
 @dataclass
@@ -96,24 +100,29 @@ class _Cached(NamedTuple):
 
 
 class _Grid(NamedTuple):
-    """`timesteps` as numbers, and where it lies in memory: an element of it is known by its address."""
+    """`timesteps` as numbers, and where it lies in memory: an element of it is known by its address.
+
+    The versions count changes in place of `timesteps` and of `table`, which is alphas_cumprod.
+    """
 
     timesteps: Tensor
     version: int
     start: int
     width: int
     values: list[int]
+    table: Tensor
+    table_version: int
 
 
 class DiscreteScheduler(SchedulerMixin):
     """Base of the schedulers whose model is told a training step, with betas as the noise schedule.
 
     Rows are built when first needed and kept until an attribute without leading underscore, or the
-    configuration, is assigned.
+    configuration, is assigned, or timesteps or alphas_cumprod are changed in place.
 
     Attributes:
         betas, alphas, alphas_cumprod: [T] float32.
-        timesteps: [steps] int64, descending.
+        timesteps: [steps] int64, descending. A sequence or array that is assigned becomes a tensor.
         num_inference_steps: None before `set_timesteps`.
         init_noise_sigma: standard deviation of the first sample.
         order: model calls per step.
@@ -146,10 +155,12 @@ class DiscreteScheduler(SchedulerMixin):
         self.alphas_cumprod = schedules.alphas_cumprod(table).float()
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
-        self.timesteps = torch.arange(config["num_train_timesteps"] - 1, -1, -1)
+        self.timesteps = torch.arange(config["num_train_timesteps"] - 1, -1, -1, device="cpu")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "timesteps" and isinstance(value, Tensor) and value.is_inference():
+        if name == "timesteps" and not isinstance(value, Tensor):
+            value = torch.from_numpy(np.array(value))
+        if isinstance(value, Tensor) and value.is_inference():
             # inference tensors have no version counter, by which a change in place is noticed
             with torch.inference_mode(False):
                 value = value.clone()
@@ -187,6 +198,7 @@ class DiscreteScheduler(SchedulerMixin):
 
     def _table(self, device: torch.device) -> Tensor:
         """[T] float64 alphas_cumprod on a device."""
+        self._current_grid()
         table = self._tables.get(device)
         if table is None:
             table = self._tables[device] = self.alphas_cumprod.to(device).double()
@@ -194,6 +206,7 @@ class DiscreteScheduler(SchedulerMixin):
 
     def _alphas(self) -> list[float]:
         """alphas_cumprod as numbers."""
+        self._current_grid()
         numbers = self._numbers
         if numbers is None:
             numbers = self._numbers = self.alphas_cumprod.tolist()
@@ -213,9 +226,7 @@ class DiscreteScheduler(SchedulerMixin):
 
     def _number(self, timestep: Any) -> int:
         """A timestep as a number; an element of `timesteps` is known by its address and not read."""
-        grid = self._grid
-        if grid is None or grid.timesteps._version != grid.version:
-            grid = self._read_grid()
+        grid = self._current_grid()
         if not isinstance(timestep, Tensor):
             return int(timestep)
         if timestep.ndim == 0:
@@ -227,19 +238,34 @@ class DiscreteScheduler(SchedulerMixin):
         return int(timestep)
 
     def _set_grid(self, values: list[int], device: str | torch.device | None) -> None:
+        device = "cpu" if device is None else device
         self.timesteps = torch.tensor(values, dtype=torch.int64, device=device)
         self._read_grid(values)
 
+    def _current_grid(self) -> _Grid:
+        """The grid; where it or alphas_cumprod has changed, a new one, and all that was kept is forgotten."""
+        grid = self._grid
+        if (
+            grid is None
+            or grid.timesteps._version != grid.version
+            or grid.table._version != grid.table_version
+        ):
+            return self._read_grid()
+        return grid
+
     def _read_grid(self, values: list[int] | None = None) -> _Grid:
-        t = self.timesteps
+        t, table = self.timesteps, self.alphas_cumprod
         self._forget()
         width = max(t.stride(0), 1) * t.element_size()
-        self._grid = grid = _Grid(t, t._version, t.data_ptr(), width, values or t.tolist())
+        values = values or [int(value) for value in t.tolist()]
+        self._grid = grid = _Grid(t, t._version, t.data_ptr(), width, values, table, table._version)
         return grid
 
     def _cache(self, key: Any, stage: Stage) -> _Cached:
-        row = torch.tensor(stage.row, dtype=torch.float64)
+        row = torch.tensor(stage.row, dtype=torch.float64, device="cpu")
         cached = _Cached(row, stage.noise is not None, stage.row[MODE] != 0, stage.threshold)
+        if len(self._rows) >= MOST_ROWS:  # eta may be another number at each call
+            self._rows = {}
         self._rows[key] = cached
         return cached
 
@@ -255,11 +281,14 @@ class DiscreteScheduler(SchedulerMixin):
         row, draws, learned, threshold = cached
         variance = None
         if learned:
-            (model_output,), variance = split_output(model_output, sample.shape, learned)
+            shape = torch.Size((len(model_output), *sample.shape[1:]))
+            (model_output,), variance = split_output(model_output, shape, learned)
         if model_output.dtype is not sample.dtype:
             sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         if draws and noise is None:
             noise = draw_noise(model_output.shape, generator, model_output.device, model_output.dtype)
+        if model_output.shape != sample.shape or (noise is not None and noise.shape != sample.shape):
+            sample, model_output, noise, variance = _broadcast(sample, model_output, noise, variance)
         if threshold is None:
             return scheduler_step(
                 row, sample, (model_output,), noise=noise, variance=variance, outputs=("y", "x0")
@@ -268,3 +297,14 @@ class DiscreteScheduler(SchedulerMixin):
         (x0,) = scheduler_step(row, sample, (model_output,), outputs=("x0",), **operands)
         s = dynamic_threshold(x0, *threshold)
         return scheduler_step(row, sample, (model_output,), outputs=("y", "x0"), threshold=s, **operands)
+
+
+def _broadcast(sample: Tensor, *others: Tensor | None) -> Any:
+    """All at one shape: a sample, model output or noise of batch 1 goes with every batch, as in diffusers."""
+    given = [t for t in (sample, *others) if t is not None]
+    try:
+        shape = torch.broadcast_shapes(*(t.shape for t in given))
+    except RuntimeError as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in given)
+        raise ValueError(f"sample, model output and noise have shapes {shapes}, which do not fit") from error
+    return [None if t is None else t.expand(shape) for t in (sample, *others)]

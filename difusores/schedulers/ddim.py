@@ -62,7 +62,8 @@ class DDIMScheduler(DiscreteScheduler):
         rescale_betas_zero_snr: bool = False,
     ) -> None:
         self._initialize()
-        self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
+        one = torch.tensor(1.0, dtype=torch.float32, device="cpu")
+        self.final_alpha_cumprod = one if set_alpha_to_one else self.alphas_cumprod[0]
 
     def _timesteps(self, num_inference_steps: int) -> list[int]:
         config = self.config
@@ -107,14 +108,17 @@ class DDIMScheduler(DiscreteScheduler):
         )
 
     def _final(self) -> float:
-        final: Any = self.final_alpha_cumprod.tolist()
+        final: Any = self.final_alpha_cumprod
+        if isinstance(final, Tensor):
+            final = final.tolist()
         return float(final)
 
     def _get_variance(self, timestep: int, prev_timestep: int) -> Tensor:
         """The variance at eta = 1, which editing pipelines of diffusers read; 0-dim float32."""
         a = self._alphas()
         before = a[prev_timestep] if prev_timestep >= 0 else self._final()
-        return torch.tensor(solvers.ddim_variance(a[timestep], before))
+        variance = solvers.ddim_variance(a[timestep], before)
+        return torch.tensor(variance, dtype=torch.float32, device="cpu")
 
     def step(
         self,
@@ -133,7 +137,7 @@ class DDIMScheduler(DiscreteScheduler):
             model_output: [B, C, ...].
             timestep: where the sample is; an element of `self.timesteps` costs no read.
             sample: [B, C, ...]; fp32, fp64, fp16 or bf16. Not changed.
-            eta: 0 is deterministic, 1 adds the noise of DDPM.
+            eta: 0 is deterministic, 1 adds the noise of DDPM; below 0 see `difusores.solvers.ddim`.
             use_clipped_model_output: take the noise from the clipped x0 instead of the model's output.
             generator: source of the noise, drawn where eta > 0; a list draws one image each.
             variance_noise: the noise itself, like model_output, in place of a generator.
@@ -143,6 +147,7 @@ class DDIMScheduler(DiscreteScheduler):
             ValueError: `set_timesteps` was not called, or generator and variance_noise are both given.
         """
         t = self._number(timestep)
+        eta = float(eta)
         key = (t, eta, use_clipped_model_output)
         cached = self._rows.get(key)
         if cached is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -68,8 +69,12 @@ class DDPMScheduler(DiscreteScheduler):
 
     @property
     def variance_type(self) -> str:
-        """The configuration's variance type."""
-        return str(self.config["variance_type"])
+        """The configuration's variance type, or the one that was assigned since."""
+        return str(self.__dict__.get("_variance_type", self.config["variance_type"]))
+
+    @variance_type.setter
+    def variance_type(self, value: str) -> None:
+        self._variance_type = value
 
     def _timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | None) -> list[int]:
         if (num_inference_steps is None) == (timesteps is None):
@@ -109,7 +114,7 @@ class DDPMScheduler(DiscreteScheduler):
     def _previous(self, t: int) -> int:
         if not self.custom_timesteps and not self.num_inference_steps:
             return t - 1
-        values = (self._grid or self._read_grid()).values
+        values = self._current_grid().values
         if t not in values:
             raise IndexError(f"timestep {t} is not one of the scheduler's timesteps {values}")
         index = values.index(t)
@@ -125,6 +130,34 @@ class DDPMScheduler(DiscreteScheduler):
 
     def _stages(self, steps: Any) -> Any:
         return solvers.ddpm(self._alphas(), steps, self._prediction(), variance_type=self.variance_type)
+
+    def _get_variance(
+        self,
+        t: int | Tensor,
+        predicted_variance: Tensor | None = None,
+        variance_type: str | None = None,
+    ) -> Tensor | None:
+        """What diffusers' pipelines read under this name: 0-dim float32, or like predicted_variance.
+
+        It is the variance, but the standard deviation for "fixed_small_log" and the logarithm of the variance
+        for "fixed_large_log" and "learned_range".
+        """
+        kind, t = variance_type or self.variance_type, self._number(t)
+        if kind == "learned":
+            return predicted_variance
+        a, before = self._alphas(), self._previous(t)
+        small, beta = solvers.ddpm_variances(a[t], a[before] if before >= 0 else 1.0)
+        largest = math.log(max(beta, 1e-20))
+        if kind == "learned_range" and predicted_variance is not None:
+            share = (predicted_variance + 1) / 2
+            return share * largest + (1 - share) * math.log(small)
+        values = {
+            "fixed_small": small,
+            "fixed_small_log": math.sqrt(small),
+            "fixed_large": beta,
+            "fixed_large_log": largest,
+        }
+        return torch.tensor(values[kind], dtype=torch.float32, device="cpu")
 
     def step(
         self,
