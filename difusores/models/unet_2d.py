@@ -186,7 +186,7 @@ class UNet2DModel(ModelMixin):
         Args:
             sample: [N, in_channels, H, W] in the model's dtype, NCHW or channels_last; H and W are multiples
                 of 2 ** (number of resolutions - 1).
-            timestep: a number, or a tensor of no dimension, [1] or [N].
+            timestep: a number, whose fraction is cut off, or a tensor of no dimension, [1] or [N].
             class_labels: [N]; with `class_embed_type="identity"` [N, time embedding].
             return_dict: return a `UNet2DOutput`; else a tuple of one.
 
@@ -196,7 +196,10 @@ class UNet2DModel(ModelMixin):
         self._check_inputs(sample, class_labels)
         if self.center_input_sample:
             sample = 2 * sample - 1
-        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])
+        if not isinstance(timestep, torch.Tensor):
+            # a list, because torch.compile makes a graph for each value of a tensor that is made of a number
+            timestep = torch.tensor([timestep], dtype=torch.int64, device=sample.device)
+        timesteps = timestep.to(sample.device).reshape(-1).expand(sample.shape[0])
         emb = self._embed(timesteps, class_labels)
 
         x = self.conv_in(sample)

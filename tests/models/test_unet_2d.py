@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from difusores import UNet2DModel
 
@@ -115,6 +116,25 @@ def test_compiles_without_a_graph_break(case) -> None:
     model, inputs, output = case
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert relative_l2(compiled(**inputs).sample, output) < 2e-5
+
+
+@torch.no_grad()
+def test_timesteps_that_are_numbers_compile_twice_at_most(case) -> None:
+    model, inputs, _ = case
+    compilations = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=compilations)
+    for timestep in range(0, 1000, 83):
+        result = compiled(**{**inputs, "timestep": timestep}).sample
+        assert torch.equal(result, model(**{**inputs, "timestep": timestep}).sample)
+    assert compilations.frame_count <= 2
+
+
+@torch.no_grad()
+def test_a_fraction_of_a_timestep_is_cut_off_as_in_diffusers(case) -> None:
+    model, inputs, _ = case
+    expected = model(**{**inputs, "timestep": 7}).sample
+    assert torch.equal(model(**{**inputs, "timestep": 7.9}).sample, expected)
 
 
 @pytest.mark.slow
