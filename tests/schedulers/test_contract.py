@@ -416,9 +416,8 @@ def test_where_diffusers_has_no_number(diffusers: Any) -> None:
         with pytest.raises(ValueError, match=r"zero signal-to-noise ratio.*'v_prediction' or 'sample'"):
             run(difusores, name, 999, **zero)
         assert run(difusores, name, 999, **zero, prediction_type="v_prediction").isfinite().all()
-    # 1 - a_before - sigma**2 is 0, and is rounded to less.
+    # 1 - a_before - sigma**2 is 0, and on some processors rounded to less: then diffusers has NaN.
     full = {**zero, "prediction_type": "v_prediction"}
-    assert run(diffusers, "DDIMScheduler", 999, {"eta": 1.0}, **full).isnan().all()
     assert run(difusores, "DDIMScheduler", 999, {"eta": 1.0}, **full).isfinite().all()
     # More noise than fits.
     assert run(diffusers, "DDIMScheduler", 900, {"eta": 3.0}).isnan().all()
