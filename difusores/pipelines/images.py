@@ -15,7 +15,7 @@ from PIL import Image
 from difusores.files import replacing
 from difusores.outputs import BaseOutput
 
-OUTPUT_TYPES = ("pil", "np", "pt")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 @dataclass
@@ -37,9 +37,11 @@ def to_images(sample: torch.Tensor, output_type: str) -> Any:
     Args:
         sample: [N, C, H, W] in [-1, 1]; what lies outside is clipped.
         output_type: "pt" for a tensor [N, C, H, W] in [0, 1] on the same device, "np" for a float array [N,
-            H, W, C] in [0, 1], "pil" for a list of images.
+            H, W, C] in [0, 1], "pil" for a list of images, "latent" for the sample as it is.
     """
     check_output_type(output_type)
+    if output_type == "latent":
+        return sample
     images = (sample / 2 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return images

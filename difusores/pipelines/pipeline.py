@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from difusores.configuration import ConfigMixin
 from difusores.files import upload_folder
-from difusores.plan import Plan
 
 LIBRARIES = {"diffusers": "difusores", "difusores": "difusores", "transformers": "transformers"}
 """Library named in a model_index.json -> the package whose classes are used."""
@@ -96,23 +95,27 @@ class DiffusionPipeline(ConfigMixin):
             raise ValueError("progress_bar takes an iterable or a total, one of the two")
         return tqdm(iterable, total=total, **self._progress_bar_config)
 
-    def check_plan(self, plan: Plan) -> None:
-        """Compare a plan with the scheduler in the models' own folder; other betas give a warning.
+    def check_training(self, prediction_type: str | None, betas: tuple[float, ...] | None) -> None:
+        """Compare with the scheduler in the models' own folder; other betas give a warning.
+
+        Args:
+            prediction_type: what the scheduler needs the model to predict; None if that is not known.
+            betas: the scheduler's; None if it has none.
 
         Raises:
-            ValueError: the plan is made for models that predict something else.
+            ValueError: the models predict something else.
         """
         if self._trained_with is None:
             return
         needed = self._trained_with.config["prediction_type"]
-        if plan.prediction_type != needed:
+        if prediction_type not in (None, needed):
             raise ValueError(
-                f"prediction_type is {plan.prediction_type!r}, but the model's own folder says "
+                f"prediction_type is {prediction_type!r}, but the model's own folder says "
                 f"{needed!r}; strict=False samples nevertheless"
             )
-        betas = tuple(self._trained_with.betas.tolist())
-        if plan.betas != betas:
-            given, own = (f"{len(b)} betas from {b[0]:.4g} to {b[-1]:.4g}" for b in (plan.betas, betas))
+        trained = tuple(self._trained_with.betas.tolist())
+        if betas not in (None, trained):
+            given, own = (f"{len(b)} betas from {b[0]:.4g} to {b[-1]:.4g}" for b in (betas, trained))
             warnings.warn(f"the scheduler has {given}, and the model's own folder says {own}", stacklevel=4)
 
     @classmethod
@@ -197,6 +200,19 @@ class DiffusionPipeline(ConfigMixin):
         self.save_config(save_directory)
         if push_to_hub:
             upload_folder(save_directory, **hub)
+
+
+def follows_plan(scheduler: Any) -> bool:
+    """Whether `scheduler.plan` says all that its `set_timesteps` and `step` do.
+
+    It does not where there is no plan, as in diffusers' schedulers, nor where a subclass or an assignment to
+    the object has put something else in the place of one of the two methods.
+    """
+    owner = next((cls for cls in type(scheduler).__mro__ if "plan" in vars(cls)), None)
+    return owner is not None and all(
+        getattr(getattr(scheduler, name), "__func__", None) is getattr(owner, name)
+        for name in ("set_timesteps", "step")
+    )
 
 
 def _library_and_class(component: object) -> tuple[str | None, str | None]:

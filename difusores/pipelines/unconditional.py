@@ -9,9 +9,8 @@ import torch
 
 from difusores.models.unet_2d import UNet2DModel
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
-from difusores.pipelines.pipeline import DiffusionPipeline
-from difusores.plan import Plan
-from difusores.sampling import Generators, draw_noise
+from difusores.pipelines.pipeline import DiffusionPipeline, follows_plan
+from difusores.sampling import Callback, Generators, draw_noise
 from difusores.schedulers import DDIMScheduler, DDPMScheduler
 
 Labels = int | Sequence[int] | torch.Tensor | None
@@ -19,9 +18,10 @@ StepCallback = Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], dict[
 
 
 class UNetPipeline(DiffusionPipeline):
-    """Base of the pipelines below: a UNet, and a scheduler that gives a plan.
+    """Base of the pipelines below: a UNet, and a scheduler.
 
-    All state of a call is local to it, so threads may share a pipeline.
+    With a scheduler of this package all state of a call is local to it, so threads may share a pipeline. One
+    of diffusers, or with a `step` of its own, is used as diffusers' pipelines do, and its state changes.
     """
 
     unet: UNet2DModel
@@ -29,7 +29,8 @@ class UNetPipeline(DiffusionPipeline):
     @torch.no_grad()
     def _sample(
         self,
-        plan: Plan,
+        num_inference_steps: int,
+        options: dict[str, Any],
         batch_size: int,
         generator: Generators,
         output_type: str,
@@ -40,9 +41,18 @@ class UNetPipeline(DiffusionPipeline):
         callback_on_step_end: StepCallback | None,
         strict: bool,
     ) -> ImagePipelineOutput | tuple[Any]:
+        """options: of the scheduler's `plan` and `step`. The other arguments are those of `DDPMPipeline`."""
         check_output_type(output_type)
+        scheduler, plan = self.scheduler, None
+        if follows_plan(scheduler):
+            plan = scheduler.plan(num_inference_steps, **options)
+        else:
+            scheduler.set_timesteps(num_inference_steps)
         if strict:
-            self.check_plan(plan)
+            betas = getattr(scheduler, "betas", None)
+            self.check_training(
+                scheduler.config.get("prediction_type"), None if betas is None else tuple(betas.tolist())
+            )
         labels = self._labels(class_labels, batch_size)
         batch_size = batch_size if labels is None else len(labels)
         shape = (batch_size, self.unet.config["in_channels"], *self._image_size())
@@ -54,7 +64,7 @@ class UNetPipeline(DiffusionPipeline):
         if labels is not None:
             inputs["class_labels"] = labels
 
-        with self.progress_bar(total=len(plan)) as bar:
+        with self.progress_bar(total=len(scheduler.timesteps if plan is None else plan)) as bar:
 
             def after_step(index: int, time: torch.Tensor, image: torch.Tensor) -> torch.Tensor | None:
                 bar.update()
@@ -64,15 +74,43 @@ class UNetPipeline(DiffusionPipeline):
                 changed = callback_on_step_end(self, index, time, {"image": image.clone()})
                 return None if changed is None else changed.get("image")
 
-            image = plan.run(
-                lambda x, time: self.unet(x, time, **inputs),
-                draw_noise(shape, generator, self.device, self.unet.dtype),
-                generator=generator,
-                callback=after_step,
-                guidance=guidance,
-            )
+            noise = draw_noise(shape, generator, self.device, self.unet.dtype)
+            if plan is None:
+                options = {**options, "generator": generator}
+                image = self._steps(scheduler, noise, inputs, guidance, after_step, options)
+            else:
+                image = plan.run(
+                    lambda x, time: self.unet(x, time, **inputs),
+                    noise,
+                    generator=generator,
+                    callback=after_step,
+                    guidance=guidance,
+                )
         images = to_images(image, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _steps(
+        self,
+        scheduler: Any,
+        image: torch.Tensor,
+        inputs: dict[str, torch.Tensor],
+        guidance: tuple[float, float] | None,
+        callback: Callback,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        """The loop of diffusers' pipelines. options: of `step`."""
+        for i, time in enumerate(scheduler.timesteps):
+            given = image if guidance is None else torch.cat((image, image))
+            output = self.unet(given, time, **inputs).sample
+            if guidance is not None:
+                output, null = output.chunk(2)
+                channels = image.shape[1]  # the others are a learned variance, which guidance leaves as it is
+                mixed = guidance[0] * output[:, :channels] + guidance[1] * null[:, :channels]
+                output = torch.cat((mixed, output[:, channels:]), dim=1)
+            image = scheduler.step(output, time, image, **options).prev_sample
+            changed = callback(i, time, image)
+            image = image if changed is None else changed
+        return image
 
     def _image_size(self) -> tuple[int, int]:
         size = self.unet.config["sample_size"]
@@ -111,7 +149,7 @@ class DDPMPipeline(UNetPipeline):
 
     Args:
         unet: a `UNet2DModel`.
-        scheduler: a `DDPMScheduler` or `DDIMScheduler`.
+        scheduler: a `DDPMScheduler` or `DDIMScheduler`, or one of diffusers.
     """
 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler | DDIMScheduler) -> None:
@@ -136,7 +174,8 @@ class DDPMPipeline(UNetPipeline):
             batch_size: how many; with `class_labels`, their number.
             generator: source of the noise: one, one per image, or None for the global one.
             num_inference_steps: model calls, from 1 to the scheduler's training steps.
-            output_type: "pil", "np" ([N, H, W, C] in [0, 1]) or "pt" ([N, C, H, W] in [0, 1]).
+            output_type: "pil", "np" ([N, H, W, C] in [0, 1]), "pt" ([N, C, H, W] in [0, 1]) or "latent" (the
+                last sample as it is, [N, C, H, W]).
             return_dict: return an `ImagePipelineOutput`; else a tuple of one.
             class_labels: one for all images or one per image; needed by class-conditional models.
             guidance_scale: weight w of classifier-free guidance, w * conditional + (1 - w) * unconditional
@@ -144,13 +183,14 @@ class DDPMPipeline(UNetPipeline):
                 for no guidance.
             callback_on_step_end: callback(pipeline, step, timestep, {"image": sample}) after each step; may
                 return a dictionary with another "image".
-            strict: refuse a scheduler that contradicts the one in the model's folder, see `check_plan`.
+            strict: refuse a scheduler that contradicts the one in the model's folder, see `check_training`.
 
         Raises:
             ValueError: an argument that is not one of these.
         """
         return self._sample(
-            self.scheduler.plan(num_inference_steps),
+            num_inference_steps,
+            {},
             batch_size,
             generator,
             output_type,
@@ -197,11 +237,9 @@ class DDIMPipeline(UNetPipeline):
 
         The other arguments are those of `DDPMPipeline`.
         """
-        plan = self.scheduler.plan(
-            num_inference_steps, eta=eta, use_clipped_model_output=bool(use_clipped_model_output)
-        )
         return self._sample(
-            plan,
+            num_inference_steps,
+            {"eta": eta, "use_clipped_model_output": use_clipped_model_output},
             batch_size,
             generator,
             output_type,

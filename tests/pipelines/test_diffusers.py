@@ -129,6 +129,39 @@ def test_their_model_in_our_pipeline(folder: Path) -> None:
     assert np.abs(images(ours, **options) - images(theirs, **options)).max() < 2e-3
 
 
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "options"),
+    [
+        ("DDPMPipeline", "DDPMScheduler", {}),
+        ("DDPMPipeline", "DDIMScheduler", {}),
+        ("DDPMPipeline", "DPMSolverMultistepScheduler", {}),
+        ("DDIMPipeline", "DDIMScheduler", {"eta": 0.7, "use_clipped_model_output": True}),
+    ],
+    ids=str,
+)
+def test_their_scheduler_in_our_pipeline(
+    folder: Path, kind: str, scheduler: str, options: dict[str, Any]
+) -> None:
+    result = []
+    for library in (diffusers, difusores):
+        pipeline = getattr(library, kind).from_pretrained(folder)
+        pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
+        result.append(images(pipeline, batch_size=2, num_inference_steps=5, **options))
+    assert np.abs(result[0] - result[1]).max() < 2e-3
+
+
+def test_their_scheduler_is_checked_against_the_folders(folder: Path) -> None:
+    pipeline = difusores.DDPMPipeline.from_pretrained(folder)
+    config = dict(pipeline.scheduler.config)
+    wrong = {"epsilon": "sample"}.get(config["prediction_type"], "epsilon")
+    pipeline.scheduler = diffusers.DDPMScheduler.from_config({**config, "prediction_type": wrong})
+    with pytest.raises(ValueError, match=rf"'{wrong}'.*'{config['prediction_type']}'"):
+        images(pipeline, num_inference_steps=5)
+    pipeline.scheduler = diffusers.DDPMScheduler.from_config({**config, "beta_schedule": "scaled_linear"})
+    with pytest.warns(UserWarning, match="betas from"):
+        images(pipeline, num_inference_steps=5)
+
+
 def test_same_signature() -> None:
     import inspect
 

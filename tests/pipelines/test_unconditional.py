@@ -52,7 +52,8 @@ def sample(pipeline: Any, seed: int = 0, **options: Any) -> np.ndarray:
 @pytest.mark.parametrize("kind", PIPELINES)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_output_types(kind: Any, channels: int) -> None:
-    pipeline = build(kind, in_channels=channels, out_channels=channels)
+    scheduler = DDPMScheduler(clip_sample_range=3.0)
+    pipeline = build(kind, scheduler, in_channels=channels, out_channels=channels)
     array = sample(pipeline)
     assert array.shape == (2, 8, 8, channels) and array.dtype == np.float32
     assert array.min() >= 0 and array.max() <= 1 and array.std() > 0.05
@@ -62,6 +63,8 @@ def test_output_types(kind: Any, channels: int) -> None:
     for picture, expected in zip(pictures, array, strict=True):
         assert picture.mode == ("L" if channels == 1 else "RGB")
         assert np.array_equal(np.asarray(picture).reshape(expected.shape), np.rint(expected * 255))
+    raw = sample(pipeline, output_type="latent")
+    assert raw.abs().max() > 1 and torch.equal((raw / 2 + 0.5).clamp(0, 1), tensor)
     (images,) = pipeline(2, seeded(), num_inference_steps=4, output_type="np", return_dict=False)
     assert np.array_equal(images, array)
 
@@ -119,6 +122,56 @@ def test_threads_get_the_images_that_they_get_alone(kind: Any) -> None:
         thread.join()
     for one, other in zip(alone, together, strict=True):
         assert np.array_equal(one, other)
+
+
+class HalfSteps(DDIMScheduler):
+    """A scheduler with steps of its own."""
+
+    def step(self, model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().step(model_output / 2, *args, **kwargs)
+
+
+class TestSchedulersWithAStepOfTheirOwn:
+    def half(self, scheduler: Any) -> Any:
+        """The same, as an assignment to the object."""
+        own = scheduler.step
+        scheduler.step = lambda output, *args, **kwargs: own(output / 2, *args, **kwargs)
+        return scheduler
+
+    @pytest.mark.parametrize("kind", PIPELINES)
+    @pytest.mark.parametrize("assigned", [False, True])
+    def test_that_step_is_taken(self, kind: Any, assigned: bool) -> None:
+        pipeline = build(kind)
+        pipeline.scheduler = self.half(DDIMScheduler()) if assigned else HalfSteps()
+        scheduler = DDIMScheduler()
+        scheduler.set_timesteps(4)
+        with torch.no_grad():
+            x = torch.randn(2, 3, 8, 8, generator=seeded())
+            for t in scheduler.timesteps:
+                x = scheduler.step(pipeline.unet(x, t).sample / 2, t, x).prev_sample
+        assert (sample(pipeline, output_type="latent") - x).abs().max() < 1e-5
+
+    @pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
+    def test_labels_guidance_and_callback_act_as_with_a_plan(self, variance_type: str) -> None:
+        class SameSteps(DDPMScheduler):
+            def step(self, *args: Any, **kwargs: Any) -> Any:
+                return super().step(*args, **kwargs)
+
+        seen: list[tuple[int, int]] = []
+
+        def halve(pipe: Any, step: int, time: torch.Tensor, tensors: dict[str, torch.Tensor]) -> Any:
+            seen.append((step, int(time)))
+            return {"image": tensors["image"] / 2}
+
+        images = []
+        for scheduler in (DDPMScheduler, SameSteps):
+            channels = 6 if variance_type == "learned_range" else 3
+            pipeline = build(DDPMPipeline, num_class_embeds=4, out_channels=channels)
+            pipeline.scheduler = scheduler(variance_type=variance_type)
+            options = {"class_labels": [0, 2], "guidance_scale": 2.5, "callback_on_step_end": halve}
+            images.append(sample(pipeline, output_type="pt", **options))
+        assert (images[0] - images[1]).abs().max() < 1e-5
+        assert seen[:4] == seen[4:] == list(zip(range(4), (750, 500, 250, 0), strict=True))
 
 
 def test_the_scheduler_is_not_touched() -> None:
@@ -209,7 +262,7 @@ class TestClasses:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"output_type": "jpeg"}, "jpeg.*pil, np, pt"),
+        ({"output_type": "jpeg"}, "jpeg.*pil, np, pt, latent"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"num_inference_steps": 1001}, "1001"),
     ],
