@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Container, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,16 @@ WEIGHTS_NAME = "diffusion_pytorch_model"
 # before diffusers 0.15
 LEGACY_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-Self = TypeVar("Self", bound="ModelMixin")
+# arguments of diffusers' from_pretrained that are taken where they ask for nothing
+UNSUPPORTED = (
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "offload_state_dict",
+    "quantization_config",
+    "ignore_mismatched_sizes",
+    "custom_pipeline",
+)
 
 
 class ModelMixin(nn.Module, ConfigMixin):
@@ -53,11 +63,12 @@ class ModelMixin(nn.Module, ConfigMixin):
 
     @classmethod
     def from_pretrained(
-        cls: type[Self],
+        cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         subfolder: str | None = None,
         torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
         variant: str | None = None,
         use_safetensors: bool | None = None,
         low_cpu_mem_usage: bool = True,
@@ -66,27 +77,35 @@ class ModelMixin(nn.Module, ConfigMixin):
         local_files_only: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
+        output_loading_info: bool = False,
         **config: Any,
-    ) -> Self:
+    ) -> Any:
         """Read a model, in evaluation mode.
 
         Args:
             pretrained_model_name_or_path: a folder, a name such as "bundled:digits", or (where no such path
                 exists) the id of a Hub repository.
             subfolder: where in it the model lies.
-            torch_dtype: of the parameters; None for float32, whatever the file has.
+            torch_dtype, dtype: of the parameters, under either name; None for float32, whatever the file has.
             variant: read "diffusion_pytorch_model.<variant>.safetensors".
             use_safetensors: True refuses .bin files, False reads only those (with `weights_only=True`).
             low_cpu_mem_usage: taken for compatibility; a model is never initialised first.
             cache_dir, force_download, local_files_only, revision, token: of a Hub repository.
-            config: constructor arguments which override the file's.
+            output_loading_info: return (model, what did not fit), which is empty: see ValueError.
+            config: constructor arguments which override the file's. The names in `UNSUPPORTED` are taken as
+                None or False.
 
         Raises:
+            NotImplementedError: one of `UNSUPPORTED` has another value.
             OSError: there is no such folder or file.
-            TypeError: `config` has a name that the constructor does not know.
+            TypeError: `config` has a name that the constructor does not know, or the dtype is none.
             ValueError: the weights do not fit the configuration; all missing, unexpected and misshaped ones
-                are named.
+                are named. Or both names of the dtype are given, and differ.
         """
+        dtype = resolve_dtype(torch_dtype, dtype)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype is {dtype!r}; needed is a torch.dtype such as torch.float16")
+        drop_unsupported(config)
         source = os.fspath(pretrained_model_name_or_path)
         if os.path.isfile(source):
             raise OSError(f"{source!r} is a file; a folder is needed")
@@ -107,9 +126,12 @@ class ModelMixin(nn.Module, ConfigMixin):
             )
         paths = find_weights(source, subfolder, variant, use_safetensors, hub)
         tensors = convert_legacy_attention(read_tensors(paths), model.state_dict())
-        _assign(model, tensors, torch_dtype or torch.float32, paths[0])
+        _assign(model, tensors, dtype or torch.float32, paths[0])
         model.register_to_config(_name_or_path=source)
-        return model.eval()  # type: ignore[no-any-return]
+        model.eval()
+        if not output_loading_info:
+            return model
+        return model, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
 
     def save_pretrained(
         self,
@@ -117,6 +139,7 @@ class ModelMixin(nn.Module, ConfigMixin):
         is_main_process: bool = True,
         safe_serialization: bool = True,
         variant: str | None = None,
+        max_shard_size: int | str = "10GB",
         push_to_hub: bool = False,
         **hub: Any,
     ) -> None:
@@ -126,10 +149,12 @@ class ModelMixin(nn.Module, ConfigMixin):
             is_main_process: False writes nothing (launchers of several processes call this in each).
             safe_serialization: False, for pickled files, is refused.
             variant: write "diffusion_pytorch_model.<variant>.safetensors".
+            max_shard_size: bytes, or a text such as "10GB"; the one file has to fit.
             push_to_hub: upload the folder afterwards, with `hub` as in `save_config`.
 
         Raises:
             NotADirectoryError: `save_directory` is a file.
+            NotImplementedError: the weights are larger than `max_shard_size`.
         """
         if not safe_serialization:
             raise ValueError(
@@ -137,6 +162,11 @@ class ModelMixin(nn.Module, ConfigMixin):
             )
         if hub and not push_to_hub:
             raise TypeError(f"{', '.join(hub)}: only with push_to_hub=True")
+        size = sum(tensor.nbytes for tensor in self.state_dict().values())
+        if size > _bytes(max_shard_size):
+            raise NotImplementedError(
+                f"max_shard_size is {max_shard_size!r}, and {size} bytes of weights are written as one file"
+            )
         if not is_main_process:
             return
         self.save_config(save_directory)
@@ -144,6 +174,32 @@ class ModelMixin(nn.Module, ConfigMixin):
         write_safetensors(os.path.join(save_directory, name), self.state_dict())
         if push_to_hub:
             upload_folder(save_directory, **hub)
+
+
+def resolve_dtype(torch_dtype: Any, dtype: Any) -> Any:
+    """The dtype, given under either name; None if it is not given."""
+    if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+        raise ValueError(f"dtype is {dtype}, and torch_dtype is {torch_dtype}: they are one argument")
+    return torch_dtype if dtype is None else dtype
+
+
+def drop_unsupported(options: dict[str, Any]) -> None:
+    """Take out the names in `UNSUPPORTED`, or raise NotImplementedError where one asks for something."""
+    for name in UNSUPPORTED:
+        value = options.pop(name, None)
+        if value is not None and value is not False:
+            raise NotImplementedError(f"{name} is {value!r}; difusores takes only None or False for it")
+
+
+def _bytes(size: int | str) -> int:
+    """A size such as 1000, "10GB" or "1.5 MiB"."""
+    if isinstance(size, int):
+        return size
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", size, re.IGNORECASE)
+    if parts is None:
+        raise ValueError(f'max_shard_size is {size!r}; needed is a number of bytes or a text such as "10GB"')
+    number, prefix, binary = parts.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
 
 
 def find_weights(

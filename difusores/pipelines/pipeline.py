@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from difusores.configuration import ConfigMixin
 from difusores.files import upload_folder
+from difusores.models.modeling import drop_unsupported, resolve_dtype
 
 LIBRARIES = {"diffusers": "difusores", "difusores": "difusores", "transformers": "transformers"}
 """Library named in a model_index.json -> the package whose classes are used."""
@@ -74,8 +75,12 @@ class DiffusionPipeline(ConfigMixin):
         *targets: str | torch.device | torch.dtype,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        silence_dtype_warnings: bool = False,
     ) -> Self:
-        """Move and cast all models: `to("cuda")`, `to(torch.bfloat16)`, both in this order, or by keyword."""
+        """Move and cast all models: `to("cuda")`, `to(torch.bfloat16)`, both in this order, or by keyword.
+
+        `silence_dtype_warnings` is taken for compatibility; there are no such warnings.
+        """
         for target in targets:
             if isinstance(target, torch.dtype):
                 dtype = target
@@ -123,7 +128,8 @@ class DiffusionPipeline(ConfigMixin):
         cls: type[Self],
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+        dtype: torch.dtype | dict[str, torch.dtype] | None = None,
         variant: str | None = None,
         use_safetensors: bool | None = None,
         low_cpu_mem_usage: bool = True,
@@ -134,21 +140,26 @@ class DiffusionPipeline(ConfigMixin):
         Args:
             pretrained_model_name_or_path: a folder with a model_index.json, a name such as "bundled:digits",
                 or (where no such path exists) the id of a Hub repository.
-            torch_dtype, variant, use_safetensors, low_cpu_mem_usage: of models, see
-                `ModelMixin.from_pretrained`.
+            torch_dtype, dtype, variant, use_safetensors, low_cpu_mem_usage: of models, see
+                `ModelMixin.from_pretrained`. A dictionary gives a dtype by component, and one to "default".
             options: components to use in place of the folder's; and for a Hub id `cache_dir`,
-                `force_download`, `local_files_only`, `revision`, `token`.
+                `force_download`, `local_files_only`, `revision`, `token`. The names in
+                `difusores.models.modeling.UNSUPPORTED` are taken as None or False.
 
         Raises:
+            NotImplementedError: one of `UNSUPPORTED` has another value.
             OSError: there is no such folder or file.
-            TypeError: an option that is not one of these.
-            ValueError: a component is missing, or this package has no class of its name.
+            TypeError: an option that is not one of these, or a dtype that is none.
+            ValueError: a component is missing, or this package has no class of its name; or both names of the
+                dtype are given, and differ.
         """
+        dtype = resolve_dtype(torch_dtype, dtype)
+        drop_unsupported(options)
         source = os.fspath(pretrained_model_name_or_path)
         hub_names = ("cache_dir", "force_download", "local_files_only", "revision", "token")
         hub: dict[str, Any] = {name: options.pop(name) for name in hub_names if name in options}
         model_options = {
-            "torch_dtype": torch_dtype,
+            "torch_dtype": dtype,
             "variant": variant,
             "use_safetensors": use_safetensors,
             "low_cpu_mem_usage": low_cpu_mem_usage,
@@ -180,21 +191,24 @@ class DiffusionPipeline(ConfigMixin):
         save_directory: str | os.PathLike[str],
         safe_serialization: bool = True,
         variant: str | None = None,
+        max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
         **hub: Any,
     ) -> None:
         """Write every component into a folder of its name, and model_index.json last.
 
         Args:
-            safe_serialization, variant: of models, see `ModelMixin.save_pretrained`.
+            safe_serialization, variant, max_shard_size: of models, see `ModelMixin.save_pretrained`.
             push_to_hub: upload the folder afterwards, with `hub` as in `save_config`.
         """
         if hub and not push_to_hub:
             raise TypeError(f"{', '.join(hub)}: only with push_to_hub=True")
         for name, component in self.components.items():
-            options = {}
+            options: dict[str, Any] = {}
             if isinstance(component, nn.Module):
                 options = {"safe_serialization": safe_serialization, "variant": variant}
+                if max_shard_size is not None:
+                    options["max_shard_size"] = max_shard_size
             if component is not None:
                 component.save_pretrained(os.path.join(save_directory, name), **options)
         self.save_config(save_directory)
@@ -244,7 +258,12 @@ def _load_component(
     if class_name is None:
         return None
     component_class = _find_class(library, class_name)
-    options = {**hub, **(model_options if issubclass(component_class, nn.Module) else {})}
+    options = dict(hub)
+    if issubclass(component_class, nn.Module):
+        options.update(model_options)
+        dtype = options["torch_dtype"]
+        if isinstance(dtype, dict):
+            options["torch_dtype"] = dtype.get(name, dtype.get("default"))
     return component_class.from_pretrained(source, subfolder=name, **options)
 
 

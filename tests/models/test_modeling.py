@@ -61,7 +61,56 @@ def test_dtype_is_float32_unless_asked_for(model: UNet2DModel, tmp_path: Path) -
     model.half().save_pretrained(tmp_path)
     assert load_file(tmp_path / WEIGHTS)["conv_in.weight"].dtype is torch.float16
     assert UNet2DModel.from_pretrained(tmp_path).dtype is torch.float32
-    assert UNet2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).dtype is torch.bfloat16
+    for name in ("torch_dtype", "dtype"):
+        assert UNet2DModel.from_pretrained(tmp_path, **{name: torch.bfloat16}).dtype is torch.bfloat16
+        with pytest.raises(TypeError, match=r"'float16'.*torch\.float16"):
+            UNet2DModel.from_pretrained(tmp_path, **{name: "float16"})
+    both = {"dtype": torch.float16, "torch_dtype": torch.float16}
+    assert UNet2DModel.from_pretrained(tmp_path, **both).dtype is torch.float16
+    with pytest.raises(ValueError, match=r"dtype is .*, and torch_dtype is"):
+        UNet2DModel.from_pretrained(tmp_path, **{**both, "dtype": torch.float32})
+
+
+def test_what_diffusers_tells_of_the_loading(model: UNet2DModel, folder: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    loaded, told = UNet2DModel.from_pretrained(folder, output_loading_info=True)
+    assert_same(loaded, model)
+    _, expected = diffusers.UNet2DModel.from_pretrained(folder, output_loading_info=True)
+    assert told == expected
+
+
+NEUTRAL = {
+    "device_map": None,
+    "max_memory": None,
+    "offload_folder": None,
+    "offload_state_dict": None,
+    "quantization_config": None,
+    "ignore_mismatched_sizes": False,
+}
+
+
+def test_arguments_of_diffusers_that_ask_for_nothing(model: UNet2DModel, folder: Path) -> None:
+    assert_same(UNet2DModel.from_pretrained(folder, **NEUTRAL), model)
+    for name, value in (("device_map", "auto"), ("device_map", 0), ("ignore_mismatched_sizes", True)):
+        with pytest.raises(NotImplementedError, match=f"{name} is {value!r}"):
+            UNet2DModel.from_pretrained(folder, **{name: value})
+
+
+@pytest.mark.parametrize("size", ["10GB", "1MB", "0.5 MiB", 10**6])
+def test_one_shard_is_written_where_it_is_large_enough(
+    model: UNet2DModel, tmp_path: Path, size: int | str
+) -> None:
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    assert_same(UNet2DModel.from_pretrained(tmp_path), model)
+
+
+def test_shards_are_not_written(model: UNet2DModel, tmp_path: Path) -> None:
+    for size in ("1KB", 1000):
+        with pytest.raises(NotImplementedError, match=f"max_shard_size is {size!r}"):
+            model.save_pretrained(tmp_path / "saved", max_shard_size=size)
+    with pytest.raises(ValueError, match="max_shard_size is 'large'"):
+        model.save_pretrained(tmp_path / "saved", max_shard_size="large")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_subfolder_variant_and_overrides(model: UNet2DModel, tmp_path: Path) -> None:

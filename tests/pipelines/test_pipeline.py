@@ -77,6 +77,36 @@ def test_round_trip(folder: Path) -> None:
     assert DDIMPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).dtype is torch.bfloat16
 
 
+def test_dtypes(folder: Path) -> None:
+    def load(**options: Any) -> torch.dtype:
+        return DDPMPipeline.from_pretrained(folder, **options).dtype
+
+    half = torch.float16
+    for name in ("dtype", "torch_dtype"):
+        assert load(**{name: half}) is half
+        assert load(**{name: {"unet": half}}) is load(**{name: {"default": half}}) is half
+        assert load(**{name: {"unet": half, "default": torch.float64}}) is half
+        assert load(**{name: {}}) is torch.float32
+        for wrong in ("float16", {"unet": "float16"}):
+            with pytest.raises(TypeError, match=r"'float16'.*torch\.float16"):
+                load(**{name: wrong})
+    assert load(dtype=half, torch_dtype=half) is half
+    with pytest.raises(ValueError, match=r"dtype is .*, and torch_dtype is"):
+        load(dtype=half, torch_dtype=torch.float32)
+
+
+def test_arguments_of_diffusers_that_ask_for_nothing(folder: Path, tmp_path: Path) -> None:
+    pipeline = DDPMPipeline.from_pretrained(folder, device_map=None, custom_pipeline=None)
+    for name, value in (("device_map", "balanced"), ("custom_pipeline", "some/thing")):
+        with pytest.raises(NotImplementedError, match=f"{name} is '{value}'"):
+            DDPMPipeline.from_pretrained(folder, **{name: value})
+    assert pipeline.to(torch.float64, silence_dtype_warnings=True).dtype is torch.float64
+    for size in (None, "1GB"):
+        pipeline.save_pretrained(tmp_path / "again", max_shard_size=size)
+    with pytest.raises(NotImplementedError, match="max_shard_size is 10"):
+        pipeline.save_pretrained(tmp_path / "again", max_shard_size=10)
+
+
 def test_own_package_name_in_the_index(folder: Path) -> None:
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace('"diffusers"', '"difusores"'))
