@@ -50,6 +50,13 @@ class FrozenDict(OrderedDict[str, Any]):
     __setitem__ = __delitem__ = __setattr__ = __delattr__ = __ior__ = _refuse
     pop = popitem = update = setdefault = clear = move_to_end = _refuse
 
+    # those of OrderedDict would update a copy
+    def __or__(self, other: Any) -> Any:
+        return type(self)({**self, **other}) if isinstance(other, dict) else NotImplemented
+
+    def __ror__(self, other: Any) -> Any:
+        return type(self)({**other, **self}) if isinstance(other, dict) else NotImplemented
+
     def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict[str, Any]]]:
         return type(self), (dict(self),)
 

@@ -90,6 +90,15 @@ def test_a_configuration_survives_pickle_and_copy() -> None:
         _ = config.stpes
 
 
+def test_a_configuration_joined_with_a_dictionary_is_a_new_one() -> None:
+    config = Sampler(7).config
+    for joined, steps in ((config | {"steps": 8, "new": 1}, 8), ({"steps": 8, "new": 1} | config, 7)):
+        assert type(joined) is FrozenDict and joined.steps == joined["steps"] == steps and joined.new == 1
+    assert config == Sampler(7).config
+    with pytest.raises(TypeError, match="unsupported operand"):
+        _ = config | 3
+
+
 def test_a_key_read_off_the_object_warns_and_unknown_names_raise() -> None:
     for owner, key, value in ((Sampler(7), "steps", 7), (Layer(4), "width", 4)):
         with pytest.warns(FutureWarning, match=rf"reading '{key}' off a {type(owner).__name__}"):
