@@ -118,6 +118,8 @@ def dynamic_threshold(x0: Tensor, ratio: float, largest: float) -> Tensor:
     """
     images = x0.flatten(1).abs()
     images = images if x0.dtype is torch.float64 else images.float()
+    # of two infinities, where x0 has overflowed float16, torch.quantile makes NaN
+    images = images.clamp(max=torch.finfo(images.dtype).max)
     # One image at a time: torch.quantile refuses more than 2**24 elements in all.
     quantiles = [torch.quantile(image, ratio) for image in images]
     return torch.stack(quantiles).clamp(min=1, max=largest) if quantiles else images.new_empty(0)
