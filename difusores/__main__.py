@@ -54,9 +54,9 @@ def _run(argv: list[str]) -> int:
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
-    """What bad input or a missing extra raises; anything else is a defect and keeps its traceback."""
+    """What bad input, a missing extra or a diverging run raises; all else is a defect, with its traceback."""
     ops = sys.modules.get("difusores.ops")
-    return (ValueError, OSError, ImportError, *([ops.BackendUnavailable] if ops else []))
+    return (ValueError, OSError, ImportError, FloatingPointError, *([ops.BackendUnavailable] if ops else []))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,10 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         remains.unlink()
     path = folder / f"step-{step:08d}.pt"
     unfinished = path.with_suffix(".tmp")
-    torch.save(state, unfinished)
+    with unfinished.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())  # or a power failure could leave the name without the content
     os.replace(unfinished, path)
     for old in checkpoints(folder)[:-keep]:
         old.unlink()
@@ -63,12 +66,18 @@ def load_latest(folder: Path) -> dict[str, Any]:
     """The state in the newest checkpoint of `folder`, on the CPU.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none. ValueError: it is damaged; the message says what to do.
     """
     found = checkpoints(folder)
     if not found:
         raise FileNotFoundError(f"there is no checkpoint in {folder}; is this the --out folder of a run?")
-    state: dict[str, Any] = torch.load(found[-1], map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(found[-1], map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load has no one exception for a file that is not whole
+        remedy = f"delete it to go on from {found[-2].name}" if found[:-1] else "there is no older one"
+        raise ValueError(f"{found[-1]} is damaged ({type(error).__name__}); {remedy}") from error
     return state
 
 

@@ -53,10 +53,6 @@ def run_train(args: argparse.Namespace) -> int:
         if missing:
             raise ValueError(f"{' and '.join(missing)} must be given, or --resume")
         config = TrainConfig(**given)
-        if (Path(config.out) / "checkpoints").exists():
-            raise FileExistsError(
-                f"{config.out} holds a run already: go on with --resume {config.out}, or name another --out"
-            )
     from difusores.training.loop import train
 
     train(config, state)

@@ -69,8 +69,10 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 1, "1 or more")
         for name in ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "sample_steps"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("warmup_steps", "sample_every", "min_snr_gamma", "weight_decay", "guidance", "seed"):
+        for name in ("warmup_steps", "sample_every", "min_snr_gamma", "weight_decay", "guidance"):
             self._require(name, 0 <= getattr(self, name) < float("inf"), "0 or more")
+        self._require("seed", 0 <= self.seed < 2**31, f"0 to {2**31 - 1}")
+        self._require("out", bool(self.out), "the name of a folder")
         for name in ("learning_rate", "max_grad_norm"):
             self._require(name, 0 < getattr(self, name) < float("inf"), "above 0")
         for name in ("label_dropout", "ema_decay"):
@@ -83,6 +85,9 @@ class TrainConfig:
         self._require("beta_schedule", self.beta_schedule in BETA_SCHEDULES, ", ".join(BETA_SCHEDULES))
         self._require("precision", self.precision in PRECISIONS, ", ".join(PRECISIONS))
         self._require("warmup_steps", self.warmup_steps <= self.steps, f"at most steps, {self.steps}")
+        if self.sample_every:
+            fits = self.sample_steps <= self.train_timesteps
+            self._require("sample_steps", fits, f"at most train_timesteps, {self.train_timesteps}")
         fits = bool(self.widths) and all(w >= 1 and w % self.norm_groups == 0 for w in self.widths)
         self._require("widths", fits, f"multiples of norm_groups, {self.norm_groups}")
         factor = 2 ** (len(self.widths) - 1)

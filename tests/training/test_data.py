@@ -66,6 +66,21 @@ def test_mnist_mistakes_are_named(tmp_path: Path, digits_file: Path):
         load_mnist("test", digits_file, resolution=16)
 
 
+def test_a_damaged_file_of_digits_is_named(tmp_path: Path, digits_file: Path):
+    whole = digits_file.read_bytes()
+    file = tmp_path / "digits.npz"
+    for content in (
+        b"",
+        b"garbage",
+        whole[: len(whole) // 2],
+        whole.replace(b"images", b"dogs.."),
+        whole[:5000] + b"damage" + whole[5006:],
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"digits\.npz .* `python -m difusores fetch mnist`"):
+            load_mnist("test", file)
+
+
 @pytest.mark.parametrize(("count", "batch"), [(10, 3), (7, 7), (3, 8)])
 def test_every_epoch_shows_every_image_once(count: int, batch: int):
     epochs = 4
@@ -97,6 +112,19 @@ def test_a_folder_gives_labels_and_centre_crops(tmp_path: Path):
     assert torch.equal(batch[0, :, 5, 5], torch.tensor([1.0, -1.0, -1.0]))
     assert torch.equal(batch[1, :, 5, 5], torch.tensor([-1.0, -1.0, 1.0]))
     assert load_folder(tmp_path, 4, 1).batch(torch.tensor([0])).shape == (1, 1, 4, 4)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_are_scaled_and_transparency_lies_on_white(tmp_path: Path, channels: int):
+    Image.fromarray(np.full((4, 4), 257 * 60, dtype=np.uint16)).save(tmp_path / "deep.png")
+    Image.new("LA", (4, 4), (60, 0)).save(tmp_path / "empty.png")
+    Image.new("RGBA", (4, 4), (0, 0, 0, 51)).save(tmp_path / "faint.png")
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([60, 60, 60])
+    palette.save(tmp_path / "palette.png", transparency=0)
+    batch = load_folder(tmp_path, 4, channels).batch(torch.arange(4))
+    grey = (batch[:, :, 0, 0] + 1) * 127.5
+    torch.testing.assert_close(grey, torch.tensor([[60.0], [255], [204], [255]]).expand(4, channels))
 
 
 def test_folder_mistakes_are_named(tmp_path: Path):

@@ -100,6 +100,35 @@ def test_an_endless_answer_is_cut_off(
         fetch_mnist(tmp_path / "cache", url=f"{url}/digits.tgz")
 
 
+def test_a_damaged_file_is_fetched_again(server: tuple[str, Path], tmp_path: Path):
+    url, root = server
+    content = archive({digit: pixels(digit) for digit in range(10)})
+    (root / "digits.tgz").write_bytes(content)
+    (tmp_path / MNIST_FILE).write_bytes(b"garbage")
+    file = fetch_mnist(tmp_path, url=f"{url}/digits.tgz", sha256=hashlib.sha256(content).hexdigest())
+    assert len(np.load(file)["images"]) == 55
+
+
+def test_an_answer_that_is_no_http_is_said_in_a_sentence(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as babbler:
+
+        def answer() -> None:
+            with babbler.accept()[0] as connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"babble\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(FetchError, match=r"could not download http://127.*babble"):
+            fetch_mnist(tmp_path / "cache", url=f"http://127.0.0.1:{babbler.getsockname()[1]}/digits.tgz")
+        thread.join()
+
+
+def test_a_servers_refusal_is_not_taken_for_a_missing_network(server: tuple[str, Path], tmp_path: Path):
+    with pytest.raises(FetchError, match=r"HTTP Error 404: File not found$"):
+        fetch_mnist(tmp_path / "cache", url=f"{server[0]}/nothing.tgz")
+
+
 def test_no_network_is_said_in_a_sentence(tmp_path: Path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

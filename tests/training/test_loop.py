@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +19,9 @@ from typing import Any
 import pytest
 import torch
 
+from difusores.__main__ import main
 from difusores.models import UNet2DModel
-from difusores.training import checkpoint
+from difusores.training import checkpoint, loop
 from difusores.training.config import TrainConfig
 from difusores.training.loop import Trainer, train
 from difusores.training.progress import Progress, learning_rate
@@ -88,7 +91,9 @@ def test_a_run_killed_twice_ends_as_an_unbroken_one(pictures: Path, tmp_path: Pa
     config |= {"flip": True, "log_every": 1, "sample_every": 20, "sample_steps": 2, "label_dropout": 0.3}
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     assert run_until(None, options({**config, "out": unbroken})) == 0
-    first, second = random.randint(5, 20), random.randint(30, 45)
+    chance = random.SystemRandom()  # the seeded generator would always choose the same two steps
+    first, second = chance.randint(5, 20), chance.randint(30, 45)
+    print(f"killed at steps {first} and {second}")  # shown where the test fails
     assert run_until(first, options({**config, "out": broken})) == 0
     assert 0 < run_until(second, ["--resume", str(broken)]) <= first + 4
     assert first < run_until(None, ["--resume", str(broken)]) <= second + 4
@@ -97,7 +102,7 @@ def test_a_run_killed_twice_ends_as_an_unbroken_one(pictures: Path, tmp_path: Pa
     for state in states:
         assert state["step"] == 60 and state["config"].pop("out")
     assert_same(*states)
-    for name in ("samples/step-00000040.png", "pipeline/unet/diffusion_pytorch_model.safetensors"):
+    for name in ("samples/step-00000060.png", "pipeline/unet/diffusion_pytorch_model.safetensors"):
         assert (unbroken / name).read_bytes() == (broken / name).read_bytes()
     assert [path.name for path in checkpoint.checkpoints(broken / "checkpoints")] == [
         "step-00000056.pt",
@@ -201,10 +206,141 @@ def test_two_processes_train_one_model(pictures: Path, tmp_path: Path):
 
 
 def test_resuming_with_other_images_is_refused(pictures: Path, tmp_path: Path):
-    config = TrainConfig(data=str(pictures), out=str(tmp_path), **CLASSES)
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    config = TrainConfig(data=str(data), out=str(tmp_path / "run"), **CLASSES)
     state = Trainer(config).state()
-    with pytest.raises(ValueError, match="held 17 images before, now 16"):
-        Trainer(config, {**state, "images": 17})
+    moved = data.rename(tmp_path / "moved")
+    Trainer(replace(config, data=str(moved)), state)  # the same pictures in another place
+    data = moved.rename(data)
+    (data / "above" / "0.png").rename(data / "above" / "other.png")
+    with pytest.raises(ValueError, match="holds files of other names than when the run was begun"):
+        Trainer(config, state)
+    (data / "above" / "other.png").unlink()
+    with pytest.raises(ValueError, match="held 16 images when the run was begun, now 15"):
+        Trainer(config, state)
+    (data / "above").rename(data / "over")
+    with pytest.raises(ValueError, match="class above is gone, class over is new"):
+        Trainer(config, state)
+    shutil.copytree(data / "over", data / "third")
+    with pytest.raises(ValueError, match="class above is gone, class over is new, class third is new"):
+        Trainer(config, state)
+
+
+def test_the_names_of_the_classes_are_printed_and_written(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = TrainConfig(
+        data=str(pictures), out=str(tmp_path), steps=1, warmup_steps=0, sample_every=0, **CLASSES
+    )
+    train(config)
+    assert "classes: 0 above, 1 below\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "classes.json").read_text()) == {"0": "above", "1": "below"}
+
+
+def test_a_failing_grid_comes_after_the_checkpoint(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("difusores.training.loop.write_grid", fail)
+    config = TrainConfig(data=str(pictures), out=str(tmp_path), steps=1, warmup_steps=0, **CLASSES)
+    with pytest.raises(OSError, match="disk full"):
+        train(config)
+    assert checkpoint.load_latest(tmp_path / "checkpoints")["step"] == 1
+
+
+def test_a_finished_run_says_so(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = TrainConfig(
+        data=str(pictures), out=str(tmp_path), steps=1, warmup_steps=0, sample_every=0, **CLASSES
+    )
+    train(config)
+    assert f"exported {tmp_path / 'pipeline'}" in capsys.readouterr().out
+    train(config, checkpoint.load_latest(tmp_path / "checkpoints"))
+    printed = capsys.readouterr().out
+    assert "exported" not in printed and "all 1 steps are done" in printed
+
+
+def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpoint.save(tmp_path, 1, {"step": 1}, keep=1)
+
+    def torn(state: object, file: Any) -> None:
+        (file.write if hasattr(file, "write") else Path(file).write_bytes)(b"half")
+        raise OSError("killed")
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(OSError, match="killed"):
+        checkpoint.save(tmp_path, 1, {"step": 1, "again": True}, keep=1)
+    assert checkpoint.load_latest(tmp_path) == {"step": 1}
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    done: list[str] = []
+    sync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(f"sync {os.fstat(fd).st_size}"), sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("rename"), rename(*paths)))
+    path = checkpoint.save(tmp_path, 1, {"step": 1}, keep=1)
+    assert done == [f"sync {path.stat().st_size}", "rename"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "garbage"])
+def test_a_damaged_checkpoint_is_named_with_what_to_do(damage: str, tmp_path: Path):
+    checkpoint.save(tmp_path, 1, {"step": 1}, keep=2)
+    newest = checkpoint.save(tmp_path, 2, {"step": 2, "weights": torch.zeros(1000)}, keep=2)
+    whole = newest.read_bytes()
+    newest.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "garbage": b"garbage"}[damage])
+    with pytest.raises(ValueError, match=r"step-00000002\.pt is damaged .* delete it .* step-00000001\.pt"):
+        checkpoint.load_latest(tmp_path)
+    newest.unlink()
+    assert checkpoint.load_latest(tmp_path) == {"step": 1}
+
+
+def test_a_folder_is_replaced_only_by_a_whole_one(tmp_path: Path):
+    folder = tmp_path / "pipeline"
+
+    def write(target: Path) -> None:
+        target.mkdir()
+        (target / "model").write_text("new")
+
+    def fail(target: Path) -> None:
+        write(target)
+        raise OSError("disk full")
+
+    checkpoint.write_folder(folder, write)
+    (folder / "model").write_text("old")
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_folder(folder, fail)
+    assert (folder / "model").read_text() == "old"
+    checkpoint.write_folder(folder, write)
+    assert (folder / "model").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_weights_that_are_not_finite_are_not_saved(
+    what: str,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    real = loop.diffusion_loss
+    losses = itertools.count(1)
+
+    def spoilt(*args: Any) -> torch.Tensor:
+        loss = real(*args)
+        if next(losses) != 2:
+            return loss
+        # The square root's derivative at 0 is infinite: a finite loss with gradients that are not.
+        return loss * float("nan") if what == "loss" else loss + (loss - loss.detach()).abs().sqrt()
+
+    monkeypatch.setattr(loop, "diffusion_loss", spoilt)
+    config = {**CLASSES, "data": pictures, "out": tmp_path, "steps": 4, "warmup_steps": 0}
+    config |= {"checkpoint_every": 1, "sample_every": 0, "keep_checkpoints": 1}
+    assert main(["train", *options(config)]) == 2
+    assert f"error: the {what} is nan at step 2" in capsys.readouterr().err
+    assert checkpoint.load_latest(tmp_path / "checkpoints")["step"] == 1
 
 
 def test_unfinished_files_are_not_checkpoints(tmp_path: Path):
@@ -217,7 +353,7 @@ def test_unfinished_files_are_not_checkpoints(tmp_path: Path):
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
-    config = TrainConfig(data="mnist", out="", steps=110, warmup_steps=10, learning_rate=2.0)
+    config = TrainConfig(data="mnist", out="run", steps=110, warmup_steps=10, learning_rate=2.0)
     rates = [learning_rate(config, step) for step in range(111)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2
     assert rates[60] == pytest.approx(1) and rates[110] == pytest.approx(0)
@@ -225,7 +361,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(pictures: Path, tmp_path: Path):
-    progress = Progress(TrainConfig(data="mnist", out="", log_every=2), 0)
+    progress = Progress(TrainConfig(data="mnist", out="run", log_every=2), 0)
     progress.report(1, torch.tensor(float("nan")))
     with pytest.raises(FloatingPointError, match="the loss is nan at step 2"):
         progress.report(2, torch.tensor(1.0))
