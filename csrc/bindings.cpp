@@ -9,6 +9,7 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -32,6 +33,16 @@ using OptionalTensor = std::optional<Tensor>;
 const Kernels* g_kernels = nullptr;  // set once, when the module is loaded
 
 constexpr int64_t kGrain = 32768;  // elements below which a second thread costs more than it brings
+
+// The bytes of which L2 holds three: a group that is fetched ahead, beside the x and y of the one in work.
+int64_t third_of_l2() {
+    int64_t bytes = 512 << 10;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (found > 0) bytes = found;
+#endif
+    return bytes / 3;
+}
 
 DType dtype_of(const Tensor& t, const char* name) {
     switch (t.scalar_type()) {
@@ -122,6 +133,7 @@ std::tuple<Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, Optiona
     args.n = n, args.c = c, args.s = x.numel() / (n * c), args.groups = num_groups;
     args.eps = eps, args.silu = silu;
     if (!channels_last) {
+        args.fetch = third_of_l2();
         run(n * num_groups, c / num_groups * args.s, g_kernels->group_norm_silu, args);
         return {y, sum};
     }
@@ -172,17 +184,17 @@ Operand operand_of(const OptionalTensor& t, const Tensor& sample, const char* na
 }
 
 // An output holds whole batches one after another, each image dense.
-Result result_of(const OptionalTensor& t, const Tensor& sample, int64_t inner, const char* name) {
+Result result_of(const OptionalTensor& t, const Tensor& sample, int64_t inner, const char* name, bool repeats) {
     if (!t) return {};
     const int64_t batch = sample.size(0);
-    STD_TORCH_CHECK(t->dim() == sample.dim() && t->size(0) % std::max<int64_t>(1, batch) == 0,
-                    "scheduler_step: output ", name, " must hold whole batches");
+    STD_TORCH_CHECK(t->dim() == sample.dim() && (repeats ? t->size(0) % batch == 0 : t->size(0) == batch),
+                    "scheduler_step: output ", name, repeats ? " must hold whole batches" : " must hold the batch");
     for (int64_t d = 1; d < t->dim(); ++d)
         STD_TORCH_CHECK(t->size(d) == sample.size(d) && (t->size(d) == 1 || t->stride(d) == sample.stride(d)),
                         "scheduler_step: output ", name, " must have the sample's per-image strides");
     STD_TORCH_CHECK(t->size(0) <= 1 || t->stride(0) == inner, "scheduler_step: output ", name, " must be dense");
     want_huge_pages(*t);
-    return {t->data_ptr(), dtype_of(*t, name), batch ? t->size(0) / batch : 0};
+    return {t->data_ptr(), dtype_of(*t, name), t->size(0) / batch};
 }
 
 // The row names operands by non-zero coefficients; the kernel must not meet one that was not given.
@@ -209,14 +221,15 @@ void scheduler_step(Tensor row, OptionalTensor step, Tensor sample, Tensor e1, O
                     OptionalTensor y, OptionalTensor d, OptionalTensor u, OptionalTensor x0, OptionalTensor m) {
     if (sample.numel() == 0) return;
     STD_TORCH_CHECK(sample.dim() >= 1, "scheduler_step: sample must have a batch dimension");
-    STD_TORCH_CHECK(row.scalar_type() == ScalarType::Double && row.is_contiguous() && row.size(row.dim() - 1) == 40,
-                    "scheduler_step: row must be contiguous float64 with 40 columns");
+    STD_TORCH_CHECK(row.scalar_type() == ScalarType::Double && row.is_contiguous() && row.dim() == (step ? 2 : 1) &&
+                        row.size(row.dim() - 1) == 40,
+                    "scheduler_step: row must be contiguous float64 [40], or [rows, 40] with step");
     int64_t index = 0;
     if (step) {
         STD_TORCH_CHECK(step->scalar_type() == ScalarType::Long && step->numel() == 1,
                         "scheduler_step: step must be one int64");
         index = *static_cast<const int64_t*>(step->data_ptr());
-        STD_TORCH_CHECK(row.dim() == 2 && index >= 0 && index < row.size(0), "scheduler_step: step ", index,
+        STD_TORCH_CHECK(index >= 0 && index < row.size(0), "scheduler_step: step ", index,
                         " is outside the table of rows");
     }
     const int64_t batch = sample.size(0), inner = sample.numel() / batch;
@@ -243,11 +256,11 @@ void scheduler_step(Tensor row, OptionalTensor step, Tensor sample, Tensor e1, O
                         "scheduler_step: seeds must be contiguous int64 [B] and the sample contiguous");
         a.seeds = static_cast<const int64_t*>(seeds->data_ptr());
     }
-    a.y = result_of(y, sample, inner, "y");
-    a.d = result_of(d, sample, inner, "d");
-    a.u = result_of(u, sample, inner, "u");
-    a.x0 = result_of(x0, sample, inner, "x0");
-    a.m = result_of(m, sample, inner, "m");
+    a.y = result_of(y, sample, inner, "y", false);
+    a.d = result_of(d, sample, inner, "d", false);
+    a.u = result_of(u, sample, inner, "u", false);
+    a.x0 = result_of(x0, sample, inner, "x0", false);
+    a.m = result_of(m, sample, inner, "m", true);
     a.batch = batch, a.inner = inner;
     check_row(a);
     const int64_t blocks = (inner + kStepBlock - 1) / kStepBlock;

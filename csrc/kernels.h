@@ -30,6 +30,8 @@ struct GroupNormSiluArgs {
     int64_t n, c, s, groups;
     double eps;
     bool silu;
+    // Channels first only: the largest group, in bytes, that is fetched ahead.
+    int64_t fetch;
     // Channels last only. Rows of S are cut into chunks of chunk_rows; the rest is scratch.
     int64_t chunks, chunk_rows;
     int64_t padded_c;  // C rounded up to kMaxWidth

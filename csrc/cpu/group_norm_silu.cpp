@@ -16,7 +16,6 @@ constexpr int kDeep = 8;    // vectors of a block of the statistics
 constexpr int kFlush = 32;  // blocks after which the lanes are joined in fp64
 // Vectors that go through act together: as many as the registers hold beside its constants.
 constexpr int kUnroll = kWidth == 16 ? 4 : 2;
-constexpr int64_t kFetch = 192 << 10;  // bytes of a group that are fetched ahead: L2 holds it beside this one's x and y
 
 struct Moments {
     double count = 0, mean = 0, m2 = 0;
@@ -170,7 +169,7 @@ void channels_first(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
         }
         lanes.flush(moments);
         const int64_t group_bytes = per_group * row_bytes;
-        const int64_t ahead = task + 1 < end && group_bytes <= kFetch ? group_bytes : 0;
+        const int64_t ahead = task + 1 < end && group_bytes <= args.fetch ? group_bytes : 0;
         const auto apply = args.silu ? row_apply<D, kResidual, true> : row_apply<D, kResidual, false>;
         for (int64_t k = 0; k < per_group; ++k) {
             const int64_t o = k * row_bytes;

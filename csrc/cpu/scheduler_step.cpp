@@ -165,9 +165,9 @@ struct Reads {
         for (int k = 0; k < 3; ++k)
             for (int j = 0; j < kColumns; ++j) column[j] |= wanted[k] && row[kW + kColumns * k + j] != 0.0f;
         x0 = args.x0.ptr || column[0];
-        z = column[3] || row[kR] != 0.0f;
         column[2] |= x0 && row[kPE] != 0.0f;  // e
         column[1] |= x0 && row[kPX] != 0.0f;  // xh
+        z = column[3] || (column[1] && row[kR] != 0.0f);
     }
 };
 

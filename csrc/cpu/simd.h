@@ -60,11 +60,10 @@ DIFUSORES_INLINE f32v load<DType::bf16>(const void* p, int64_t i) {
 #endif
 }
 // bf16 bits in the high half. Rounds to nearest even in integers: vcvtneps2bf16 flushes subnormal numbers, and the
-// levels would differ in bits.
+// levels would differ in bits. A NaN keeps its high half, which is a NaN's: arithmetic makes quiet ones.
 DIFUSORES_INLINE u32v round_bf16(f32v v) {
     const u32v bits = (u32v)v;
-    const u32v rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-    return (v == v) ? rounded : bits | 0x400000u;
+    return (v == v) ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits;
 }
 template <>
 DIFUSORES_INLINE void store<DType::bf16>(void* p, int64_t i, f32v v) {

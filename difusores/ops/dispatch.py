@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from difusores import native
 
@@ -144,10 +145,17 @@ def _refusal(backend: str, device: str) -> str | None:
     devices = _DEVICES.get(backend)
     if devices is not None and device not in devices:
         return f"the tensors are on {device!r}"
+    if devices is not None and transformed():
+        return "a kernel cannot be seen through by torch.func transforms and forward-mode derivatives"
     return native.status(backend) if backend in ("cpu", "cuda") else None
 
 
 _refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode derivative is under way: only the reference follows."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def below_autograd(op: Callable[..., Any], *call: Any) -> Any:

@@ -47,6 +47,8 @@ def reference(
         h = h + _per_channel(add, x).to(x.dtype)
     if residual is not None:
         h = h + residual
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # torch's group norm cannot differentiate a bias alone
     params = [None if p is None else p.to(x.dtype) for p in (weight, bias)]
     y = F.group_norm(h, num_groups, params[0], params[1], eps)
     if scale is not None:
@@ -97,8 +99,26 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, weight, bias, scale, shift, add, residual)
 
 
+def _differentiable_backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
+    """With create_graph: through the reference, for the backward kernel of torch has no derivative."""
+    # Views, for one tensor given twice is two inputs here.
+    x, weight, bias, scale, shift, add, residual = inputs = [
+        None if t is None else t.view_as(t) for t in ctx.saved_tensors
+    ]
+    options = (ctx.num_groups, weight, bias, ctx.eps, ctx.silu, scale, shift, add, residual, ctx.return_sum)
+    outputs = reference(x, *options)[: 1 + ctx.return_sum]
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(outputs, wanted, (grad_y, grad_sum)[: len(outputs)], create_graph=True))
+    dx, dw, db, dscale, dshift, dadd, dresidual = (
+        next(found) if t is not None and t.requires_grad else None for t in inputs
+    )
+    return dx, None, dw, db, None, None, dscale, dshift, dadd, dresidual, None
+
+
 def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
     """The normalised tensor again, then the chain rule through act, scale-shift, norm; in fp32 or wider."""
+    if torch.is_grad_enabled():
+        return _differentiable_backward(ctx, grad_y, grad_sum)
     x, weight, bias, scale, shift, add, residual = ctx.saved_tensors
     wide = torch.promote_types(x.dtype, torch.float32)
 
@@ -115,7 +135,7 @@ def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None
         h = h + residual.to(wide)
     n, c, spatial = x.shape[0], x.shape[1], list(range(2, x.ndim))
     size = (n, c, x.shape[2:].numel(), ctx.num_groups)
-    gamma = widened(weight)
+    gamma = h.new_ones(c) if weight is None and bias is not None else widened(weight)  # torch wants both
     layout = _memory_format(h)  # the backward kernel of torch takes it that all tensors have one layout
     h = h.contiguous(memory_format=layout)
     normed, mean, rstd = torch.ops.aten.native_group_norm(h, gamma, widened(bias), *size, ctx.eps)
@@ -204,11 +224,22 @@ def _check(
     for name, p in (("scale", scale), ("shift", shift), ("add", add)):
         if p is not None and p.shape != (n, c):
             raise ValueError(f"{name} must have shape [N, C] = [{n}, {c}], got {tuple(p.shape)}")
+    for name, p in (
+        *(("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)),
+        *(("add", add), ("residual", residual)),
+    ):
+        if p is not None and p.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {p.device}")
     if residual is not None and (residual.shape != x.shape or residual.dtype is not x.dtype):
         raise ValueError(
             f"residual must be like x, {tuple(x.shape)} {x.dtype}, "
             f"got {tuple(residual.shape)} {residual.dtype}"
         )
+
+
+def _row(p: Tensor | None) -> Tensor | None:
+    """p with its channels side by side, as the kernels read them."""
+    return p if p is None or p.stride(-1) == 1 else p.contiguous()
 
 
 def group_norm_silu(
@@ -243,9 +274,10 @@ def group_norm_silu(
         y like x, or (y, sum). Statistics are accumulated in fp32 or wider. Differentiable in every tensor.
 
     Raises:
-        ValueError: shapes that do not fit, named. TypeError: x is not floating point.
+        ValueError: shapes or devices that do not fit, named. TypeError: x is not floating point.
     """
     _check(x, num_groups, weight, bias, scale, shift, add, residual)
+    weight, bias, scale, shift, add = map(_row, (weight, bias, scale, shift, add))
     only_x = return_sum and add is None and residual is None
     call = (x, num_groups, weight, bias, eps, silu, scale, shift, add, residual, return_sum and not only_x)
     backend = choose("group_norm_silu", x.device.type, supports, x, weight, bias, scale, shift, add, residual)

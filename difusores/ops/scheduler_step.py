@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from difusores import native
-from difusores.ops.dispatch import LIBRARY, choose, needs_grad, register, wanted
+from difusores.ops.dispatch import LIBRARY, choose, needs_grad, register, transformed, wanted
 
 G1, G2, G3, R, PX, PE, LO, HI, NU0, NU1, MODE, CIN = range(12)
 """Positions in a row before W."""
@@ -325,14 +325,15 @@ _Operands = tuple[
 
 def _plain(operands: _Operands) -> bool:
     """Whether the call may go straight to the CPU kernel, which checks all that it is given."""
-    sample = operands[1]
-    if sample.dtype not in _KERNEL_DTYPES or not sample.is_cpu or wanted() not in (None, "cpu"):
+    row, sample, model_outputs, slots, *others = operands
+    if sample.dtype not in _KERNEL_DTYPES or wanted() not in (None, "cpu"):
         return False
-    if native.status("cpu") is not None:
+    if native.status("cpu") is not None or transformed():
         return False
-    return not torch.is_grad_enabled() or not needs_grad(
-        sample, *operands[2], *operands[3], operands[4], operands[5], operands[6]
-    )
+    for t in (row, sample, *model_outputs, *slots, *others):
+        if t is not None and not t.is_cpu:
+            return False
+    return not torch.is_grad_enabled() or not needs_grad(sample, *model_outputs, *slots, *others)
 
 
 _NO_SLOTS = (None,) * 5
@@ -347,16 +348,16 @@ def _native(
 ) -> tuple[Tensor, ...]:
     """The kernel on operands as they are: at a small size, looking at them costs more than the step."""
     row, sample, model_outputs, slots, noise, variance, threshold, step, seeds = operands
-    e1, e2, e3 = (
-        (*model_outputs, None, None)[:3] if len(model_outputs) > 1 else (model_outputs[0], None, None)
-    )
+    e1, e2, e3 = (*model_outputs, *_NO_SLOTS[: 3 - len(model_outputs)])
     s0, s1, s2, s3, s4 = (*slots, *_NO_SLOTS[len(slots) :]) if slots else _NO_SLOTS
     if out is None:
         out = _new_outputs(sample, outputs, model_dtype, repeats)
+    elif not all(t.is_cpu for t in out):
+        raise ValueError("see _check")
     written = dict(zip(outputs, out, strict=True))
     y, d, u, x0, m = [written.pop(name, None) for name in OUTPUTS]
-    if written:
-        raise ValueError(f"unknown outputs {list(written)}")
+    if written or len(set(outputs)) < len(outputs) or (noise is not None and seeds is not None):
+        raise ValueError("see _check")
     torch.ops.difusores.scheduler_step.default(
         row, step, sample, e1, e2, e3, noise, variance, threshold, s0, s1, s2, s3, s4, seeds, y, d, u, x0, m
     )
@@ -373,7 +374,7 @@ def _general(
     """Any backend, layout and dtype; refuses in words what no backend takes."""
     row, sample, model_outputs, slots, noise, variance, threshold, step, seeds = operands
     needed = (*model_outputs, *slots, noise, variance)
-    _check(row, sample, model_outputs, slots, noise, variance, threshold, outputs, step, seeds)
+    _check(row, sample, model_outputs, slots, noise, variance, threshold, outputs, out, repeats, step, seeds)
     differentiates = needs_grad(sample, *needed, threshold)
     backend = "reference"
     if not differentiates:
@@ -443,12 +444,19 @@ def _check(
     variance: Tensor | None,
     threshold: Tensor | None,
     outputs: Sequence[str],
+    out: Sequence[Tensor] | None,
+    repeats: int,
     step: Tensor | None,
     seeds: Tensor | None,
 ) -> None:
     if row.dtype is not torch.float64 or row.shape[-1] != ROW or row.ndim != (1 if step is None else 2):
         raise ValueError(
             f"row must be float64 [{ROW}], or [rows, {ROW}] with step, got {tuple(row.shape)} {row.dtype}"
+        )
+    elsewhere = row.device.type != "cpu" and row.device != sample.device
+    if elsewhere or (step is not None and step.device != row.device):
+        raise ValueError(
+            f"row must be on the CPU or with step on the sample's device, got it on {row.device}"
         )
     if not 1 <= len(model_outputs) <= 3 or len(slots) > 5:
         raise ValueError(
@@ -463,6 +471,26 @@ def _check(
     for name, t in (("threshold", threshold), ("seeds", seeds)):
         if t is not None and t.shape != shape[:1]:
             raise ValueError(f"{name} must have shape [B] = [{shape[0]}], got {tuple(t.shape)}")
+    for t in (*model_outputs, *slots, noise, variance, threshold, seeds):
+        if t is not None and t.device != sample.device:
+            raise ValueError(
+                f"every operand must be on the sample's device, {sample.device}, got one on {t.device}"
+            )
+    if noise is not None and seeds is not None:
+        raise ValueError("noise is given, or seeds for in-kernel noise, not both")
     for name in outputs:
         if name not in OUTPUTS:
             raise ValueError(f"unknown output {name!r}; the outputs are {', '.join(OUTPUTS)}")
+    if len(set(outputs)) < len(outputs):
+        raise ValueError(f"an output can be asked for once, got {', '.join(outputs)}")
+    if out is None:
+        return
+    if len(out) != len(outputs):
+        raise ValueError(f"out must hold a tensor for each of {', '.join(outputs)}, got {len(out)}")
+    for name, t in zip(outputs, out, strict=True):
+        expected = (shape[0] * repeats, *shape[1:]) if name == "m" else shape
+        if t.shape != expected or t.device != sample.device:
+            raise ValueError(
+                f"out for {name} must have shape {tuple(expected)} on {sample.device}, "
+                f"got {tuple(t.shape)} on {t.device}"
+            )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from difusores import ops
@@ -184,6 +185,19 @@ def test_other_strides_go_to_the_reference_or_are_refused_by_name() -> None:
             ops.group_norm_silu(x.double(), 4, None, None)
 
 
+def test_parameters_of_any_strides(backend: str) -> None:
+    x, w, table = torch.randn(2, 8, 4, 4), torch.randn(16)[::2], torch.randn(8, 2).t()
+    call = {
+        "x": x,
+        "weight": w,
+        "bias": torch.ones(1).expand(8),
+        "scale": table,
+        "add": table[:1].expand(2, 8),
+    }
+    dense = {k: v.contiguous() for k, v in call.items()}
+    torch.testing.assert_close(run(backend, call, 4)[0], run(backend, dense, 4)[0])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -197,6 +211,8 @@ def test_other_strides_go_to_the_reference_or_are_refused_by_name() -> None:
         ({"shift": torch.randn(1, 8)}, r"shift must have shape"),
         ({"residual": torch.randn(2, 8, 4, 5)}, "residual must be like x"),
         ({"residual": torch.randn(2, 8, 4, 4).half()}, "residual must be like x"),
+        ({"weight": torch.randn(8, device="meta")}, "weight must be on the device of x, cpu, got meta"),
+        ({"residual": torch.randn(2, 8, 4, 4, device="meta")}, "residual must be on the device of x"),
     ],
 )
 def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
@@ -256,7 +272,8 @@ def test_gradients(options: str, check: Any) -> None:
         return_sum="return_sum" in call,
     )
     places = {"x": 0, "weight": 2, "bias": 3, "scale": 6, "shift": 7, "add": 8, "residual": 9}
-    formula = _backward(context, *grads)
+    with torch.no_grad():
+        formula = _backward(context, *grads)
     for name, exact in zip(names, oracle, strict=True):
         torch.testing.assert_close(formula[places[name]], exact, rtol=1e-10, atol=1e-12)
 
@@ -274,6 +291,55 @@ def test_gradients_of_layouts(shape: tuple[int, ...], of_x: str, of_grad: str) -
         run(backend, {**call, "x": x}, 4)[0].backward(grad)
         grads.append(x.grad)
     torch.testing.assert_close(*grads)
+
+
+def test_gradient_of_a_bias_alone() -> None:
+    x, bias = torch.randn(2, 8, 4, 4), torch.randn(8, requires_grad=True)
+    grads = [
+        torch.autograd.grad(run(backend, {"x": x, "weight": w, "bias": bias}, 4)[0].sum(), bias)[0]
+        for backend, w in ((None, None), ("reference", None), ("reference", torch.ones(8)))
+    ]
+    torch.testing.assert_close(grads[0], grads[2])
+    torch.testing.assert_close(grads[1], grads[2])
+
+
+def test_second_derivatives() -> None:
+    """With x twice among the inputs: each use has a derivative of its own."""
+    x, weight = torch.randn(2, 8, 4, 4, requires_grad=True), torch.randn(8, requires_grad=True)
+
+    def second(backend: str | None) -> tuple[Tensor, ...]:
+        y, total = run(
+            backend, {"x": x, "weight": weight, "bias": None, "residual": x, "return_sum": True}, 4
+        )
+        (grad,) = torch.autograd.grad(y.square().sum() + total.pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), (x, weight))
+
+    for ours, eager in zip(second(None), second("reference"), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-3)
+
+
+def test_function_transforms() -> None:
+    """torch.func and forward-mode derivatives see through the op, as through eager PyTorch."""
+    x, v, weight = torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4), torch.randn(8)
+
+    def f(t: Tensor) -> Tensor:
+        return ops.group_norm_silu(t, 4, weight, None)
+
+    def eager(t: Tensor) -> Tensor:
+        return F.silu(F.group_norm(t, 4, weight))
+
+    torch.testing.assert_close(torch.func.jvp(f, (x,), (v,)), torch.func.jvp(eager, (x,), (v,)))
+    with torch.autograd.forward_ad.dual_level():
+        tangent = torch.autograd.forward_ad.unpack_dual(f(torch.autograd.forward_ad.make_dual(x, v))).tangent
+    torch.testing.assert_close(tangent, torch.func.jvp(eager, (x,), (v,))[1])
+    for transform in (torch.func.grad, lambda g: torch.vmap(torch.func.grad(g))):
+        batch = torch.stack([x, v]) if transform is not torch.func.grad else x
+        torch.testing.assert_close(
+            transform(lambda t: f(t).square().sum())(batch),
+            transform(lambda t: eager(t).square().sum())(batch),
+            rtol=1e-4,
+            atol=1e-4,
+        )
 
 
 def test_gradcheck() -> None:

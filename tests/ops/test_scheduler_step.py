@@ -238,6 +238,37 @@ def test_zero_means_not_read(backend: str) -> None:
             )
 
 
+def test_churn_of_a_sample_that_is_not_read(backend: str) -> None:
+    """The reference, which computes every output, wants the noise; a kernel does without it."""
+    x = torch.randn(2, 3, 8, 8)
+    r = row(columns="100000000", churn=0.5)
+    r[PX], r[PE] = 0.0, 1.0
+    with ops.use_backend(backend):
+        if backend == "reference":
+            with pytest.raises(ValueError, match="r reads noise, which was not given"):
+                ops.scheduler_step(r, x, [x])
+        else:
+            torch.testing.assert_close(ops.scheduler_step(r, x, [x])[0], r[W].item() * x)
+
+
+def test_function_transforms() -> None:
+    """torch.func and forward-mode derivatives see through the op, as through eager PyTorch."""
+    r, x, e = row(columns="101000000"), torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+
+    def f(sample: Tensor) -> Tensor:
+        return ops.scheduler_step(r, sample, [e])[0]
+
+    want = f(x + e) - f(x)  # the row is linear
+    torch.testing.assert_close(torch.func.jvp(f, (x,), (e,))[1], want)
+    with torch.autograd.forward_ad.dual_level():
+        tangent = torch.autograd.forward_ad.unpack_dual(f(torch.autograd.forward_ad.make_dual(x, e))).tangent
+    torch.testing.assert_close(tangent, want)
+    assert torch.func.grad(lambda sample: f(sample).sum())(x).abs().sum() > 0
+    torch.testing.assert_close(torch.vmap(f)(torch.stack([x, e])), torch.stack([f(x), f(e)]))
+    with ops.use_backend("reference"):
+        torch.func.jvp(f, (x,), (e,))
+
+
 def test_nan_passes_through(backend: str) -> None:
     r, call = row(clip=1.0), operands((2, 3, 8, 8), torch.float32, 1)
     clean = step(backend, r, call, outputs=("y", "x0"))
@@ -349,6 +380,15 @@ def test_compiles_without_a_break(backend: str) -> None:
         ({"threshold": torch.zeros(3)}, r"threshold must have shape \[B\] = \[2\]"),
         ({"seeds": torch.zeros(1, dtype=torch.int64)}, "seeds must have shape"),
         ({"outputs": ("y", "w")}, "unknown output 'w'"),
+        ({"outputs": ("y", "y")}, "asked for once"),
+        ({"model_outputs": [torch.zeros(2, 3, 8, 8)] * 4}, "one to three model outputs"),
+        ({"row": row()[None]}, r"row must be float64 \[40\]"),
+        ({"noise": torch.zeros(2, 3, 8, 8), "seeds": torch.zeros(2, dtype=torch.int64)}, "not both"),
+        ({"out": [torch.zeros(4, 3, 8, 8)]}, r"out for y must have shape \(2, 3, 8, 8\)"),
+        ({"out": []}, "out must hold a tensor for each of y, got 0"),
+        ({"model_outputs": [torch.zeros(2, 3, 8, 8, device="meta")]}, "on the sample's device, cpu"),
+        ({"out": [torch.zeros(2, 3, 8, 8, device="meta")]}, "on cpu, got .* on meta"),
+        ({"row": row().to("meta")}, "row must be on the CPU"),
     ],
 )
 def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
