@@ -122,7 +122,8 @@ class DiscreteScheduler(SchedulerMixin):
 
     Attributes:
         betas, alphas, alphas_cumprod: [T] float32.
-        timesteps: [steps] int64, descending. A sequence or array that is assigned becomes a tensor.
+        timesteps: [steps] int64, descending. A sequence or array that is assigned to this or to
+            alphas_cumprod becomes a tensor.
         num_inference_steps: None before `set_timesteps`.
         init_noise_sigma: standard deviation of the first sample.
         order: model calls per step.
@@ -158,7 +159,7 @@ class DiscreteScheduler(SchedulerMixin):
         self.timesteps = torch.arange(config["num_train_timesteps"] - 1, -1, -1, device="cpu")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "timesteps" and not isinstance(value, Tensor):
+        if name in ("timesteps", "alphas_cumprod") and not isinstance(value, Tensor):
             value = torch.from_numpy(np.array(value))
         if isinstance(value, Tensor) and value.is_inference():
             # inference tensors have no version counter, by which a change in place is noticed

@@ -156,6 +156,18 @@ def test_assigned_timesteps_may_come_in_any_form(name: str, assign: Callable[[An
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("assign", [list, np.array])
+def test_an_assigned_table_may_come_in_any_form(name: str, assign: Callable[[Any], Any]) -> None:
+    e, x = pair()
+    ours, theirs = both(name)
+    table = theirs.alphas_cumprod**2
+    ours.alphas_cumprod, theirs.alphas_cumprod = assign(table.tolist()), table
+    assert_same_step((ours, theirs), 500, e, x)
+    noisy = [s.add_noise(x, e, torch.tensor([900, 1])) for s in (ours, theirs)]
+    torch.testing.assert_close(*noisy)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_floating_timesteps_are_training_steps_nevertheless(name: str) -> None:
     e, x = pair()
     ours, theirs = both(name)
