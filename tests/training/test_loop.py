@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -18,12 +19,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import set_seed
 
 from difusores.__main__ import main
 from difusores.models import UNet2DModel
 from difusores.training import checkpoint, loop
 from difusores.training.config import TrainConfig
-from difusores.training.loop import Trainer, train
+from difusores.training.data import batch_indices
+from difusores.training.loop import Trainer, build_model, build_scheduler, load_data, train
 from difusores.training.progress import Progress, learning_rate
 
 SIZE = {"resolution": 8, "widths": (8, 16), "attention": (4,), "head_dim": 8, "norm_groups": 4}
@@ -188,6 +191,117 @@ def test_labels_are_dropped_to_the_null_label(pictures: Path, tmp_path: Path):
     assert labels is not None and (0.4 < (labels == 2).float().mean() < 0.6)
     bright_above = images[:, 0, :4].mean((1, 2)) > images[:, 0, 4:].mean((1, 2))
     assert torch.equal(bright_above[labels != 2], (labels == 0)[labels != 2])
+
+
+def first_step_by_hand(config: TrainConfig, processes: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The mean loss and the clipped gradients of a run's first step, the whole batch in one process."""
+    data = load_data(config)
+    set_seed(config.seed)
+    model = build_model(config, len(data.class_names))
+    parts = []
+    for process, indices in enumerate(
+        batch_indices(0, config.batch_size, len(data), config.seed).chunk(processes)
+    ):
+        set_seed(config.seed + process)  # each process draws noise of its own
+        images, labels = data.batch(indices), data.labels[indices]
+        if config.flip:
+            mirrored = torch.rand(len(images)) < 0.5
+            images[mirrored] = images[mirrored].flip(-1)
+        if config.class_conditional:
+            labels[torch.rand(len(images)) < config.label_dropout] = len(data.class_names)
+        parts.append((images, labels, torch.randn(images.shape), torch.randint(1000, (len(images),))))
+    images, labels, noise, times = map(torch.cat, zip(*parts, strict=True))
+    a = build_scheduler(config).alphas_cumprod.float()[times][:, None, None, None]
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+        noisy = a.sqrt() * images + (1 - a).sqrt() * noise
+        prediction = model(noisy, times, class_labels=labels if config.class_conditional else None).sample
+    velocity = a.sqrt() * noise - (1 - a).sqrt() * images
+    wanted = {"epsilon": noise, "sample": images, "v_prediction": velocity}[config.prediction_type]
+    snr = a / (1 - a)
+    weight = torch.ones(())
+    if config.min_snr_gamma:
+        unit = {"epsilon": snr, "sample": torch.ones(()), "v_prediction": snr + 1}[config.prediction_type]
+        weight = snr.clamp(max=config.min_snr_gamma) / unit
+    loss = (weight * (prediction.float() - wanted) ** 2).mean()
+    loss.backward()
+    gradients = [p.grad for p in model.parameters()]
+    norm = torch.cat([g.flatten() for g in gradients]).norm()
+    return loss.detach(), [g * (config.max_grad_norm / norm).clamp(max=1) for g in gradients]
+
+
+def check_first_step(trainer: Trainer, processes: int) -> None:
+    """Loss, gradients, AdamW's first update and the average, against the same by hand."""
+    config, step, gradients = trainer.config, trainer.optimizer.step, []
+    parameters = list(trainer.plain_model.parameters())
+    before = [p.detach().clone() for p in parameters]
+
+    def recorded() -> None:
+        gradients.extend(p.grad.clone() for p in parameters)
+        step()
+
+    trainer.optimizer.step = recorded
+    losses = trainer.gather_object([trainer.train_step().item()])
+    trainer.optimizer.step = step
+    loss, expected = first_step_by_hand(config, processes)
+    assert sum(losses) / processes == pytest.approx(loss.item(), rel=1e-5)
+    largest = max(g.abs().max().item() for g in expected)
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-4 * largest)
+    rate = config.learning_rate / config.warmup_steps
+    for p, averaged, old, g in zip(
+        parameters, trainer.ema.model.parameters(), before, gradients, strict=True
+    ):
+        new = old * (1 - rate * config.weight_decay) - rate * g / (g.abs() + 1e-8)
+        torch.testing.assert_close(p.detach(), new, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(averaged, 0.1 * old + 0.9 * p.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_grad_norm": 0.01, "weight_decay": 0.3, "flip": True},
+        {"prediction_type": "epsilon", "min_snr_gamma": 1.0, "max_grad_norm": 1e6, "weight_decay": 0.0},
+        {"prediction_type": "sample", "min_snr_gamma": 5.0, "class_conditional": True, "label_dropout": 0.5},
+        {"precision": "bf16", "class_conditional": True, "label_dropout": 0.0, "ema_decay": 0.9},
+    ],
+    ids=str,
+)
+def test_a_step_is_as_by_hand(changes: dict[str, Any], pictures: Path, tmp_path: Path):
+    config = TrainConfig(
+        data=str(pictures), out=str(tmp_path), warmup_steps=4, learning_rate=0.02, **SIZE, **changes
+    )
+    check_first_step(Trainer(config), 1)
+
+
+def test_three_processes_train_as_one_and_resume_bit_for_bit(pictures: Path, tmp_path: Path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
+    command = [sys.executable, *launcher, __file__, str(pictures), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def in_each_process(pictures: str, out: str) -> None:
+    """What the test above runs: a step as by hand, then the same two steps unbroken and resumed."""
+    trainer = Trainer(TrainConfig(data=pictures, out=out, max_grad_norm=0.01, flip=True, **CLASSES))
+    check_first_step(trainer, 3)
+    trainer.train_step()
+    middle = copy.deepcopy(trainer.state())
+    for _ in range(2):
+        trainer.train_step()
+    resumed = Trainer(trainer.config, middle)
+    for _ in range(2):
+        resumed.train_step()
+    assert_same(resumed.state(), trainer.state())
+
+
+def test_a_grid_is_drawn_with_guidance(pictures: Path, tmp_path: Path):
+    config = TrainConfig(data=str(pictures), out=str(tmp_path), sample_steps=2, **CLASSES)
+    trainer = Trainer(config)
+    grids = []
+    for guidance in (1.0, 3.0):
+        trainer.config = replace(config, guidance=guidance)
+        trainer.sample_grid(tmp_path / "grid.png")
+        grids.append((tmp_path / "grid.png").read_bytes())
+    assert grids[0] != grids[1]
 
 
 def test_two_processes_train_one_model(pictures: Path, tmp_path: Path):
@@ -365,3 +479,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures: Path, tmp_path: Path)
     progress.report(1, torch.tensor(float("nan")))
     with pytest.raises(FloatingPointError, match="the loss is nan at step 2"):
         progress.report(2, torch.tensor(1.0))
+
+
+if __name__ == "__main__":
+    in_each_process(*sys.argv[1:])
