@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from difusores.ops.dispatch import availability
+from difusores.ops.dispatch import _OPS, status
 
 Check = Callable[[Tensor, Tensor, Tensor], None]
 
@@ -36,7 +36,11 @@ def check() -> Check:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`backend`: every backend of the op that the module names in OP and that this process has."""
+    """`backend`: every backend of the op that the module names in OP; skipped where this process lacks it."""
     if "backend" in metafunc.fixturenames:
-        table = availability()[metafunc.module.OP]
-        metafunc.parametrize("backend", [name for name, reason in table.items() if reason is None])
+        cases = []
+        for name in _OPS[metafunc.module.OP]:
+            reason = status(name)
+            marks = () if reason is None else pytest.mark.skip(reason=reason)
+            cases.append(pytest.param(name, marks=marks))
+        metafunc.parametrize("backend", cases)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -41,6 +42,17 @@ def test_against_the_oracle(backend: str, case: Any, mask: str, dtype: torch.dty
     if got.numel():
         check(got, eager, oracle)
     assert got.shape == (b, h, length, d)
+
+
+def test_nan_and_infinity_stay_in_their_image(backend: str) -> None:
+    q, k, v = (torch.randn(3, 2, 9, 16) for _ in range(3))
+    with ops.use_backend(backend):
+        clean = ops.attention(q, k, v)
+        v[0, 0, 4, 2], k[1, 1, 0, 0] = math.nan, math.inf
+        got = ops.attention(q, k, v)
+        assert torch.equal(ops.attention(q, k, v).nan_to_num(7), got.nan_to_num(7))  # the same bits twice
+    assert torch.isnan(got[0, 0, :, 2]).all()
+    assert torch.equal(got[2], clean[2])
 
 
 def test_scale(backend: str, check: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -26,6 +27,44 @@ def test_against_the_oracle(backend: str, shape: Any, dtype: torch.dtype, check:
     if y.numel():
         check(y, eager, oracle)
         check(total, x + r, h)
+
+
+@pytest.mark.parametrize("mean", [1e3, 1e5])
+def test_mean_far_above_the_deviation(backend: str, mean: float, check: Any) -> None:
+    x = torch.randn(4, 320) + mean
+    oracle = torch.nn.functional.layer_norm(x.double(), (320,))
+    with ops.use_backend(backend):
+        check(ops.layer_norm(x, None, None), torch.nn.functional.layer_norm(x, (320,)), oracle)
+
+
+def test_bitwise(backend: str) -> None:
+    """The same call twice, a row alone or among others, one thread or several; a NaN stays in its row."""
+    x, w, threads = torch.randn(64, 77, 320), torch.randn(320), torch.get_num_threads()
+    try:
+        with ops.use_backend(backend):
+            torch.set_num_threads(1)
+            one = ops.layer_norm(x, w, None)
+            torch.set_num_threads(3)
+            assert torch.equal(ops.layer_norm(x, w, None), one)
+            assert torch.equal(ops.layer_norm(x[5, 7], w, None), one[5, 7])
+            x[5, 7, 3] = math.nan
+            got = ops.layer_norm(x, w, None)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.isnan(got[5, 7]).all()
+    got[5, 7] = one[5, 7]
+    assert torch.equal(got, one)
+
+
+def test_compiles_without_a_break(backend: str) -> None:
+    torch.compiler.reset()  # a graph keeps the backend that was in force when it was traced
+    x, r = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+
+    def f() -> Any:
+        return ops.layer_norm(x, None, None, residual=r, return_sum=True)
+
+    with ops.use_backend(backend):
+        torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(), f())
 
 
 def test_gradients() -> None:
