@@ -102,9 +102,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _differentiable_backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
     """With create_graph: through the reference, for the backward kernel of torch has no derivative."""
     # Views, for one tensor given twice is two inputs here.
-    x, weight, bias, scale, shift, add, residual = inputs = [
-        None if t is None else t.view_as(t) for t in ctx.saved_tensors
-    ]
+    inputs: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+    x, weight, bias, scale, shift, add, residual = inputs
     options = (ctx.num_groups, weight, bias, ctx.eps, ctx.silu, scale, shift, add, residual, ctx.return_sum)
     outputs = reference(x, *options)[: 1 + ctx.return_sum]
     wanted = [t for t in inputs if t is not None and t.requires_grad]

@@ -348,7 +348,8 @@ def _native(
 ) -> tuple[Tensor, ...]:
     """The kernel on operands as they are: at a small size, looking at them costs more than the step."""
     row, sample, model_outputs, slots, noise, variance, threshold, step, seeds = operands
-    e1, e2, e3 = (*model_outputs, *_NO_SLOTS[: 3 - len(model_outputs)])
+    given: tuple[Tensor | None, ...] = (*model_outputs, *_NO_SLOTS[: 3 - len(model_outputs)])
+    e1, e2, e3 = given
     s0, s1, s2, s3, s4 = (*slots, *_NO_SLOTS[len(slots) :]) if slots else _NO_SLOTS
     if out is None:
         out = _new_outputs(sample, outputs, model_dtype, repeats)
