@@ -5,21 +5,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from difusores import __version__, native
 from difusores.ops import use_backend
+from difusores.ops.dispatch import wanted
 from difusores.pipelines.images import write_grid
 from difusores.pipelines.pipeline import DiffusionPipeline
 from difusores.pipelines.unconditional import DDIMPipeline, DDPMPipeline, UNetPipeline
 from difusores.schedulers import DDIMScheduler, DDPMScheduler
 
 BATCH = 64  # images sampled at once
+GUIDANCE = 2.0  # of models with classes, where none is given
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEDULERS = ("ddim", "ddpm")
 
@@ -31,11 +35,13 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", default="images.png", help="picture to write, a PNG (%(default)s)")
     add("--num", type=int, default=16, help="number of images (%(default)s)")
     add(
-        "--label", type=int, nargs="+", help="class label(s), taken in turn; all classes in turn if not given"
+        "--label",
+        type=int,
+        nargs="+",
+        help="class label(s), taken in turn; all classes in turn if not given. The last label of every model "
+        "is taken for the null label of guidance and cannot be asked for",
     )
-    add(
-        "--guidance", type=float, default=2.0, help="classifier-free guidance scale, 1 for none (%(default)s)"
-    )
+    add("--guidance", type=float, help=f"classifier-free guidance scale, 1 for none ({GUIDANCE})")
     add("--steps", type=int, default=25, help="calls of the model (%(default)s)")
     add("--scheduler", choices=SCHEDULERS, default="ddim", help="sampler (%(default)s)")
     add("--eta", type=float, default=0.0, help="noise of the ddim sampler, 0 to 1 (%(default)s)")
@@ -55,15 +61,17 @@ def run_generate(args: argparse.Namespace) -> int:
     _check(args)
     pipeline = _pipeline(args)
     labels = _labels(args, pipeline.unet.config)
+    if labels is not None and args.guidance is None:
+        args.guidance = GUIDANCE
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     with use_backend(args.backend) if args.backend else contextlib.nullcontext():
         start = time.perf_counter()
         images = [_sample(pipeline, args, labels, first) for first in range(0, args.num, BATCH)]
         seconds = time.perf_counter() - start
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_grid(np.concatenate(images), out)
     if args.json:
-        print(json.dumps(_report(args, seconds)))
+        print(json.dumps(_report(args, seconds), allow_nan=False))
     else:
         rate = args.num / seconds
         print(f"{out}: {args.num} images in {seconds:.2f} s, {rate:.2f} images/s, {args.steps} steps each")
@@ -76,18 +84,29 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is {getattr(args, name)}; it has to be 1 or more")
     if not 0 <= args.eta <= 1:
         raise ValueError(f"--eta is {args.eta}; it has to be from 0 to 1")
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        raise ValueError(f"--guidance is {args.guidance}; it has to be a finite number")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed is {args.seed}; it has to be from 0 to {2**63 - 1}")
     if args.eta and args.scheduler != "ddim":
         raise ValueError(f"--eta is an option of --scheduler ddim, not of {args.scheduler}")
     try:
-        torch.empty(0, device=args.device)
+        torch.empty(0, device=args.device).cpu()  # the device "meta" makes tensors but holds no numbers
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device} is not available: {native.one_line(error)}") from error
     if not args.out.lower().endswith(".png"):
         raise ValueError(f"--out is {args.out!r}; it has to end in .png")
+    if Path(args.out).is_dir():
+        raise IsADirectoryError(f"--out is {args.out!r}, which is a folder")
+    if not args.backend:
+        wanted()  # refuses a DIFUSORES_BACKEND that cannot be honoured
 
 
 def _pipeline(args: argparse.Namespace) -> DDPMPipeline | DDIMPipeline:
-    stored = DiffusionPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
+    try:
+        stored = DiffusionPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {args.model!r} are damaged: {error}") from error
     if not isinstance(stored, UNetPipeline):
         raise ValueError(
             f"{args.model!r} is a {type(stored).__name__}; generate needs one of unconditional images"
@@ -106,8 +125,9 @@ def _labels(args: argparse.Namespace, config: dict[str, Any]) -> list[int] | Non
     """A label for each image, or None for a model without classes."""
     classes = config.get("num_class_embeds")
     if classes is None:
-        if args.label is not None:
-            raise ValueError(f"--label is given, and {args.model!r} is not class-conditional")
+        for name in ("label", "guidance"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name} is given, and {args.model!r} is not class-conditional")
         return None
     given = args.label or list(range(classes - 1))
     wrong = [label for label in given if not 0 <= label < classes - 1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from PIL import Image
 
 from difusores import DDPMPipeline, DDPMScheduler, UNet2DModel
 from difusores.__main__ import main
+from difusores.pipelines import cli
 
 CONFIG: dict[str, Any] = {
     "sample_size": 8,
@@ -113,6 +116,11 @@ def test_json(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (("--model", "bundled:nothing"), "bundled model 'nothing'"),
         (("--backend", "abacus"), "abacus"),
         (("--device", "toaster"), "toaster"),
+        (("--device", "meta"), "--device meta is not available"),
+        (("--guidance", "nan"), "--guidance is nan"),
+        (("--guidance", "inf"), "--guidance is inf"),
+        (("--seed", "-1"), "--seed is -1; it has to be from 0 to 9223372036854775807"),
+        (("--seed", str(2**63)), "--seed is 9223372036854775808"),
     ],
     ids=str,
 )
@@ -126,10 +134,44 @@ def test_mistakes_are_named(
     assert not out.exists()
 
 
-def test_label_for_a_model_without_classes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("option", ["label", "guidance"])
+def test_a_model_without_classes_takes_no(
+    option: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     DDPMPipeline(UNet2DModel(**CONFIG), DDPMScheduler()).save_pretrained(folder)
-    assert main(["generate", "--model", str(folder), "--label", "1"]) == 2
-    assert "not class-conditional" in capsys.readouterr().err
+    assert main(["generate", "--model", str(folder), f"--{option}", "1", "--out", "x.png"]) == 2
+    assert f"--{option} is given, and" in capsys.readouterr().err
+    generate(folder, "--num", 1, "--json")
+    assert json.loads(capsys.readouterr().out)["guidance"] is None
+
+
+def test_what_cannot_be_written_is_said_before_sampling(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_sample", lambda *_: pytest.fail("sampled"))
+    taken = folder.parent / "taken.png"
+    taken.mkdir()
+    for out, words in ((taken, "is a folder"), (folder / "model_index.json" / "x.png", "model_index.json")):
+        assert main(["generate", "--model", str(folder), "--out", str(out)]) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["abacus", "triton"])
+def test_a_backend_of_the_environment_is_checked_before_sampling(name: str, folder: Path) -> None:
+    program = (
+        "import sys; from difusores.pipelines import cli; cli._sample = None; "
+        f"from difusores.__main__ import main; sys.exit(main(['generate', '--model', {str(folder)!r}]))"
+    )
+    environment = {**os.environ, "DIFUSORES_BACKEND": name}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and name in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_damaged_weights_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x10\0\0")
+    assert main(["generate", "--model", str(folder), "--out", str(folder.parent / "x.png")]) == 2
+    error = capsys.readouterr().err
+    assert f"the weights in '{folder}' are damaged" in error and error.count("\n") == 1
 
 
 def test_failed_write_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
