@@ -226,6 +226,8 @@ def _fake(*args: Tensor | None) -> None:
     return None
 
 
+_OP = torch.ops.difusores.scheduler_step.default
+_REFERENCE_OP = torch.ops.difusores.scheduler_step_reference.default
 _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -355,13 +357,15 @@ def _native(
         out = _new_outputs(sample, outputs, model_dtype, repeats)
     elif not all(t.is_cpu for t in out):
         raise ValueError("see _check")
-    written = dict(zip(outputs, out, strict=True))
-    y, d, u, x0, m = [written.pop(name, None) for name in OUTPUTS]
-    if written or len(set(outputs)) < len(outputs) or (noise is not None and seeds is not None):
+    if noise is not None and seeds is not None:
         raise ValueError("see _check")
-    torch.ops.difusores.scheduler_step.default(
-        row, step, sample, e1, e2, e3, noise, variance, threshold, s0, s1, s2, s3, s4, seeds, y, d, u, x0, m
-    )
+    places: list[Tensor | None] = [None] * len(OUTPUTS)
+    for name, t in zip(outputs, out, strict=True):
+        place = OUTPUTS.index(name)
+        if places[place] is not None:
+            raise ValueError("see _check")
+        places[place] = t
+    _OP(row, step, sample, e1, e2, e3, noise, variance, threshold, s0, s1, s2, s3, s4, seeds, *places)
     return tuple(out)
 
 
@@ -389,9 +393,7 @@ def _general(
         for name, target in zip(outputs, out, strict=True):
             _write(name, results[name], target)
         return tuple(out)
-    op = torch.ops.difusores.scheduler_step
-    if backend == "reference":
-        op = torch.ops.difusores.scheduler_step_reference
+    op = _REFERENCE_OP if backend == "reference" else _OP
     e = [_like(t, sample) for t in model_outputs]
     s = [None if t is None else _like(t, sample) for t in slots]
     noise, variance = (None if t is None else _like(t, sample) for t in (noise, variance))
@@ -402,7 +404,7 @@ def _general(
         for t in out
     ]
     written = dict(zip(outputs, new, strict=True))
-    op.default(
+    op(
         *(row, step, sample, *e, *_NO_SLOTS[: 3 - len(e)], noise, variance, threshold),
         *(*s, *_NO_SLOTS[: 5 - len(s)], seeds),
         *(written.get(name) for name in OUTPUTS),
