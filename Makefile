@@ -2,12 +2,17 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-core test-cpp lint format bench clean
+.PHONY: help setup remake demo test test-core test-cpp lint format bench clean
 
 # The first Python that the pinned tools run on; `make PYTHON=… setup` names another.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
+version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+# An interpreter that was asked for takes the place of another version in .venv; the one found here does not.
+ifneq ($(origin PYTHON),file)
+REMAKE := $(filter-out $(call version,$(BIN)/python),$(or $(call version,$(PYTHON)),nothing))
+endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 GENERATE := $(BIN)/python -m difusores generate --model bundled:digits --num 36 --steps 25 --seed 1
@@ -15,9 +20,11 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/cpp/*.cpp)
 
 stop = { printf '\n%s\n' $(1) >&2; exit 1; }
 NO_PYTHON := "Python 3.11 or newer was not found: run 'apt install python3.11 python3.11-venv python3.11-dev'"
-NO_VENV := "$(PYTHON) cannot make virtual environments: run 'apt install python3.11-venv'"
+NOT_RUNNING = "$(PYTHON) does not run: is it installed, and spelt like this?"
+NO_VENV = "$(PYTHON) cannot make virtual environments: run 'apt install python$(call version,$(PYTHON))-venv'"
 NO_INDEX := "Packages could not be installed (the message of pip is above): is the package index within reach? Then run the same command again"
 NO_BUILD := "The package could not be installed (the message of the compiler or of pip is above): mend that and run the same command again"
+NO_COMPILER = "The tests need the compiled package: $$(cat difusores/_build_reason.txt). Then run the same command again"
 
 help:
 	@printf '%s\n' \
@@ -34,10 +41,11 @@ help:
 setup: .venv/package.stamp
 
 # Each stamp is written by the last line of its recipe, so that a broken run starts again where it broke.
-.venv/tools.stamp: constraints.txt
+.venv/tools.stamp: constraints.txt $(if $(REMAKE),remake)
 	@[ -n "$(PYTHON)" ] || $(call stop,$(NO_PYTHON))
+	@[ -n "$(call version,$(PYTHON))" ] || $(call stop,$(NOT_RUNNING))
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(call stop,$(NO_VENV))
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || $(call stop,$(NO_VENV))
+	@{ [ -z "$(REMAKE)" ] && $(BIN)/python -m pip --version >/dev/null 2>&1; } || $(PYTHON) -m venv --clear .venv || $(call stop,$(NO_VENV))
 	@echo 'Installing PyTorch and the build tools into .venv (minutes the first time) …'
 	@$(PIP) torch setuptools wheel cmake ninja pybind11 || $(call stop,$(NO_INDEX))
 	@touch $@
@@ -46,8 +54,8 @@ setup: .venv/package.stamp
 	@echo 'Installing the package …'
 	@$(PIP) numpy pillow safetensors huggingface_hub tqdm || $(call stop,$(NO_INDEX))
 	@$(PIP) --no-build-isolation --editable . || $(call stop,$(NO_BUILD))
-	@[ ! -f difusores/_build_reason.txt ] || echo "Installed as pure Python, which is slower: $$(cat difusores/_build_reason.txt)"
-	@touch $@
+	@if [ -f difusores/_build_reason.txt ]; then echo "Installed as pure Python, which is slower: $$(cat difusores/_build_reason.txt)"; \
+	else touch $@; fi  # no stamp for pure Python: the next make looks for a compiler again
 
 .venv/test.stamp: pyproject.toml constraints.txt | .venv/package.stamp
 	@echo 'Installing what the tests and linters need …'
@@ -60,6 +68,7 @@ demo: .venv/package.stamp
 	@DIFUSORES_BACKEND=reference $(GENERATE) --out build/demo-reference.png
 
 test: .venv/test.stamp
+	@[ ! -f difusores/_build_reason.txt ] || $(call stop,$(NO_COMPILER))
 	@$(BIN)/python -m pytest
 
 test-core: .venv/test.stamp

@@ -33,8 +33,9 @@ def run_doctor(args: argparse.Namespace) -> int:
 def examine() -> dict[str, Any]:
     """Everything that the doctor knows, ready for JSON.
 
-    Keys: `versions` (None: not installed), `environment` (the variables set), `modules` and `ops` (None
-    where available, else the reason), `build` (empty without the compiled module), `problems` (sentences).
+    Keys: `folder` (of the package that answers), `versions` (None: not installed), `environment` (the
+    variables set), `modules` and `ops` (None where available, else the reason), `build` (empty without the
+    compiled module), `problems` (sentences).
     """
     environment = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     problems = native.environment_errors()
@@ -52,6 +53,7 @@ def examine() -> dict[str, Any]:
     except Exception as error:
         problems.append(native.one_line(error))
     return {
+        "folder": os.path.dirname(os.path.abspath(__file__)),
         "versions": {
             "difusores": __version__,
             "python": f"{platform.python_version()} ({sys.implementation.cache_tag}, {platform.platform()})",
@@ -67,7 +69,7 @@ def examine() -> dict[str, Any]:
 
 def describe(report: dict[str, Any]) -> str:
     """The report as text for a terminal."""
-    lines = []
+    lines = [f"difusores in {report['folder']}", ""]
     for title in ("versions", "environment", "build"):
         if report[title]:
             lines += [title, *(f"  {name:18}{_text(value)}" for name, value in report[title].items()), ""]

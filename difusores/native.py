@@ -106,6 +106,8 @@ def _why_missing(folder: Path, name: str) -> str:
     others = sorted(file.name for file in folder.glob(f"{name}.*.so"))
     if others:
         return f"built for another Python: {', '.join(others)} (this is {sys.implementation.cache_tag})"
+    if name == MODULES["cuda"]:
+        return "this version has no CUDA kernels"
     reason = folder / "_build_reason.txt"  # written by setup.py when it could not compile
     if reason.is_file():
         return f"not built: {reason.read_text(encoding='utf-8').strip()}"

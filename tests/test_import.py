@@ -110,6 +110,7 @@ def test_without_a_usable_module_the_ops_answer_and_the_doctor_says_why(
     answer = report(run("-W", "error", "-c", ANSWER, cwd=copy))
     assert answer["modules"]["cpu"].startswith(reason)
     assert answer["ops"]["group_norm_silu"]["cpu"].startswith(reason)
+    assert answer["modules"]["cuda"] == "this version has no CUDA kernels"
     assert answer["ops"]["group_norm_silu"]["reference"] is None
     assert answer["mean"] == pytest.approx(0.0, abs=1e-6)
     assert answer["std"] == pytest.approx(1.0, abs=1e-4)
@@ -149,6 +150,28 @@ def test_doctor_without_torch(copy: Path, content: str | None, words: str) -> No
     text = run("-m", "difusores", "doctor", cwd=copy)
     assert text.returncode == 0
     assert words in text.stdout
+
+
+def test_doctor_says_which_copy_it_is_of(copy: Path) -> None:
+    assert report(run("-m", "difusores", "doctor", "--json", cwd=copy))["folder"] == str(copy / "difusores")
+    assert str(copy / "difusores") in run("-m", "difusores", "doctor", cwd=copy).stdout
+
+
+def test_a_cuda_module_that_is_there_is_looked_at(copy: Path) -> None:
+    (copy / "difusores" / f"_cuda.{TAG}.so").write_bytes(b"not an ELF file")
+    answer = report(run("-m", "difusores", "doctor", "--json", cwd=copy))
+    assert answer["modules"]["cuda"].startswith("broken: ")
+
+
+def test_a_run_that_diverges_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diverge(*_: object) -> int:
+        raise FloatingPointError("the loss is nan")
+
+    monkeypatch.setattr("difusores.doctor.run_doctor", diverge)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "difusores: error: the loss is nan\n"
 
 
 def test_doctor_with_senseless_variables() -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,22 @@ def test_without_a_compiler_the_install_is_pure_python_and_the_doctor_says_why(
     assert report["modules"]["cpu"] == reason
     assert report["ops"]["group_norm_silu"]["cpu"] == reason
     assert report["problems"] == []
+
+
+def test_a_compiler_that_was_removed_is_not_trusted(tmp_path: Path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.symlink_to(shutil.which("c++") or pytest.fail("needs a C++ compiler"))
+    cmake, ninja = (Path(sysconfig.get_path("scripts"), name) for name in ("cmake", "ninja"))
+    configure = [cmake, "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    for expected in (False, True):
+        subprocess.run(
+            [*configure, "-DDIFUSORES_MODULE=OFF"],
+            env={**os.environ, "CXX": str(compiler)},
+            check=True,
+            capture_output=True,
+        )
+        assert (tmp_path / "build" / "no_compiler.txt").exists() is expected
+        compiler.unlink(missing_ok=True)
 
 
 def test_code_that_does_not_compile_stops_the_install(checkout: Path, tmp_path: Path) -> None:
