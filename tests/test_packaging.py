@@ -118,10 +118,10 @@ def test_a_compiler_that_was_removed_is_not_trusted(tmp_path: Path) -> None:
     compiler.symlink_to(shutil.which("c++") or pytest.fail("needs a C++ compiler"))
     cmake, ninja = (Path(sysconfig.get_path("scripts"), name) for name in ("cmake", "ninja"))
     configure = [cmake, "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    for expected in (False, True):
+    for name, expected in ((compiler, False), (compiler, True), ("c++", False), ("c++", False)):
         subprocess.run(
             [*configure, "-DDIFUSORES_MODULE=OFF"],
-            env={**os.environ, "CXX": str(compiler)},
+            env={**os.environ, "CXX": str(name)},
             check=True,
             capture_output=True,
         )
