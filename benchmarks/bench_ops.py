@@ -1,14 +1,13 @@
 """The fused operations against eager PyTorch and against what the machine allows, at shapes of real UNets.
 
     python benchmarks/bench_ops.py [--op group_norm_silu|scheduler_step] [--set limit|sd15|cat|cifar10]
-    [--json FILE]
+        [--dtype float32|bfloat16|float16] [--seconds S] [--json FILE]
 
 Every result is checked against the float64 reference before it is timed; a wrong one is not timed.
 Contestants are interleaved, figures are medians. `limit` is the greater of a copy of the tensor (`clone`:
 like the op, it makes a new tensor) and of the formula's one pass of arithmetic run from L1 in the same dtype
-(`_C.silu_floor`) over all threads;
-`copy_us` is the copy into memory that exists already. For the step, `limit` is `torch.add`: two reads, one
-write.
+(`_C.silu_floor`) over all threads; `copy_us` is the copy into memory that exists already. For the step,
+`limit` is `torch.add`: two reads, one write.
 """
 
 from __future__ import annotations
@@ -25,11 +24,10 @@ import torch.nn.functional as F
 from timing import interleave, stamp
 from torch import Tensor
 
-from difusores import _C, ops
+from difusores import native, ops
 from difusores.ops.scheduler_step import ROW, W
 
-# (N, C, H, W): the group norms of each network, widest batch that its users run by default; all have 32
-# groups.
+# (N, C, H, W): the group norms of each network, 32 groups each, at the widest batch that is run by default.
 SHAPES: dict[str, list[tuple[int, int, int, int]]] = {
     "limit": [(1, 128, 256, 256), (2, 320, 64, 64), (1, 512, 64, 64)],
     "sd15": [
@@ -106,6 +104,8 @@ def group_norm_silu(
 
 def silu_floor(dtype: torch.dtype) -> float:
     """Seconds per element of the formula's arithmetic on one thread, from L1."""
+    from difusores import _C  # here, so that `main` can say in words that it is missing
+
     return _C.silu_floor(str(dtype).removeprefix("torch."), 200) * 1e-9
 
 
@@ -152,6 +152,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="measuring time of one line of the table")
     parser.add_argument("--json", type=Path, help="write the figures and the machine to this file")
     args = parser.parse_args(arguments)
+    missing = native.status("cpu")
+    if missing is not None:
+        raise SystemExit(f"the compiled module is needed and is not here: {missing}")
     dtypes = [getattr(torch, name) for name in args.dtypes or ("float32", "bfloat16")]
     jobs: list[Callable[[], dict[str, Any]]] = []
     if "group_norm_silu" in (args.op or ("group_norm_silu",)):

@@ -89,14 +89,16 @@ def read(judge: Judge, images: Tensor) -> Tensor:
 
 
 def load_judge(mnist: Path | None) -> Judge:
-    """The judge from the cache, where this very script has trained it before; else a newly trained one."""
-    key = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    """The judge from the cache, where this very script has trained it on these digits; else a new one."""
+    digits = load_mnist("judge", mnist)
+    key = hashlib.sha256(Path(__file__).read_bytes() + digits.fingerprint.encode()).hexdigest()[:12]
     path = cache_dir() / f"digits-judge-{key}.pt"
     if path.exists():
         judge = Judge().eval()
         judge.load_state_dict(torch.load(path, weights_only=True))
         return judge
-    judge = train_judge(load_mnist("judge", mnist))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    judge = train_judge(digits)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     torch.save(judge.state_dict(), unfinished)
     os.replace(unfinished, path)

@@ -18,8 +18,7 @@ def interleave(
     """Median seconds per call of each contestant.
 
     Each round times every contestant for about seconds / rounds / len(contestants); a contestant faster than
-    a
-    microsecond-scale timer can see is called several times in a row.
+    a microsecond-scale timer can see is called several times in a row.
     """
     repeats: dict[str, int] = {}
     for name, call in contestants.items():

@@ -16,7 +16,6 @@ import torch
 ALLOWED_SKIPS = re.compile(
     "|".join(
         [
-            "needs a CUDA GPU",
             "needs AVX-512",
             "switched off by DIFUSORES_DISABLE=1",
         ]

@@ -190,6 +190,14 @@ def test_a_senseless_variable_stops_the_ops_in_words() -> None:
     assert "ValueError: DIFUSORES_ISA='mmx' means nothing; allowed: base, avx2, avx512" in done.stderr
 
 
+def test_the_benchmark_of_the_kernels_says_that_they_are_missing() -> None:
+    done = run(str(PACKAGE.parent / "benchmarks" / "bench_ops.py"), DIFUSORES_DISABLE="1")
+    assert done.returncode == 1
+    assert (
+        done.stderr == "the compiled module is needed and is not here: switched off by DIFUSORES_DISABLE=1\n"
+    )
+
+
 def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     missing = ["generate", "--model", "/nonexistent/model", "--num", "1", "--out", "x.png"]
     assert main(missing) == 2

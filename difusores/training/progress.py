@@ -51,6 +51,8 @@ class Progress:
             f"step {step}/{config.steps}  loss {mean:.4f}  lr {learning_rate(config, step - 1):.2e}  "
             f"{steps_per_s * config.batch_size:.1f} img/s  {minutes:.1f} min left"
         )
+        if sys.stdout.isatty():
+            line = line.ljust(79)  # covers what a longer line before it left
         overwrite = sys.stdout.isatty() and step != config.steps
         print(line, end="\r" if overwrite else "\n", flush=True)
         self.losses.clear()

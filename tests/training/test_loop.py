@@ -474,6 +474,18 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
 
 
+def test_a_shorter_line_of_progress_covers_a_longer_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    progress = Progress(TrainConfig(data="mnist", out="run", log_every=1), 0)
+    progress.since = (0, progress.since[1] - 1000)
+    progress.report(1, torch.tensor(12345.0))
+    progress.report(2, torch.tensor(1.0))
+    first, second, _ = capsys.readouterr().out.split("\r")
+    assert len(second) >= len(first) > len(second.rstrip())
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(pictures: Path, tmp_path: Path):
     progress = Progress(TrainConfig(data="mnist", out="run", log_every=2), 0)
     progress.report(1, torch.tensor(float("nan")))
