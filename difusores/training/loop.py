@@ -102,7 +102,8 @@ class Trainer:
             # Said in so many words, or processes launched together on CPUs would not find each other.
             cpu=not torch.accelerator.is_available(),
             # Else gradients are summed in another order from the second step on, and a resumed run begins
-            # with the order of the first: not bit for bit with three processes or more.
+            # with the order of the first: not bit for bit with three processes or more. (PyTorch warns
+            # that no parameter is unused; that is meant.)
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         self.gather_object = gather_object
@@ -302,10 +303,7 @@ def train(config: TrainConfig, state: dict[str, Any] | None = None) -> Path:
     if is_main:
         out.mkdir(parents=True, exist_ok=True)  # now, so that a folder that cannot be made costs no training
         _describe(trainer)
-    if trainer.step == config.steps:
-        if is_main:
-            print(f"nothing to do: all {config.steps} steps are done, {out / 'pipeline'} stays as it is")
-        return out / "pipeline"
+    begun_at = trainer.step
     progress = Progress(config, trainer.step)
     while trainer.step < config.steps:
         loss = trainer.train_step()
@@ -318,5 +316,6 @@ def train(config: TrainConfig, state: dict[str, Any] | None = None) -> Path:
             trainer.sample_grid(out / "samples" / f"step-{trainer.step:08d}.png")
     trainer.accelerator.end_training()
     if is_main:
-        print(f"exported {out / 'pipeline'}")
+        done = "exported" if begun_at < config.steps else f"all {config.steps} steps are done already, see"
+        print(f"{done} {out / 'pipeline'}")
     return out / "pipeline"
