@@ -208,6 +208,8 @@ class ConfigMixin:
                 config = json.load(file)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise OSError(f"{path!r} is not a valid JSON file: {error}") from error
+        if not isinstance(config, dict):
+            raise OSError(f"{path!r} must hold a JSON object, {{...}}, got {type(config).__name__}")
         commit = re.search(r"snapshots/([^/]+)/", path.replace(os.sep, "/"))
         extras = [kwargs] if return_unused_kwargs else []
         if return_commit_hash:
