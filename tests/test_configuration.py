@@ -158,7 +158,7 @@ def test_errors_name_what_was_given(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="not a valid JSON"):
         Sampler.load_config(tmp_path)
     (tmp_path / "sampler_config.json").write_text("[]")
-    with pytest.raises(OSError, match="must hold a JSON object, .* got list"):
+    with pytest.raises(OSError, match=r"must hold a JSON object, .* got list"):
         Sampler.load_config(tmp_path)
     with pytest.raises(NotADirectoryError, match="is a file"):
         Sampler().save_config(tmp_path / "sampler_config.json")

@@ -233,10 +233,13 @@ class DDIMPipeline(UNetPipeline):
         Args:
             eta: 0 is deterministic given the first noise, 1 adds the noise of DDPM.
             use_clipped_model_output: derive the noise from the clipped prediction of the image; None for
-                False.
+                False without guidance, as in diffusers, and True with it: guided predictions lie far outside
+                the range of images, and clipping them while their noise stays spoils the image.
 
         The other arguments are those of `DDPMPipeline`.
         """
+        if use_clipped_model_output is None and guidance_scale is not None:
+            use_clipped_model_output = guidance_scale != 1
         return self._sample(
             num_inference_steps,
             {"eta": eta, "use_clipped_model_output": use_clipped_model_output},

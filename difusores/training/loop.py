@@ -65,6 +65,8 @@ def build_scheduler(config: TrainConfig) -> DDPMScheduler:
         num_train_timesteps=config.train_timesteps,
         beta_schedule=config.beta_schedule,
         prediction_type=config.prediction_type,
+        # Only noise has to be clipped: far out, a small error of it is a large one of the image.
+        clip_sample=config.prediction_type == "epsilon",
         timestep_spacing="trailing",
     )
 

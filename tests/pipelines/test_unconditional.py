@@ -236,10 +236,13 @@ class TestClasses:
             for t in scheduler.timesteps:
                 conditional = pipeline.unet(x, t, labels).sample
                 null = pipeline.unet(x, t, torch.full_like(labels, 3)).sample
-                x = scheduler.step(null + w * (conditional - null), t, x).prev_sample
+                e = null + w * (conditional - null)
+                x = scheduler.step(e, t, x, use_clipped_model_output=True).prev_sample
         expected = (x / 2 + 0.5).clamp(0, 1)
         guided = sample(pipeline, class_labels=labels, guidance_scale=w, output_type="pt")
         assert (guided - expected).abs().max() < 1e-5
+        loose = {"use_clipped_model_output": False, "output_type": "pt"}
+        assert (guided - sample(pipeline, class_labels=labels, guidance_scale=w, **loose)).abs().max() > 1e-4
         plain = sample(pipeline, class_labels=labels, output_type="pt")
         assert (guided - plain).abs().max() > 1e-3
         assert torch.equal(plain, sample(pipeline, class_labels=labels, guidance_scale=1, output_type="pt"))
