@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,6 @@ from difusores.training.progress import Progress, learning_rate
 
 SIZE = {"resolution": 8, "widths": (8, 16), "attention": (4,), "head_dim": 8, "norm_groups": 4}
 CLASSES = {**SIZE, "class_conditional": True, "batch_size": 6}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps the first run's precision for the whole process."""
-    from accelerate.state import AcceleratorState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def options(config: dict[str, Any]) -> list[str]:
