@@ -65,6 +65,19 @@ void want_huge_pages(const Tensor& t) {
 #endif
 }
 
+// A new tensor of x's dtype on the CPU. torch::stable::empty_like looks its op up by name at every call, which takes
+// longer than a small norm.
+Tensor new_empty(const Tensor& x, int64_t dims, const int64_t* sizes, const int64_t* strides) {
+    int32_t dtype = 0;
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+}
+
+Tensor new_like(const Tensor& x) { return new_empty(x, x.dim(), x.sizes().data(), x.strides().data()); }
+
 const void* data(const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; }
 
 // --- group_norm_silu ---
@@ -114,8 +127,9 @@ std::tuple<Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, Optiona
     STD_TORCH_CHECK(num_groups >= 1 && c % num_groups == 0, "group_norm_silu: num_groups must divide C");
     STD_TORCH_CHECK(!residual || same_layout(x, *residual), "group_norm_silu: residual must have x's dtype and layout");
     const bool channels_last = is_channels_last(x);
-    Tensor y = torch::stable::empty_like(x);
-    Tensor sum = return_sum ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+    const int64_t none = 0, one = 1;
+    Tensor y = new_like(x);
+    Tensor sum = return_sum ? new_like(x) : new_empty(x, 1, &none, &one);
     if (x.numel() == 0) return {y, sum};
     want_huge_pages(y);
     if (return_sum) want_huge_pages(sum);

@@ -166,6 +166,22 @@ def below_autograd(op: Callable[..., Any], *call: Any) -> Any:
         return op(*call)
 
 
+def straight_to_cpu(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call may go to the CPU kernel unseen, whose own checks cost less than Python's.
+
+    All tensors are on the CPU, none needs a gradient, and nobody asked for another backend.
+    """
+    if torch.compiler.is_compiling() or wanted() not in (None, "cpu"):
+        return False
+    if native.status("cpu") is not None or transformed():
+        return False
+    records = torch.is_grad_enabled()
+    for t in tensors:  # noqa: SIM110  (a generator takes twice as long)
+        if t is not None and (not t.is_cpu or (records and t.requires_grad)):
+            return False
+    return True
+
+
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd has to see a call on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

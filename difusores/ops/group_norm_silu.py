@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register
+from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register, straight_to_cpu
 
 LIBRARY.define(
     "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, "
@@ -176,6 +176,9 @@ torch.library.register_autograd(
 )
 
 
+_OP = torch.ops.difusores.group_norm_silu.default
+
+
 def supports(
     backend: str,
     x: Tensor,
@@ -275,17 +278,29 @@ def group_norm_silu(
     Raises:
         ValueError: shapes or devices that do not fit, named. TypeError: x is not floating point.
     """
+    y: Tensor
+    total: Tensor
+    only_x = return_sum and add is None and residual is None
+    if straight_to_cpu(x, weight, bias, scale, shift, add, residual):
+        before = (x, num_groups, weight, bias, eps, silu, scale, shift, add, residual)
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                y, total = _OP(*before, return_sum and not only_x)
+            if return_sum:
+                return (y, x) if only_x else (y, total)
+            return y
+        except (RuntimeError, TypeError):
+            pass  # the kernel refused; what follows finds another way or the words for it
     _check(x, num_groups, weight, bias, scale, shift, add, residual)
     weight, bias, scale, shift, add = map(_row, (weight, bias, scale, shift, add))
-    only_x = return_sum and add is None and residual is None
     call = (x, num_groups, weight, bias, eps, silu, scale, shift, add, residual, return_sum and not only_x)
     backend = choose("group_norm_silu", x.device.type, supports, x, weight, bias, scale, shift, add, residual)
     if backend == "reference":
         y, total = reference(*call)
     elif needs_grad(x, weight, bias, scale, shift, add, residual):
-        y, total = torch.ops.difusores.group_norm_silu.default(*call)
+        y, total = _OP(*call)
     else:
-        y, total = below_autograd(torch.ops.difusores.group_norm_silu.default, *call)
+        y, total = below_autograd(_OP, *call)
     if not return_sum:
         return y
     return (y, x) if only_x else (y, total)

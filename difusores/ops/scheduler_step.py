@@ -19,8 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from difusores import native
-from difusores.ops.dispatch import LIBRARY, choose, needs_grad, register, transformed, wanted
+from difusores.ops.dispatch import LIBRARY, choose, needs_grad, register, straight_to_cpu
 
 G1, G2, G3, R, PX, PE, LO, HI, NU0, NU1, MODE, CIN = range(12)
 """Positions in a row before W."""
@@ -304,7 +303,8 @@ def scheduler_step(
             ValueError from the reference, RuntimeError from a kernel.
     """
     operands = (row, sample, model_outputs, slots, noise, variance, threshold, step, seeds)
-    if not torch.compiler.is_compiling() and _plain(operands):
+    others = (row, noise, variance, threshold, step, seeds)
+    if sample.dtype in _KERNEL_DTYPES and straight_to_cpu(sample, *model_outputs, *slots, *others):
         try:
             return _native(operands, outputs, out, model_dtype, model_repeats)
         except (RuntimeError, ValueError, IndexError):
@@ -323,19 +323,6 @@ _Operands = tuple[
     Tensor | None,  # step
     Tensor | None,  # seeds
 ]
-
-
-def _plain(operands: _Operands) -> bool:
-    """Whether the call may go straight to the CPU kernel, which checks all that it is given."""
-    row, sample, model_outputs, slots, *others = operands
-    if sample.dtype not in _KERNEL_DTYPES or wanted() not in (None, "cpu"):
-        return False
-    if native.status("cpu") is not None or transformed():
-        return False
-    for t in (row, sample, *model_outputs, *slots, *others):
-        if t is not None and not t.is_cpu:
-            return False
-    return not torch.is_grad_enabled() or not needs_grad(sample, *model_outputs, *slots, *others)
 
 
 _NO_SLOTS = (None,) * 5
