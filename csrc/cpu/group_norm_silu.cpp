@@ -131,19 +131,38 @@ void row_apply(const char* x, const char* r, char* y, int64_t s, int64_t ahead, 
     }
 }
 
+DIFUSORES_INLINE double rstd_of(const Moments& moments, double eps) {
+    return 1.0 / __builtin_sqrt(moments.m2 / moments.count + eps);
+}
+
 // y = act((x + residual - center) * a + b) for one channel. What fp32 loses of mean - add goes into b.
 struct Affine {
     float center, a, b;
-    DIFUSORES_INLINE Affine(const GroupNormSiluArgs& args, int64_t n, int64_t c, const Moments& moments) {
-        const float rstd = static_cast<float>(1.0 / __builtin_sqrt(moments.m2 / moments.count + args.eps));
+    DIFUSORES_INLINE void set(const GroupNormSiluArgs& args, int64_t n, int64_t c, double mean, double rstd) {
         const float scale = 1.0f + param(args.scale, n, c, 0.0f);
-        const double exact = moments.mean - param(args.add, n, c, 0.0f);
+        const double exact = mean - param(args.add, n, c, 0.0f);
         center = static_cast<float>(exact);
-        a = rstd * param(args.weight, 0, c, 1.0f) * scale;
+        a = static_cast<float>(rstd) * param(args.weight, 0, c, 1.0f) * scale;
         b = param(args.bias, 0, c, 0.0f) * scale + param(args.shift, n, c, 0.0f) -
             static_cast<float>(exact - center) * a;
     }
 };
+
+// Rows too short for kUnroll vectors: as many rows go through act together.
+template <DType D, bool kResidual, bool kSilu>
+void short_rows_apply(const char* x, const char* r, char* y, int64_t s, const Affine (&affine)[kUnroll]) {
+    for (int64_t i = 0; i < s; i += kWidth) {
+        const int count = s - i < kWidth ? static_cast<int>(s - i) : kWidth;
+        f32v t[kUnroll];
+        for (int k = 0; k < kUnroll; ++k)
+            t[k] = (load_h<D, kResidual>(x, r, k * s + i, count) - affine[k].center) * affine[k].a + affine[k].b;
+        if constexpr (kSilu) silu(t);
+        for (int k = 0; k < kUnroll; ++k) {
+            if (count == kWidth) store<D>(y, k * s + i, t[k]);
+            else store_tail<D>(y, k * s + i, t[k], count);
+        }
+    }
+}
 
 template <DType D, bool kResidual>
 void channels_first(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
@@ -170,11 +189,20 @@ void channels_first(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
         lanes.flush(moments);
         const int64_t group_bytes = per_group * row_bytes;
         const int64_t ahead = task + 1 < end && group_bytes <= args.fetch ? group_bytes : 0;
+        const double rstd = rstd_of(moments, args.eps);
         const auto apply = args.silu ? row_apply<D, kResidual, true> : row_apply<D, kResidual, false>;
-        for (int64_t k = 0; k < per_group; ++k) {
+        const auto short_apply =
+            args.silu ? short_rows_apply<D, kResidual, true> : short_rows_apply<D, kResidual, false>;
+        Affine affine[kUnroll];
+        for (int64_t k = 0; k < per_group;) {
             const int64_t o = k * row_bytes;
-            const Affine affine(args, n, first + k, moments);
-            apply(x + o, kResidual ? r + o : nullptr, y + o, args.s, ahead, affine.center, affine.a, affine.b);
+            const bool together = args.s < kUnroll * kWidth && k + kUnroll <= per_group;
+            const int rows = together ? kUnroll : 1;
+            for (int j = 0; j < rows; ++j) affine[j].set(args, n, first + k + j, moments.mean, rstd);
+            const char* residual = kResidual ? r + o : nullptr;
+            if (together) short_apply(x + o, residual, y + o, args.s, affine);
+            else apply(x + o, residual, y + o, args.s, ahead, affine[0].center, affine[0].a, affine[0].b);
+            k += rows;
         }
     }
 }
@@ -302,8 +330,12 @@ void apply_by_act(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
 void group_norm_silu(const GroupNormSiluArgs& args, int64_t begin, int64_t end) { DIFUSORES_BY_TYPE(channels_first) }
 
 void group_norm_silu_prepare(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n)
-        for (int64_t c = 0; c < args.c; ++c) args.channels[n * 4 * args.c + c] = param(args.add, n, c, 0.0f);
+    for (int64_t n = begin; n < end; ++n) {
+        float* add = args.channels + n * 4 * args.c;
+        if (!args.add.ptr) __builtin_memset(add, 0, args.c * sizeof(float));
+        else
+            for (int64_t c = 0; c < args.c; ++c) add[c] = param(args.add, n, c, 0.0f);
+    }
 }
 
 void group_norm_silu_stats(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
@@ -322,8 +354,10 @@ void group_norm_silu_combine(const GroupNormSiluArgs& args, int64_t begin, int64
                 const double* partial = args.partial + ((n * args.chunks + k) * args.groups + g) * 2;
                 moments.join(static_cast<double>((last - first) * per_group), partial[0], partial[1]);
             }
+            const double rstd = rstd_of(moments, args.eps);
             for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
-                const Affine affine(args, n, c, moments);
+                Affine affine;
+                affine.set(args, n, c, moments.mean, rstd);
                 center[c] = affine.center;
                 center[args.c + c] = affine.a;
                 center[2 * args.c + c] = affine.b;

@@ -152,11 +152,22 @@ DIFUSORES_INLINE void store_tail(void* p, int64_t i, f32v v, int count) {
 }
 
 DIFUSORES_INLINE float load_scalar(const void* p, DType dtype, int64_t i) {
-    switch (dtype) {
-        case DType::f32: return static_cast<const float*>(p)[i];
-        case DType::bf16: return load_tail<DType::bf16>(p, i, 1)[0];
-        default: return load_tail<DType::f16>(p, i, 1)[0];
+    if (dtype == DType::f32) return static_cast<const float*>(p)[i];
+    uint16_t half;
+    __builtin_memcpy(&half, static_cast<const uint16_t*>(p) + i, 2);
+    if (dtype == DType::bf16) {
+        const uint32_t bits = static_cast<uint32_t>(half) << 16;
+        float value;
+        __builtin_memcpy(&value, &bits, 4);
+        return value;
     }
+#if defined(__F16C__)
+    return _cvtsh_ss(half);
+#else
+    _Float16 value;
+    __builtin_memcpy(&value, &half, 2);
+    return static_cast<float>(value);
+#endif
 }
 // Element (n, c) of a per-channel parameter, or `absent`.
 DIFUSORES_INLINE float param(const Param& a, int64_t n, int64_t c, float absent) {
