@@ -105,8 +105,7 @@ void row_moments(const char* x, const char* r, char* sum, int64_t s, float add, 
     }
 }
 
-// The statistics wait for memory and act for arithmetic: while one group is in act, the next one, `ahead` bytes on, is
-// fetched (0: not).
+// One row through act. While a group is in act the next one, `ahead` bytes on, is fetched (0: not).
 template <DType D, bool kResidual, bool kSilu>
 void row_apply(const char* x, const char* r, char* y, int64_t s, int64_t ahead, float center, float a, float b) {
     const int64_t full = s / kWidth * kWidth;
@@ -128,6 +127,28 @@ void row_apply(const char* x, const char* r, char* y, int64_t s, int64_t ahead, 
         if constexpr (kSilu) silu(t);
         if (count == kWidth) store<D>(y, i, t[0]);
         else store_tail<D>(y, i, t[0], count);
+    }
+}
+
+// The same where S is whole blocks, and with the statistics of the next group in the same loop, block by block as
+// row_moments takes them: those wait for memory and act for arithmetic, so each fills the other's time.
+template <DType D, bool kResidual, bool kSilu>
+void row_apply_ahead(const char* x, const char* r, char* y, int64_t s, int64_t ahead, float center, float a, float b,
+                     Lanes& lanes, Moments& moments) {
+    for (int64_t i = 0; i < s; i += kDeep * kWidth) {
+        f32v h[kDeep];
+        for (int k = 0; k < kDeep; ++k)
+            h[k] = load_h<D, kResidual>(x + ahead, kResidual ? r + ahead : nullptr, i + k * kWidth, kWidth);
+        lanes.join(h);
+        if (lanes.blocks == kFlush) lanes.flush(moments);
+        for (int j = 0; j < kDeep; j += kUnroll) {
+            const int64_t o = i + j * kWidth;
+            f32v t[kUnroll];
+            for (int k = 0; k < kUnroll; ++k)
+                t[k] = (load_h<D, kResidual>(x, r, o + k * kWidth, kWidth) - center) * a + b;
+            if constexpr (kSilu) silu(t);
+            store_all<D>(y, o, t);
+        }
     }
 }
 
@@ -168,16 +189,21 @@ template <DType D, bool kResidual>
 void channels_first(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
     const int64_t per_group = args.c / args.groups;
     const int64_t row_bytes = args.s * kBytes<D>;
+    const int64_t group_bytes = per_group * row_bytes;
+    const bool fits = group_bytes <= args.fetch;
+    const bool pipelined = fits && !args.add.ptr && !args.sum && args.s % (kDeep * kWidth) == 0;
+    Moments moments;
+    Lanes lanes;
     for (int64_t task = begin; task < end; ++task) {
         const int64_t n = task / args.groups, first = task % args.groups * per_group;
-        const int64_t offset = (n * args.c + first) * row_bytes;
+        const int64_t offset = task * group_bytes;
         const char* x = static_cast<const char*>(args.x) + offset;
         const char* r = kResidual ? static_cast<const char*>(args.residual) + offset : nullptr;
         char* y = static_cast<char*>(args.y) + offset;
         char* sum = args.sum ? static_cast<char*>(args.sum) + offset : nullptr;
-        Moments moments;
-        Lanes lanes;
-        if (!args.add.ptr) {  // the group's channels are one row
+        if (pipelined && task > begin) {
+            // the group before this one has brought the statistics
+        } else if (!args.add.ptr) {  // the group's channels are one row
             row_moments<D, kResidual, false>(x, r, sum, per_group * args.s, 0.0f, lanes, moments);
         } else {
             for (int64_t k = 0; k < per_group; ++k) {
@@ -187,10 +213,12 @@ void channels_first(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
             }
         }
         lanes.flush(moments);
-        const int64_t group_bytes = per_group * row_bytes;
-        const int64_t ahead = task + 1 < end && group_bytes <= args.fetch ? group_bytes : 0;
-        const double rstd = rstd_of(moments, args.eps);
+        const Moments group = moments;
+        moments = Moments();
+        const int64_t ahead = task + 1 < end && fits ? group_bytes : 0;
+        const double rstd = rstd_of(group, args.eps);
         const auto apply = args.silu ? row_apply<D, kResidual, true> : row_apply<D, kResidual, false>;
+        const auto apply_ahead = args.silu ? row_apply_ahead<D, kResidual, true> : row_apply_ahead<D, kResidual, false>;
         const auto short_apply =
             args.silu ? short_rows_apply<D, kResidual, true> : short_rows_apply<D, kResidual, false>;
         Affine affine[kUnroll];
@@ -198,10 +226,13 @@ void channels_first(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
             const int64_t o = k * row_bytes;
             const bool together = args.s < kUnroll * kWidth && k + kUnroll <= per_group;
             const int rows = together ? kUnroll : 1;
-            for (int j = 0; j < rows; ++j) affine[j].set(args, n, first + k + j, moments.mean, rstd);
+            for (int j = 0; j < rows; ++j) affine[j].set(args, n, first + k + j, group.mean, rstd);
+            const auto [center, a, b] = affine[0];
             const char* residual = kResidual ? r + o : nullptr;
             if (together) short_apply(x + o, residual, y + o, args.s, affine);
-            else apply(x + o, residual, y + o, args.s, ahead, affine[0].center, affine[0].a, affine[0].b);
+            else if (pipelined && ahead)
+                apply_ahead(x + o, residual, y + o, args.s, ahead, center, a, b, lanes, moments);
+            else apply(x + o, residual, y + o, args.s, ahead, center, a, b);
             k += rows;
         }
     }
