@@ -104,7 +104,7 @@ def measure(name: str, batch: int, seconds: float) -> dict[str, Any]:
         worst = ((call() - want).norm() / want.norm()).item()
         if not worst <= AGREEMENT:
             raise SystemExit(f"{name}: {contestant} differs from diffusers by {worst:.2e}; not timed")
-    medians = interleave(contestants, seconds=seconds, rounds=7)
+    medians = interleave(contestants, seconds=seconds)
     return {"model": name, "batch": batch, **{key: round(1e3 * value, 1) for key, value in medians.items()}}
 
 

@@ -11,24 +11,27 @@ from pathlib import Path
 
 import torch
 
+BLOCK = 200e-6  # seconds of calls in a row, so that the timer does not show
 
-def interleave(
-    contestants: Mapping[str, Callable[[], object]], *, seconds: float = 1.0, rounds: int = 15
-) -> dict[str, float]:
+
+def interleave(contestants: Mapping[str, Callable[[], object]], *, seconds: float = 1.0) -> dict[str, float]:
     """Median seconds per call of each contestant.
 
-    Each round times every contestant for about seconds / rounds / len(contestants); a contestant faster than
-    a microsecond-scale timer can see is called several times in a row.
+    Every round calls each contestant in turn: once, or as often as fills `BLOCK` where a call is shorter. So
+    a machine that drifts slows all alike, and every contestant finds the caches as another one left them.
+    There are as many rounds as fit into `seconds`, at least 7.
     """
     repeats: dict[str, int] = {}
     for name, call in contestants.items():
         call()
         start = time.perf_counter()
         call()
-        once = max(time.perf_counter() - start, 1e-7)
-        repeats[name] = max(1, int(seconds / rounds / len(contestants) / once))
+        repeats[name] = max(1, round(BLOCK / max(time.perf_counter() - start, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < 7 or time.perf_counter() < end:
+        rounds += 1
         for name, call in contestants.items():
             n = repeats[name]
             start = time.perf_counter()
