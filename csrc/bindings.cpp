@@ -31,7 +31,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 const Kernels* g_kernels = nullptr;  // set once, when the module is loaded
 
-constexpr int64_t kGrain = 32768;  // elements below which a second thread costs more than it brings
+constexpr int64_t kGrain = 32768;   // elements below which a second thread costs more than it brings
+constexpr int64_t kTaskCost = 256;  // elements that take as long as what a task does once
 
 // The bytes of which L2 holds three: a group that is fetched ahead, beside the x and y of the one in work.
 int64_t third_of_l2() {
@@ -114,7 +115,7 @@ bool same_layout(const Tensor& a, const Tensor& b) {
 
 void run(int64_t tasks, int64_t elements_per_task, decltype(Kernels::group_norm_silu) kernel,
          const GroupNormSiluArgs& args) {
-    torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_task)),
+    torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kGrain / (elements_per_task + kTaskCost)),
                                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
@@ -161,7 +162,7 @@ std::tuple<Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, Optiona
     args.partial = partial.get();
     g_kernels->group_norm_silu_prepare(args, 0, n);
     run(tasks, args.chunk_rows * c, g_kernels->group_norm_silu_stats, args);
-    g_kernels->group_norm_silu_combine(args, 0, n);
+    run(n, 16 * c, g_kernels->group_norm_silu_combine, args);  // a channel costs as much as 16 elements
     run(tasks, args.chunk_rows * c, g_kernels->group_norm_silu_apply, args);
     return {y, sum};
 }

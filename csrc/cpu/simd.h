@@ -181,13 +181,14 @@ DIFUSORES_INLINE f32v lane_mask(int count) {
     return m;
 }
 
-// Sum of the lanes in a fixed order.
+// Sum of the lanes in a fixed order: the upper half onto the lower one, until one is left.
 DIFUSORES_INLINE float sum_lanes(f32v v) {
-    float a[kWidth];
-    __builtin_memcpy(a, &v, sizeof a);
-    for (int half = kWidth / 2; half; half /= 2)
-        for (int k = 0; k < half; ++k) a[k] += a[k + half];
-    return a[0];
+    typedef float f32x4 __attribute__((vector_size(16)));
+    f32x4 part[kWidth / 4];
+    __builtin_memcpy(part, &v, sizeof v);
+    for (int half = kWidth / 8; half; half /= 2)
+        for (int k = 0; k < half; ++k) part[k] += part[k + half];
+    return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
 }
 
 // --- functions ---
