@@ -144,7 +144,13 @@ def test_nan_and_inf_stay_in_their_group(backend: str, layout: str, value: float
     ids=str,
 )
 def test_bitwise(shape: Any, options: str, layout: str, dtype: torch.dtype) -> None:
-    """The same call twice, an image alone or in a batch, one thread or several: the same bits."""
+    """The same call twice, an image alone or in a batch, one thread or several: the same bits.
+
+    Of the kernel: PyTorch's group norm, which is the reference, cuts its sums by the number of threads.
+    """
+    reason = dispatch.status("cpu")
+    if reason is not None:
+        pytest.skip(reason)
     call = make(shape, dtype, layout, OPTIONS[options])
     threads = torch.get_num_threads()
     try:
