@@ -5,8 +5,8 @@
 
 Every result is checked against the float64 reference before it is timed; a wrong one is not timed.
 Contestants are interleaved, figures are medians. `limit` is the greater of a copy of the tensor (`clone`:
-like the op, it makes a new tensor) and of the formula's one pass of arithmetic run from L1 in the same dtype
-(`_C.silu_floor`) over all threads; `copy_us` is the copy into memory that exists already. For the step,
+like the op, it makes a new tensor) and of the op's arithmetic, statistics and act, run from L1 in the same
+dtype (`_C.group_norm_silu_floor`) over all threads; `copy_us` is the copy into memory that exists already. For the step,
 `limit` is `torch.add`: two reads, one write.
 """
 
@@ -89,7 +89,7 @@ def group_norm_silu(
         "eager": eager,
         "clone": x.clone,
         "copy": lambda: target.copy_(x),
-        "floor": lambda: _C.silu_floor(name, x.numel()),
+        "floor": lambda: _C.group_norm_silu_floor(name, x.numel()),
     }
     times = interleave(contestants, seconds=seconds)
     limit = max(times["clone"], times["floor"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -17,27 +18,31 @@ BLOCK = 200e-6  # seconds of calls in a row, so that the timer does not show
 def interleave(contestants: Mapping[str, Callable[[], object]], *, seconds: float = 1.0) -> dict[str, float]:
     """Median seconds per call of each contestant.
 
-    Every round calls each contestant in turn: once, or as often as fills `BLOCK` where a call is shorter. So
-    a machine that drifts slows all alike, and every contestant finds the caches as another one left them.
+    Every round calls each contestant in turn, all of them equally often: once, or as often as the slowest one
+    fits into `BLOCK`. So a machine that drifts slows all alike, and every contestant finds the caches as
+    another one left them; called twice in a row, a fast one would find its own data there and a slow one not.
     There are as many rounds as fit into `seconds`, at least 7.
     """
-    repeats: dict[str, int] = {}
-    for name, call in contestants.items():
+    slowest = 1e-7
+    for call in contestants.values():
         call()
         start = time.perf_counter()
         call()
-        repeats[name] = max(1, round(BLOCK / max(time.perf_counter() - start, 1e-7)))
+        slowest = max(slowest, time.perf_counter() - start)
+    repeats = max(1, round(BLOCK / slowest))
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     end = time.perf_counter() + seconds
     rounds = 0
+    order = list(contestants.items())
+    shuffle = random.Random(0).shuffle
     while rounds < 7 or time.perf_counter() < end:
         rounds += 1
-        for name, call in contestants.items():
-            n = repeats[name]
+        shuffle(order)
+        for name, call in order:
             start = time.perf_counter()
-            for _ in range(n):
+            for _ in range(repeats):
                 call()
-            samples[name].append((time.perf_counter() - start) / n)
+            samples[name].append((time.perf_counter() - start) / repeats)
     return {name: statistics.median(times) for name, times in samples.items()}
 
 

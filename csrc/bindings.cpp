@@ -306,16 +306,16 @@ pybind11::dict build_info() {
     return info;
 }
 
-// The arithmetic alone of a fused group norm with SiLU, silu((x - m) * a + b), of `elements` elements over torch's
-// threads, each from its L1 to its L1 in the dtype's own loads and stores: what no such norm can be faster than.
-void silu_floor(const std::string& dtype, int64_t elements) {
+// The arithmetic alone of group_norm_silu over `elements` elements and torch's threads: its statistics and its act,
+// each from L1 to L1 in the dtype's own loads and stores.
+void group_norm_silu_floor(const std::string& dtype, int64_t elements) {
     constexpr int64_t n = 4096;
     const DType type = dtype == "float32" ? DType::f32 : dtype == "bfloat16" ? DType::bf16 : DType::f16;
     if (type == DType::f16 && dtype != "float16")
-        throw pybind11::value_error("silu_floor: dtype is float32, bfloat16 or float16, got " + dtype);
+        throw pybind11::value_error("group_norm_silu_floor: dtype is float32, bfloat16 or float16, got " + dtype);
     torch::stable::parallel_for(0, (elements + n - 1) / n, kGrain / n, [type](int64_t begin, int64_t end) {
         std::vector<float> x(n), y(n);  // zeros, whichever the dtype
-        g_kernels->silu_floor(type, x.data(), y.data(), n, end - begin);
+        g_kernels->group_norm_silu_floor(type, x.data(), y.data(), n, end - begin);
     });
 }
 
@@ -330,5 +330,5 @@ STABLE_TORCH_LIBRARY_IMPL(difusores, CPU, m) {
 PYBIND11_MODULE(_C, m) {
     difusores::load_kernels();
     m.def("build_info", &difusores::build_info);
-    m.def("silu_floor", &difusores::silu_floor);
+    m.def("group_norm_silu_floor", &difusores::group_norm_silu_floor);
 }

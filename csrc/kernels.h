@@ -81,8 +81,8 @@ constexpr int64_t kStepBlock = 1024;
     void group_norm_silu_apply(const GroupNormSiluArgs&, int64_t begin, int64_t end);   \
     /* tasks: images * blocks of kStepBlock elements */                                 \
     void scheduler_step(const SchedulerStepArgs&, int64_t begin, int64_t end);          \
-    /* micro-benchmark: silu((x - m) * a + b) over n elements, `repeats` times */       \
-    void silu_floor(DType, const void* x, void* y, int64_t n, int64_t repeats);         \
+    /* micro-benchmark: statistics and act of one row of n elements, `repeats` times */ \
+    void group_norm_silu_floor(DType, const void*, void*, int64_t n, int64_t repeats);  \
     }
 DIFUSORES_DECLARE_KERNELS(base)
 DIFUSORES_DECLARE_KERNELS(avx2)
@@ -97,7 +97,7 @@ struct Kernels {
     decltype(&base::group_norm_silu_combine) group_norm_silu_combine;
     decltype(&base::group_norm_silu_apply) group_norm_silu_apply;
     decltype(&base::scheduler_step) scheduler_step;
-    decltype(&base::silu_floor) silu_floor;
+    decltype(&base::group_norm_silu_floor) group_norm_silu_floor;
 };
 
 // What this processor offers.

@@ -2,7 +2,7 @@
 // mean and rstd over each image's group of C / G channels and S positions.
 //
 // Bytes: x (and residual) twice, y once (and sum once); the second read of x comes from cache where a group fits there.
-// Statistics: eight vectors in registers give each lane a mean and the squared deviations from it (two passes without a
+// Statistics: kDeep vectors in registers give each lane a mean and the squared deviations from it (two passes without a
 // second load); lanes, blocks and rows are joined by Chan's formula (Chan, Golub, LeVeque 1983), so nothing cancels
 // when mean >> std. fp32 for at most kFlush blocks, fp64 beyond. Layouts: [N, C, S], a task is one group; [N, S, C], a
 // task is a chunk of rows, joined in a fixed order.
@@ -12,10 +12,12 @@ namespace difusores {
 namespace DIFUSORES_ISA_NAME {
 namespace {
 
-constexpr int kDeep = 8;    // vectors of a block of the statistics
-constexpr int kFlush = 32;  // blocks after which the lanes are joined in fp64
+constexpr int kDeep = kWidth == 16 ? 16 : 8;  // vectors of a block of the statistics: half of the registers
+constexpr int kRows = 8;                      // rows that go into the statistics together, channels last
+constexpr int kFlush = 32;                    // blocks after which the lanes are joined in fp64
 // Vectors that go through act together: as many as the registers hold beside its constants.
 constexpr int kUnroll = kWidth == 16 ? 4 : 2;
+constexpr int64_t kAheadY = 4096;  // bytes by which the lines of y are asked for before they are written
 
 struct Moments {
     double count = 0, mean = 0, m2 = 0;
@@ -36,6 +38,22 @@ DIFUSORES_INLINE f32v load_h(const void* x, const void* r, int64_t i, int count)
     return h;
 }
 
+struct Block {
+    f32v mean, m2;
+};
+
+// Of each lane of kCount vectors. Sums as trees: short chains of dependent operations.
+template <int kCount>
+DIFUSORES_INLINE Block mean_and_deviations(const f32v (&h)[kCount]) {
+    f32v sum[kCount], dev[2] = {};
+    for (int k = 0; k < kCount; ++k) sum[k] = h[k];
+    for (int half = kCount / 2; half; half /= 2)
+        for (int k = 0; k < half; ++k) sum[k] += sum[k + half];
+    const f32v mean = sum[0] * (1.0f / kCount);
+    for (int k = 0; k < kCount; ++k) dev[k % 2] += (h[k] - mean) * (h[k] - mean);
+    return {mean, dev[0] + dev[1]};
+}
+
 // Mean and squared deviations of each lane.
 struct Lanes {
     f32v mean = {}, m2 = {};
@@ -44,10 +62,7 @@ struct Lanes {
 
     template <int kCount>
     DIFUSORES_INLINE void join(const f32v (&h)[kCount]) {
-        f32v sum = h[0], dev = {};
-        for (int k = 1; k < kCount; ++k) sum += h[k];
-        const f32v block = sum * (1.0f / kCount);
-        for (int k = 0; k < kCount; ++k) dev += (h[k] - block) * (h[k] - block);
+        const auto [block, dev] = mean_and_deviations(h);
         const float weight = kCount / (count + kCount);
         const f32v delta = block - mean;
         m2 += dev + delta * delta * (count * weight);
@@ -56,7 +71,7 @@ struct Lanes {
         ++blocks;
     }
 
-    void flush(Moments& moments) {
+    DIFUSORES_INLINE void flush(Moments& moments) {
         const float center = sum_lanes(mean) / kWidth;
         const f32v delta = mean - center;
         moments.join(static_cast<double>(count) * kWidth, center, sum_lanes(m2 + delta * delta * count));
@@ -68,7 +83,8 @@ struct Lanes {
 
 // Joins one row of S elements; `sum` (or nullptr) receives h. kAdd: add is not zero.
 template <DType D, bool kResidual, bool kAdd>
-void row_moments(const char* x, const char* r, char* sum, int64_t s, float add, Lanes& lanes, Moments& moments) {
+void row_moments(const char* x, const char* r, char* sum, int64_t s, float add, Lanes& running, Moments& moments) {
+    Lanes lanes = running;  // in registers: through memory every block would wait for the one before
     const int64_t full = s / kWidth * kWidth;
     const int tail = static_cast<int>(s - full);
     int64_t i = 0;
@@ -103,6 +119,7 @@ void row_moments(const char* x, const char* r, char* sum, int64_t s, float add, 
         const f32v d = (h - mean) * mask;
         moments.join(tail, mean, sum_lanes(d * d));
     }
+    running = lanes;
 }
 
 // One row through act. While a group is in act the next one, `ahead` bytes on, is fetched (0: not).
@@ -116,6 +133,7 @@ void row_apply(const char* x, const char* r, char* y, int64_t s, int64_t ahead, 
             prefetch<kUnroll * kWidth * kBytes<D>>(x + ahead + i * kBytes<D>);
             if constexpr (kResidual) prefetch<kUnroll * kWidth * kBytes<D>>(r + ahead + i * kBytes<D>);
         }
+        prefetch<kUnroll * kWidth * kBytes<D>, true>(y + kAheadY + i * kBytes<D>);
         f32v t[kUnroll];
         for (int k = 0; k < kUnroll; ++k) t[k] = (load_h<D, kResidual>(x, r, i + k * kWidth, kWidth) - center) * a + b;
         if constexpr (kSilu) silu(t);
@@ -127,28 +145,6 @@ void row_apply(const char* x, const char* r, char* y, int64_t s, int64_t ahead, 
         if constexpr (kSilu) silu(t);
         if (count == kWidth) store<D>(y, i, t[0]);
         else store_tail<D>(y, i, t[0], count);
-    }
-}
-
-// The same where S is whole blocks, and with the statistics of the next group in the same loop, block by block as
-// row_moments takes them: those wait for memory and act for arithmetic, so each fills the other's time.
-template <DType D, bool kResidual, bool kSilu>
-void row_apply_ahead(const char* x, const char* r, char* y, int64_t s, int64_t ahead, float center, float a, float b,
-                     Lanes& lanes, Moments& moments) {
-    for (int64_t i = 0; i < s; i += kDeep * kWidth) {
-        f32v h[kDeep];
-        for (int k = 0; k < kDeep; ++k)
-            h[k] = load_h<D, kResidual>(x + ahead, kResidual ? r + ahead : nullptr, i + k * kWidth, kWidth);
-        lanes.join(h);
-        if (lanes.blocks == kFlush) lanes.flush(moments);
-        for (int j = 0; j < kDeep; j += kUnroll) {
-            const int64_t o = i + j * kWidth;
-            f32v t[kUnroll];
-            for (int k = 0; k < kUnroll; ++k)
-                t[k] = (load_h<D, kResidual>(x, r, o + k * kWidth, kWidth) - center) * a + b;
-            if constexpr (kSilu) silu(t);
-            store_all<D>(y, o, t);
-        }
     }
 }
 
@@ -191,9 +187,6 @@ void channels_first(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
     const int64_t row_bytes = args.s * kBytes<D>;
     const int64_t group_bytes = per_group * row_bytes;
     const bool fits = group_bytes <= args.fetch;
-    const bool pipelined = fits && !args.add.ptr && !args.sum && args.s % (kDeep * kWidth) == 0;
-    Moments moments;
-    Lanes lanes;
     for (int64_t task = begin; task < end; ++task) {
         const int64_t n = task / args.groups, first = task % args.groups * per_group;
         const int64_t offset = task * group_bytes;
@@ -201,9 +194,9 @@ void channels_first(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
         const char* r = kResidual ? static_cast<const char*>(args.residual) + offset : nullptr;
         char* y = static_cast<char*>(args.y) + offset;
         char* sum = args.sum ? static_cast<char*>(args.sum) + offset : nullptr;
-        if (pipelined && task > begin) {
-            // the group before this one has brought the statistics
-        } else if (!args.add.ptr) {  // the group's channels are one row
+        Moments moments;
+        Lanes lanes;
+        if (!args.add.ptr) {  // the group's channels are one row
             row_moments<D, kResidual, false>(x, r, sum, per_group * args.s, 0.0f, lanes, moments);
         } else {
             for (int64_t k = 0; k < per_group; ++k) {
@@ -213,12 +206,9 @@ void channels_first(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
             }
         }
         lanes.flush(moments);
-        const Moments group = moments;
-        moments = Moments();
         const int64_t ahead = task + 1 < end && fits ? group_bytes : 0;
-        const double rstd = rstd_of(group, args.eps);
+        const double rstd = rstd_of(moments, args.eps);
         const auto apply = args.silu ? row_apply<D, kResidual, true> : row_apply<D, kResidual, false>;
-        const auto apply_ahead = args.silu ? row_apply_ahead<D, kResidual, true> : row_apply_ahead<D, kResidual, false>;
         const auto short_apply =
             args.silu ? short_rows_apply<D, kResidual, true> : short_rows_apply<D, kResidual, false>;
         Affine affine[kUnroll];
@@ -226,12 +216,10 @@ void channels_first(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
             const int64_t o = k * row_bytes;
             const bool together = args.s < kUnroll * kWidth && k + kUnroll <= per_group;
             const int rows = together ? kUnroll : 1;
-            for (int j = 0; j < rows; ++j) affine[j].set(args, n, first + k + j, group.mean, rstd);
+            for (int j = 0; j < rows; ++j) affine[j].set(args, n, first + k + j, moments.mean, rstd);
             const auto [center, a, b] = affine[0];
             const char* residual = kResidual ? r + o : nullptr;
             if (together) short_apply(x + o, residual, y + o, args.s, affine);
-            else if (pipelined && ahead)
-                apply_ahead(x + o, residual, y + o, args.s, ahead, center, a, b, lanes, moments);
             else apply(x + o, residual, y + o, args.s, ahead, center, a, b);
             k += rows;
         }
@@ -240,32 +228,29 @@ void channels_first(const GroupNormSiluArgs& args, int64_t begin, int64_t end) {
 
 // --- channels last ---
 
-// Joins kRows rows, from `row` on, into the channels' running mean and m2 (kRows elements each, `before` so far).
-template <DType D, bool kResidual, int kRows>
+// Joins kCount rows, from `row` on, into the channels' running mean and m2 (kCount elements each, `before` so far).
+template <DType D, bool kResidual, int kCount>
 void rows_moments(const GroupNormSiluArgs& args, int64_t n, int64_t row, float before, float* mean, float* m2) {
     const float* add = args.channels + n * 4 * args.c;
     const int64_t first = (n * args.s + row) * args.c;
-    const float weight = kRows / (before + kRows);
+    const float weight = kCount / (before + kCount);
     for (int64_t c = 0; c < args.c; c += kWidth) {
         const int count = args.c - c < kWidth ? static_cast<int>(args.c - c) : kWidth;
         // Eight rows are eight streams to the hardware's prefetcher, but the next rows are one.
-        const int64_t next = (first + kRows * args.c + c * kRows) * kBytes<D>;
-        prefetch<kRows * kWidth * kBytes<D>>(static_cast<const char*>(args.x) + next);
-        if constexpr (kResidual) prefetch<kRows * kWidth * kBytes<D>>(static_cast<const char*>(args.residual) + next);
-        f32v h[kRows];
-        for (int k = 0; k < kRows; ++k)
+        const int64_t next = (first + kCount * args.c + c * kCount) * kBytes<D>;
+        prefetch<kCount * kWidth * kBytes<D>>(static_cast<const char*>(args.x) + next);
+        if constexpr (kResidual) prefetch<kCount * kWidth * kBytes<D>>(static_cast<const char*>(args.residual) + next);
+        f32v h[kCount];
+        for (int k = 0; k < kCount; ++k)
             h[k] = load_h<D, kResidual>(args.x, args.residual, first + k * args.c + c, count);
         if (args.sum) {
             const f32v a = count == kWidth ? load<DType::f32>(add, c) : load_tail<DType::f32>(add, c, count);
-            for (int k = 0; k < kRows; ++k) {
+            for (int k = 0; k < kCount; ++k) {
                 if (count == kWidth) store<D>(args.sum, first + k * args.c + c, h[k] + a);
                 else store_tail<D>(args.sum, first + k * args.c + c, h[k] + a, count);
             }
         }
-        f32v sum = h[0], dev = {};
-        for (int k = 1; k < kRows; ++k) sum += h[k];
-        const f32v block = sum * (1.0f / kRows);
-        for (int k = 0; k < kRows; ++k) dev += (h[k] - block) * (h[k] - block);
+        const auto [block, dev] = mean_and_deviations(h);
         // mean and m2 have room for whole vectors
         const f32v delta = block - load<DType::f32>(mean, c);
         store<DType::f32>(m2, c, load<DType::f32>(m2, c) + (dev + delta * delta * (before * weight)));
@@ -283,8 +268,8 @@ void channels_last_stats(const GroupNormSiluArgs& args, int64_t begin, int64_t e
         float* m2 = mean + args.padded_c;
         for (int64_t c = 0; c < 2 * args.padded_c; ++c) mean[c] = 0.0f;
         int64_t row = first;
-        for (; row + kDeep <= last; row += kDeep)
-            rows_moments<D, kResidual, kDeep>(args, n, row, static_cast<float>(row - first), mean, m2);
+        for (; row + kRows <= last; row += kRows)
+            rows_moments<D, kResidual, kRows>(args, n, row, static_cast<float>(row - first), mean, m2);
         for (; row < last; ++row)
             rows_moments<D, kResidual, 1>(args, n, row, static_cast<float>(row - first), mean, m2);
         // Channels into groups: equal counts, so the group's mean is the mean of means.
@@ -401,12 +386,27 @@ void group_norm_silu_apply(const GroupNormSiluArgs& args, int64_t begin, int64_t
     DIFUSORES_BY_TYPE(apply_by_act)
 }
 
-void silu_floor(DType dtype, const void* x, void* y, int64_t n, int64_t repeats) {
-    const auto pass = dtype == DType::f32    ? row_apply<DType::f32, false, true>
-                      : dtype == DType::bf16 ? row_apply<DType::bf16, false, true>
-                                             : row_apply<DType::f16, false, true>;
-    for (int64_t k = 0; k < repeats; ++k)
-        pass(static_cast<const char*>(x), nullptr, static_cast<char*>(y), n, 0, 0.5f, 1.5f, 0.25f);
+namespace {
+template <DType D>
+void floor_of(const void* x, void* y, int64_t n, int64_t repeats) {
+    const char* from = static_cast<const char*>(x);
+    Moments moments;
+    Lanes lanes;
+    for (int64_t k = 0; k < repeats; ++k) {
+        row_moments<D, false, false>(from, nullptr, nullptr, n, 0.0f, lanes, moments);
+        row_apply<D, false, true>(from, nullptr, static_cast<char*>(y), n, 0, 0.5f, 1.5f, 0.25f);
+    }
+    lanes.flush(moments);
+    *static_cast<float*>(y) = static_cast<float>(moments.m2);  // so that the compiler keeps them
+}
+}  // namespace
+
+void group_norm_silu_floor(DType dtype, const void* x, void* y, int64_t n, int64_t repeats) {
+    switch (dtype) {
+        case DType::f32: return floor_of<DType::f32>(x, y, n, repeats);
+        case DType::bf16: return floor_of<DType::bf16>(x, y, n, repeats);
+        case DType::f16: return floor_of<DType::f16>(x, y, n, repeats);
+    }
 }
 
 }  // namespace DIFUSORES_ISA_NAME

@@ -63,7 +63,14 @@ DIFUSORES_INLINE f32v load<DType::bf16>(const void* p, int64_t i) {
 // levels would differ in bits. A NaN keeps its high half, which is a NaN's: arithmetic makes quiet ones.
 DIFUSORES_INLINE u32v round_bf16(f32v v) {
     const u32v bits = (u32v)v;
+#if defined(__AVX512F__)
+    const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
+    const __mmask16 odd = _mm512_mask_test_epi32_mask(number, (__m512i)bits, _mm512_set1_epi32(0x10000));
+    const __m512i up = _mm512_mask_add_epi32((__m512i)bits, number, (__m512i)bits, _mm512_set1_epi32(0x7fff));
+    return (u32v)_mm512_mask_add_epi32(up, odd, up, _mm512_set1_epi32(1));
+#else
     return (v == v) ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits;
+#endif
 }
 template <>
 DIFUSORES_INLINE void store<DType::bf16>(void* p, int64_t i, f32v v) {
@@ -111,15 +118,26 @@ DIFUSORES_INLINE void store<DType::f16>(void* p, int64_t i, f32v v) {
 #endif
 }
 
-// kCount consecutive vectors.
+// kCount consecutive vectors. Pairs of bf16 vectors are packed by one shuffle of both.
 template <DType D, int kCount>
 DIFUSORES_INLINE void store_all(void* p, int64_t i, const f32v (&v)[kCount]) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__)
     if constexpr (D == DType::bf16 && kCount % 2 == 0) {
+#if defined(__AVX512F__)
+        u32v words;  // the odd ones of both
+        for (int k = 0; k < kWidth; ++k) words[k] = (4 * k + 1) | (4 * k + 3) << 16;
+        const __m512i odd_words = (__m512i)words;
+#endif
         for (int k = 0; k < kCount; k += 2) {
-            const __m256i a = (__m256i)(round_bf16(v[k]) >> 16), b = (__m256i)(round_bf16(v[k + 1]) >> 16);
-            const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
-            _mm256_storeu_si256((__m256i*)(static_cast<uint16_t*>(p) + i + k * kWidth), packed);
+            uint16_t* q = static_cast<uint16_t*>(p) + i + k * kWidth;
+#if defined(__AVX512F__)
+            const __m512i low = (__m512i)round_bf16(v[k]), high = (__m512i)round_bf16(v[k + 1]);
+            const __m512i packed = _mm512_permutex2var_epi16(low, odd_words, high);
+            _mm512_storeu_si512(q, packed);
+#else
+            const __m256i low = (__m256i)(round_bf16(v[k]) >> 16), high = (__m256i)(round_bf16(v[k + 1]) >> 16);
+            _mm256_storeu_si256((__m256i*)q, _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8));
+#endif
         }
         return;
     }
@@ -127,10 +145,10 @@ DIFUSORES_INLINE void store_all(void* p, int64_t i, const f32v (&v)[kCount]) {
     for (int k = 0; k < kCount; ++k) store<D>(p, i + k * kWidth, v[k]);
 }
 
-// Asks for the cache lines of [p, p + kCount); any address is allowed.
-template <int64_t kCount>
+// Asks for the cache lines of [p, p + kCount), to read or to write; any address is allowed.
+template <int64_t kCount, bool kWrite = false>
 DIFUSORES_INLINE void prefetch(const char* p) {
-    for (int64_t o = 0; o < kCount; o += 64) __builtin_prefetch(p + o);
+    for (int64_t o = 0; o < kCount; o += 64) __builtin_prefetch(p + o, kWrite);
 }
 
 template <DType D>

@@ -14,6 +14,33 @@ inline __m512 max_ps(__m512 a, __m512 b) { return (__m512)((f32x16)a > (f32x16)b
 inline __m512 min_ps(__m512 a, __m512 b) { return (__m512)((f32x16)a < (f32x16)b ? (f32x16)a : (f32x16)b); }
 inline __m512 set1_ps(float a) { return (__m512)(a - f32x16{}); }
 
+inline __mmask16 mask_of(i32x16 lanes) {
+    unsigned mask = 0;
+    for (int k = 0; k < 16; ++k) mask |= (lanes[k] ? 1u : 0u) << k;
+    return static_cast<__mmask16>(mask);
+}
+inline __mmask16 ordered(__m512 a, __m512 b) { return mask_of(((f32x16)a == (f32x16)a) & ((f32x16)b == (f32x16)b)); }
+inline __mmask16 mask_test_epi32(__mmask16 mask, __m512i a, __m512i b) {
+    return mask & mask_of(((i32x16)a & (i32x16)b) != 0);
+}
+inline __m512i mask_add_epi32(__m512i otherwise, __mmask16 mask, __m512i a, __m512i b) {
+    i32x16 out = (i32x16)otherwise;
+    for (int k = 0; k < 16; ++k)
+        if (mask >> k & 1) out[k] = static_cast<int>(static_cast<unsigned>(((i32x16)a)[k]) + ((i32x16)b)[k]);
+    return (__m512i)out;
+}
+inline __m512i set1_epi32(int a) { return (__m512i)(a - i32x16{}); }
+inline __m512i permutex2var_epi16(__m512i a, __m512i index, __m512i b) {
+    unsigned short words[64], where[32], out[32];
+    __builtin_memcpy(words, &a, 64);
+    __builtin_memcpy(words + 32, &b, 64);
+    __builtin_memcpy(where, &index, 64);
+    for (int k = 0; k < 32; ++k) out[k] = words[where[k] & 63];
+    __m512i result;
+    __builtin_memcpy(&result, out, 64);
+    return result;
+}
+
 template <class Low, class High>
 inline __m512i join(Low low, High high) {
     __m512i out;
@@ -47,6 +74,7 @@ inline __m256i cvtps_ph(__m512 v) {
 }  // namespace emulation
 
 #undef _mm512_cvtps_ph
+#undef _mm512_cmp_ps_mask
 #define _mm512_max_ps emulation::max_ps
 #define _mm512_min_ps emulation::min_ps
 #define _mm512_set1_ps emulation::set1_ps
@@ -54,3 +82,9 @@ inline __m256i cvtps_ph(__m512 v) {
 #define _mm512_cvtepi32_epi16 emulation::cvtepi32_epi16
 #define _mm512_cvtph_ps emulation::cvtph_ps
 #define _mm512_cvtps_ph(v, rounding) emulation::cvtps_ph(v)
+#define _mm512_cmp_ps_mask(a, b, predicate) emulation::ordered(a, b)  // _CMP_ORD_Q is the only one in use
+#define _mm512_mask_test_epi32_mask emulation::mask_test_epi32
+#define _mm512_mask_add_epi32 emulation::mask_add_epi32
+#define _mm512_set1_epi32 emulation::set1_epi32
+#define _mm512_permutex2var_epi16 emulation::permutex2var_epi16
+#define _mm512_storeu_si512(p, v) __builtin_memcpy(p, &(v), 64)

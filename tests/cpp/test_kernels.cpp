@@ -169,7 +169,7 @@ int main() {
                                avx512::group_norm_silu_combine,
                                avx512::group_norm_silu_apply,
                                avx512::scheduler_step,
-                               avx512::silu_floor};
+                               avx512::group_norm_silu_floor};
         if (std::string(isa) == "avx512" && cpu_has("avx2")) k = &emulated;
 #endif
         if (!k) continue;
