@@ -169,46 +169,59 @@ std::tuple<Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, Optiona
 
 // --- scheduler_step ---
 
-// Strides of one image must be those of the sample, so that every operand is one run of memory in the same order.
-void check_image(const Tensor& t, const Tensor& sample, const char* name) {
-    STD_TORCH_CHECK(t.dim() == sample.dim(), "scheduler_step: ", name, " must have the sample's shape");
-    for (int64_t d = 0; d < t.dim(); ++d)
-        STD_TORCH_CHECK(t.size(d) == sample.size(d) && (d == 0 || t.size(d) == 1 || t.stride(d) == sample.stride(d)),
-                        "scheduler_step: ", name, " must have the sample's shape and per-image strides");
-}
-
-// The elements of an image are one run of memory, in whatever order of dimensions.
-void check_dense(const Tensor& sample, int64_t inner) {
-    int64_t covered = 1;
-    for (bool found = true; covered < inner && found;) {
-        found = false;
-        for (int64_t d = 1; d < sample.dim() && !found; ++d)
-            if (sample.size(d) > 1 && sample.stride(d) == covered) {
-                covered *= sample.size(d);
-                found = true;
-            }
+// A tensor's shape, read once: every question to a tensor is a call into torch.
+struct Shape {
+    const int64_t* sizes;
+    const int64_t* strides;
+    int64_t dim;
+    explicit Shape(const Tensor& t) : dim(t.dim()) {
+        int64_t *first_size = nullptr, *first_stride = nullptr;
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &first_size));
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &first_stride));
+        sizes = first_size, strides = first_stride;
     }
-    STD_TORCH_CHECK(covered == inner, "scheduler_step: the images of sample must be dense");
-}
+    // Whether an image of this is laid out as one of the other: every operand is one run of memory in the same order.
+    bool same_image(const Shape& other) const {
+        if (dim != other.dim) return false;
+        for (int64_t d = 1; d < dim; ++d)
+            if (sizes[d] != other.sizes[d] || (sizes[d] > 1 && strides[d] != other.strides[d])) return false;
+        return true;
+    }
+    // Whether the elements of an image are one run of memory, in whatever order of dimensions.
+    bool dense_image(int64_t inner) const {
+        int64_t covered = 1;
+        for (bool found = true; covered < inner && found;) {
+            found = false;
+            for (int64_t d = 1; d < dim && !found; ++d)
+                if (sizes[d] > 1 && strides[d] == covered) {
+                    covered *= sizes[d];
+                    found = true;
+                }
+        }
+        return covered == inner;
+    }
+};
 
-Operand operand_of(const OptionalTensor& t, const Tensor& sample, const char* name) {
+Operand operand_of(const OptionalTensor& t, const Shape& sample, const char* name) {
     if (!t) return {};
-    check_image(*t, sample, name);
-    return {t->data_ptr(), dtype_of(*t, name), t->dim() ? t->stride(0) : 0};
+    const Shape shape(*t);
+    STD_TORCH_CHECK(shape.same_image(sample) && shape.sizes[0] == sample.sizes[0], "scheduler_step: ", name,
+                    " must have the sample's shape and per-image strides");
+    return {t->data_ptr(), dtype_of(*t, name), shape.strides[0]};
 }
 
 // An output holds whole batches one after another, each image dense.
-Result result_of(const OptionalTensor& t, const Tensor& sample, int64_t inner, const char* name, bool repeats) {
+Result result_of(const OptionalTensor& t, const Shape& sample, int64_t inner, const char* name, bool repeats) {
     if (!t) return {};
-    const int64_t batch = sample.size(0);
-    STD_TORCH_CHECK(t->dim() == sample.dim() && (repeats ? t->size(0) % batch == 0 : t->size(0) == batch),
-                    "scheduler_step: output ", name, repeats ? " must hold whole batches" : " must hold the batch");
-    for (int64_t d = 1; d < t->dim(); ++d)
-        STD_TORCH_CHECK(t->size(d) == sample.size(d) && (t->size(d) == 1 || t->stride(d) == sample.stride(d)),
-                        "scheduler_step: output ", name, " must have the sample's per-image strides");
-    STD_TORCH_CHECK(t->size(0) <= 1 || t->stride(0) == inner, "scheduler_step: output ", name, " must be dense");
+    const Shape shape(*t);
+    STD_TORCH_CHECK(shape.same_image(sample), "scheduler_step: output ", name,
+                    " must have the sample's per-image shape and strides");
+    const int64_t count = shape.sizes[0], batch = sample.sizes[0];
+    STD_TORCH_CHECK(repeats ? count % batch == 0 : count == batch, "scheduler_step: output ", name,
+                    repeats ? " must hold whole batches" : " must hold the batch");
+    STD_TORCH_CHECK(count <= 1 || shape.strides[0] == inner, "scheduler_step: output ", name, " must be dense");
     want_huge_pages(*t);
-    return {t->data_ptr(), dtype_of(*t, name), t->size(0) / batch};
+    return {t->data_ptr(), dtype_of(*t, name), count / batch};
 }
 
 // The row names operands by non-zero coefficients; the kernel must not meet one that was not given.
@@ -246,18 +259,19 @@ void scheduler_step(Tensor row, OptionalTensor step, Tensor sample, Tensor e1, O
         STD_TORCH_CHECK(index >= 0 && index < row.size(0), "scheduler_step: step ", index,
                         " is outside the table of rows");
     }
-    const int64_t batch = sample.size(0), inner = sample.numel() / batch;
-    check_dense(sample, inner);
+    const Shape shape(sample);
+    const int64_t batch = shape.sizes[0], inner = sample.numel() / batch;
+    STD_TORCH_CHECK(shape.dense_image(inner), "scheduler_step: the images of sample must be dense");
     SchedulerStepArgs a{};
     a.row = static_cast<const double*>(row.data_ptr()) + index * 40;
-    a.sample = operand_of(sample, sample, "sample");
-    a.e[0] = operand_of(e1, sample, "e1");
-    a.e[1] = operand_of(e2, sample, "e2");
-    a.e[2] = operand_of(e3, sample, "e3");
-    a.noise = operand_of(noise, sample, "noise");
-    a.variance = operand_of(variance, sample, "variance");
+    a.sample = {sample.data_ptr(), dtype_of(sample, "sample"), shape.strides[0]};
+    a.e[0] = operand_of(e1, shape, "e1");
+    a.e[1] = operand_of(e2, shape, "e2");
+    a.e[2] = operand_of(e3, shape, "e3");
+    a.noise = operand_of(noise, shape, "noise");
+    a.variance = operand_of(variance, shape, "variance");
     const OptionalTensor* slots[5] = {&s0, &s1, &s2, &s3, &s4};
-    for (int k = 0; k < 5; ++k) a.slots[k] = operand_of(*slots[k], sample, "slot");
+    for (int k = 0; k < 5; ++k) a.slots[k] = operand_of(*slots[k], shape, "slot");
     if (threshold) {
         STD_TORCH_CHECK(
             threshold->scalar_type() == ScalarType::Float && threshold->is_contiguous() && threshold->numel() == batch,
@@ -270,11 +284,11 @@ void scheduler_step(Tensor row, OptionalTensor step, Tensor sample, Tensor e1, O
                         "scheduler_step: seeds must be contiguous int64 [B] and the sample contiguous");
         a.seeds = static_cast<const int64_t*>(seeds->data_ptr());
     }
-    a.y = result_of(y, sample, inner, "y", false);
-    a.d = result_of(d, sample, inner, "d", false);
-    a.u = result_of(u, sample, inner, "u", false);
-    a.x0 = result_of(x0, sample, inner, "x0", false);
-    a.m = result_of(m, sample, inner, "m", true);
+    a.y = result_of(y, shape, inner, "y", false);
+    a.d = result_of(d, shape, inner, "d", false);
+    a.u = result_of(u, shape, inner, "u", false);
+    a.x0 = result_of(x0, shape, inner, "x0", false);
+    a.m = result_of(m, shape, inner, "m", true);
     a.batch = batch, a.inner = inner;
     check_row(a);
     const int64_t blocks = (inner + kStepBlock - 1) / kStepBlock;

@@ -24,17 +24,33 @@ void widen(const void* p, int64_t first, int64_t count, float* out) {
     if (tail) store<DType::f32>(out, full, load_tail<D>(p, first + full, tail));
 }
 
+// out[first + k ...] = vector(k) for `count` elements: two vectors at a time, then one, then the tail.
+template <DType D, class Vector>
+DIFUSORES_INLINE void store_each(void* out, int64_t first, int64_t count, const Vector& vector) {
+    int64_t k = 0;
+    for (; k + 2 * kWidth <= count; k += 2 * kWidth) {
+        const f32v v[2] = {vector(k), vector(k + kWidth)};
+        store_all<D>(out, first + k, v);
+    }
+    for (; k + kWidth <= count; k += kWidth) store<D>(out, first + k, vector(k));
+    if (k < count) store_tail<D>(out, first + k, vector(k), static_cast<int>(count - k));
+}
+
 template <DType D>
 void narrow(void* p, int64_t first, int64_t count, const float* v) {
-    const int64_t full = count / kWidth * kWidth;
-    const int tail = static_cast<int>(count - full);
-    for (int64_t k = 0; k < full; k += kWidth) store<D>(p, first + k, load<DType::f32>(v, k));
-    if (tail) store_tail<D>(p, first + full, load<DType::f32>(v, full), tail);
+    store_each<D>(p, first, count, [v](int64_t k) __attribute__((always_inline)) { return load<DType::f32>(v, k); });
+}
+
+// Asks for the next block of a 16-bit operand or output, whose conversion would keep memory waiting.
+template <bool kWrite = false>
+void fetch_next(const void* p, DType dtype, int64_t first) {
+    if (dtype != DType::f32) prefetch<2 * kStepBlock, kWrite>(static_cast<const char*>(p) + (first + kStepBlock) * 2);
 }
 
 // Operand elements [i, i + count) of image b as fp32, zero-padded to whole vectors; in place where they are fp32.
 const float* read(const Operand& o, int64_t b, int64_t i, int64_t count, Block& scratch) {
     const int64_t first = b * o.batch_stride + i;
+    fetch_next(o.ptr, o.dtype, first);
     switch (o.dtype) {
         case DType::f32:
             if (count % kWidth == 0) return static_cast<const float*>(o.ptr) + first;
@@ -57,32 +73,32 @@ void write(const Result& r, int64_t batch, int64_t inner, int64_t b, int64_t i, 
     }
 }
 
-// out = sum_j c[j] * p[j] over a padded block. `out` may be one of the p.
-template <int kTerms>
-void combine(const float* const* p, const float* c, int64_t padded, float* out) {
-    f32v weights[kTerms];
+// out[first + k] = sum_j c[j] * p[j][k]. `out` may be one of the p.
+template <int kTerms, DType D>
+void combine(const float* const* p, const float* c, int64_t count, void* out, int64_t first) {
+    f32v weights[kTerms ? kTerms : 1];
     for (int j = 0; j < kTerms; ++j) weights[j] = splat(c[j]);
-    for (int64_t k = 0; k < padded; k += kWidth) {
-        f32v total = weights[0] * load<DType::f32>(p[0], k);
+    store_each<D>(out, first, count, [&](int64_t k) __attribute__((always_inline)) {
+        f32v total = {};
+        if constexpr (kTerms > 0) total = weights[0] * load<DType::f32>(p[0], k);
         for (int j = 1; j < kTerms; ++j) total += weights[j] * load<DType::f32>(p[j], k);
-        store<DType::f32>(out, k, total);
-    }
+        return total;
+    });
 }
 
-void combine(int terms, const float* const* p, const float* c, int64_t padded, float* out) {
+template <DType D>
+void combine(int terms, const float* const* p, const float* c, int64_t count, void* out, int64_t first = 0) {
     switch (terms) {
-        case 0:
-            for (int64_t k = 0; k < padded; k += kWidth) store<DType::f32>(out, k, f32v{});
-            return;
-        case 1: return combine<1>(p, c, padded, out);
-        case 2: return combine<2>(p, c, padded, out);
-        case 3: return combine<3>(p, c, padded, out);
-        case 4: return combine<4>(p, c, padded, out);
-        case 5: return combine<5>(p, c, padded, out);
-        case 6: return combine<6>(p, c, padded, out);
-        case 7: return combine<7>(p, c, padded, out);
-        case 8: return combine<8>(p, c, padded, out);
-        default: return combine<9>(p, c, padded, out);
+        case 0: return combine<0, D>(p, c, count, out, first);
+        case 1: return combine<1, D>(p, c, count, out, first);
+        case 2: return combine<2, D>(p, c, count, out, first);
+        case 3: return combine<3, D>(p, c, count, out, first);
+        case 4: return combine<4, D>(p, c, count, out, first);
+        case 5: return combine<5, D>(p, c, count, out, first);
+        case 6: return combine<6, D>(p, c, count, out, first);
+        case 7: return combine<7, D>(p, c, count, out, first);
+        case 8: return combine<8, D>(p, c, count, out, first);
+        default: return combine<9, D>(p, c, count, out, first);
     }
 }
 
@@ -179,7 +195,7 @@ void scheduler_step(const SchedulerStepArgs& args, int64_t begin, int64_t end) {
     const Reads reads(args, row);
     const int64_t blocks = (args.inner + kStepBlock - 1) / kStepBlock;
     Block scratch[kColumns + 4];  // one per column, then x, v and two more model outputs
-    Block results[3];
+    Block next;                   // y, where the model's input is made from it
     for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / blocks, i = task % blocks * kStepBlock;
         const int64_t count = args.inner - i < kStepBlock ? args.inner - i : kStepBlock;
@@ -197,7 +213,7 @@ void scheduler_step(const SchedulerStepArgs& args, int64_t begin, int64_t end) {
                 }
             p[2] = model[0];
             if (terms != 1 || g[0] != 1.0f) {
-                combine(terms, model, g, padded, scratch[2].v);
+                combine<DType::f32>(terms, model, g, padded, scratch[2].v);
                 p[2] = scratch[2].v;
             }
         }
@@ -215,14 +231,17 @@ void scheduler_step(const SchedulerStepArgs& args, int64_t begin, int64_t end) {
             if (row[kR] != 0.0f) {
                 const float* terms[2] = {p[1], z};
                 const float factors[2] = {1.0f, row[kR]};
-                combine<2>(terms, factors, padded, scratch[1].v);
+                combine<2, DType::f32>(terms, factors, padded, scratch[1].v, 0);
                 p[1] = scratch[1].v;
             }
         }
         if (reads.x0) {
-            predict(row, p[1], p[2], args.threshold ? args.threshold + b : nullptr, padded, scratch[0].v);
-            p[0] = scratch[0].v;
-            if (args.x0.ptr) write(args.x0, args.batch, args.inner, b, i, count, p[0]);
+            const bool in_place = args.x0.ptr && args.x0.dtype == DType::f32 && padded == count;
+            float* out = in_place ? static_cast<float*>(args.x0.ptr) + b * args.inner + i : scratch[0].v;
+            if (args.x0.ptr) fetch_next<true>(args.x0.ptr, args.x0.dtype, b * args.inner + i);
+            predict(row, p[1], p[2], args.threshold ? args.threshold + b : nullptr, padded, out);
+            p[0] = out;
+            if (args.x0.ptr && !in_place) write(args.x0, args.batch, args.inner, b, i, count, out);
         }
         if (reads.column[3]) {
             p[3] = z;
@@ -245,16 +264,21 @@ void scheduler_step(const SchedulerStepArgs& args, int64_t begin, int64_t end) {
                     weight[terms] = row[kW + kColumns * k + j];
                     operand[terms++] = p[j];
                 }
-            const bool direct = targets[k]->ptr && targets[k]->dtype == DType::f32 && padded == count;
-            float* out = direct ? static_cast<float*>(targets[k]->ptr) + b * args.inner + i : results[k].v;
-            combine(terms, operand, weight, padded, out);
-            if (targets[k]->ptr && !direct) write(*targets[k], args.batch, args.inner, b, i, count, out);
-            if (model_input) {
-                const float c = row[kCin];
-                const float* y[1] = {out};
-                combine<1>(y, &c, padded, results[1].v);
-                write(args.m, args.batch, args.inner, b, i, count, results[1].v);
+            if (!model_input) {
+                const int64_t to = b * args.inner + i;
+                fetch_next<true>(targets[k]->ptr, targets[k]->dtype, to);
+                switch (targets[k]->dtype) {
+                    case DType::f32: combine<DType::f32>(terms, operand, weight, count, targets[k]->ptr, to); break;
+                    case DType::bf16: combine<DType::bf16>(terms, operand, weight, count, targets[k]->ptr, to); break;
+                    case DType::f16: combine<DType::f16>(terms, operand, weight, count, targets[k]->ptr, to); break;
+                }
+                continue;
             }
+            combine<DType::f32>(terms, operand, weight, padded, next.v);
+            if (args.y.ptr) write(args.y, args.batch, args.inner, b, i, count, next.v);
+            const float* y[1] = {next.v};
+            combine<1, DType::f32>(y, row + kCin, padded, next.v, 0);
+            write(args.m, args.batch, args.inner, b, i, count, next.v);
         }
     }
 }

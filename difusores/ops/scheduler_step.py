@@ -302,13 +302,28 @@ def scheduler_step(
         ValueError: a shape, name or count that does not fit. An operand that the row reads and was not given:
             ValueError from the reference, RuntimeError from a kernel.
     """
-    operands = (row, sample, model_outputs, slots, noise, variance, threshold, step, seeds)
-    others = (row, noise, variance, threshold, step, seeds)
-    if sample.dtype in _KERNEL_DTYPES and straight_to_cpu(sample, *model_outputs, *slots, *others):
+    if sample.dtype in _KERNEL_DTYPES and straight_to_cpu(
+        sample, *model_outputs, *slots, row, noise, variance, threshold, step, seeds
+    ):
         try:
-            return _native(operands, outputs, out, model_dtype, model_repeats)
-        except (RuntimeError, ValueError, IndexError):
+            return _native(
+                row,
+                sample,
+                model_outputs,
+                slots,
+                noise,
+                variance,
+                threshold,
+                step,
+                seeds,
+                outputs,
+                out,
+                model_dtype,
+                model_repeats,
+            )
+        except (RuntimeError, ValueError):
             pass  # the kernel refused; what follows finds another way or the words for it
+    operands = (row, sample, model_outputs, slots, noise, variance, threshold, step, seeds)
     return _general(operands, outputs, out, model_dtype, model_repeats)
 
 
@@ -329,15 +344,22 @@ _NO_SLOTS = (None,) * 5
 
 
 def _native(
-    operands: _Operands,
+    row: Tensor,
+    sample: Tensor,
+    model_outputs: Sequence[Tensor],
+    slots: Sequence[Tensor | None],
+    noise: Tensor | None,
+    variance: Tensor | None,
+    threshold: Tensor | None,
+    step: Tensor | None,
+    seeds: Tensor | None,
     outputs: Sequence[str],
     out: Sequence[Tensor] | None,
     model_dtype: torch.dtype | None,
     repeats: int,
 ) -> tuple[Tensor, ...]:
     """The kernel on operands as they are: at a small size, looking at them costs more than the step."""
-    row, sample, model_outputs, slots, noise, variance, threshold, step, seeds = operands
-    given: tuple[Tensor | None, ...] = (*model_outputs, *_NO_SLOTS[: 3 - len(model_outputs)])
+    given: tuple[Tensor | None, ...] = (*model_outputs, *_NO_SLOTS[len(model_outputs) : 3])
     e1, e2, e3 = given
     s0, s1, s2, s3, s4 = (*slots, *_NO_SLOTS[len(slots) :]) if slots else _NO_SLOTS
     if out is None:
