@@ -4,10 +4,10 @@
         [--dtype float32|bfloat16|float16] [--seconds S] [--json FILE]
 
 Every result is checked against the float64 reference before it is timed; a wrong one is not timed.
-Contestants are interleaved, figures are medians. `limit` is the greater of a copy of the tensor (`clone`:
-like the op, it makes a new tensor) and of the op's arithmetic, statistics and act, run from L1 in the same
-dtype (`_C.group_norm_silu_floor`) over all threads; `copy_us` is the copy into memory that exists already. For the step,
-`limit` is `torch.add`: two reads, one write.
+Contestants take turns in random order, figures are medians. `limit` is the greater of a copy of the tensor
+(`clone`: like the op, it makes a new tensor) and of the op's arithmetic, statistics and act, run from L1 in
+the same dtype (`_C.group_norm_silu_floor`) over all threads; `copy_us` is the copy into memory that exists
+already. For the step, `limit` is `torch.add`: two reads, one write.
 """
 
 from __future__ import annotations

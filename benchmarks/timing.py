@@ -1,4 +1,4 @@
-"""Interleaved timing: every contestant once per round, so that a drifting machine slows all of them alike."""
+"""Interleaved timing: every contestant in every round, so that a drifting machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ BLOCK = 200e-6  # seconds of calls in a row, so that the timer does not show
 def interleave(contestants: Mapping[str, Callable[[], object]], *, seconds: float = 1.0) -> dict[str, float]:
     """Median seconds per call of each contestant.
 
-    Every round calls each contestant in turn, all of them equally often: once, or as often as the slowest one
-    fits into `BLOCK`. So a machine that drifts slows all alike, and every contestant finds the caches as
-    another one left them; called twice in a row, a fast one would find its own data there and a slow one not.
+    Every round calls each contestant in random order, all of them equally often: once, or as often as the
+    slowest one fits into `BLOCK`. So a machine that drifts slows all alike, and all find the caches alike:
+    called twice in a row, a fast one would find its own data there and a slow one not.
     There are as many rounds as fit into `seconds`, at least 7.
     """
     slowest = 1e-7
