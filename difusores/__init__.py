@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from difusores.pipelines import DiffusionPipeline as DiffusionPipeline
     from difusores.schedulers import DDIMScheduler as DDIMScheduler
     from difusores.schedulers import DDPMScheduler as DDPMScheduler
+    from difusores.schedulers import EulerAncestralDiscreteScheduler as EulerAncestralDiscreteScheduler
+    from difusores.schedulers import EulerDiscreteScheduler as EulerDiscreteScheduler
+    from difusores.schedulers import HeunDiscreteScheduler as HeunDiscreteScheduler
+    from difusores.schedulers import KDPM2AncestralDiscreteScheduler as KDPM2AncestralDiscreteScheduler
+    from difusores.schedulers import KDPM2DiscreteScheduler as KDPM2DiscreteScheduler
+    from difusores.schedulers import LMSDiscreteScheduler as LMSDiscreteScheduler
     from difusores.schedulers import SchedulerMixin as SchedulerMixin
 
 # Public name -> the module that defines it. The imports above tell type checkers the same (tested).
@@ -29,6 +35,12 @@ _PUBLIC = {
     "DDPMPipeline": "difusores.pipelines",
     "DDPMScheduler": "difusores.schedulers",
     "DiffusionPipeline": "difusores.pipelines",
+    "EulerAncestralDiscreteScheduler": "difusores.schedulers",
+    "EulerDiscreteScheduler": "difusores.schedulers",
+    "HeunDiscreteScheduler": "difusores.schedulers",
+    "KDPM2AncestralDiscreteScheduler": "difusores.schedulers",
+    "KDPM2DiscreteScheduler": "difusores.schedulers",
+    "LMSDiscreteScheduler": "difusores.schedulers",
     "ModelMixin": "difusores.models",
     "SchedulerMixin": "difusores.schedulers",
     "UNet2DModel": "difusores.models",

@@ -232,3 +232,8 @@ class _Buffers:
             draw_noise(z.shape, generator, z.device, dtype, out=z)
         self.z, self.kept = z, keep
         return z
+
+
+def scaled_input(sample: Tensor, divisor: float) -> Tensor:
+    """The model's input for a sample of x0 + sigma * noise."""
+    return sample / divisor

@@ -11,9 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Array = npt.NDArray[Any]
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 SPACINGS = ("leading", "linspace", "trailing")
@@ -149,3 +154,135 @@ def custom_timesteps(timesteps: Sequence[int] | Tensor, num_train_timesteps: int
         allowed = f"0 to {num_train_timesteps - 1} (num_train_timesteps - 1)"
         raise ValueError(f"timesteps must lie within {allowed}, got {given[0]} to {given[-1]}")
     return given
+
+
+class SigmaGrid(NamedTuple):
+    """Noise levels sigma = sqrt(1 - a) / sqrt(a) of a run and the times that the model is told.
+
+    Attributes:
+        timesteps: one per step, real numbers in units of training steps.
+        sigmas: one more, the last one is where the run ends; values of float32.
+    """
+
+    timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...]
+
+
+def training_sigmas(alphas_cumprod: Tensor) -> Array:
+    """[T] sqrt((1 - a) / a) of alphas_cumprod [T] in float32, ascending."""
+    a = alphas_cumprod.float().cpu()
+    levels: Array = (((1 - a) / a) ** 0.5).numpy()
+    return levels
+
+
+def real_timesteps(spacing: str, steps: int, num_train_timesteps: int, offset: int = 0) -> list[float]:
+    """`timesteps` for models that are told real numbers: "linspace" is not rounded."""
+    if spacing == "linspace" and 1 <= steps <= num_train_timesteps:
+        grid = np.linspace(0, num_train_timesteps - 1, steps, dtype=np.float32)[::-1]
+        return [float(t) for t in grid]
+    return [float(t) for t in timesteps(spacing, steps, num_train_timesteps, offset)]
+
+
+def with_data(sigma: Tensor) -> Tensor:
+    """√(sigma² + 1), the deviation of x0 + sigma * noise where that of x0 is 1; in float32 as diffusers."""
+    return (sigma**2 + 1) ** 0.5
+
+
+def karras_sigmas(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> Array:
+    """[steps], descending (Karras et al. 2022, eq. 5)."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (high + np.linspace(0, 1, steps) * (low - high)) ** rho
+
+
+def exponential_sigmas(sigma_min: float, sigma_max: float, steps: int) -> Array:
+    """[steps], descending, evenly spaced in the logarithm."""
+    return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps))
+
+
+def beta_sigmas(
+    sigma_min: float, sigma_max: float, steps: int, alpha: float = 0.6, beta: float = 0.6
+) -> Array:
+    """[steps], descending, at quantiles of a beta distribution (Lee et al. 2024, "Beta sampling").
+
+    Raises:
+        ImportError: SciPy is missing.
+    """
+    try:
+        from scipy.stats import beta as distribution
+    except ImportError as error:
+        raise ImportError("use_beta_sigmas needs SciPy, which is not installed: pip install scipy") from error
+    quantiles = np.array([distribution.ppf(q, alpha, beta) for q in 1 - np.linspace(0, 1, steps)])
+    return sigma_min + quantiles * (sigma_max - sigma_min)
+
+
+def sigma_to_timestep(sigmas: Array | Sequence[float], table: Array) -> list[float]:
+    """Times at which a model was trained at these noise levels, interpolated in the logarithm.
+
+    Args:
+        sigmas: noise levels; those outside the table get its ends.
+        table: [T] of `training_sigmas`.
+    """
+    levels = np.log(np.maximum(np.asarray(sigmas), 1e-10))
+    logarithms = np.log(table)
+    # the last entry that is not above the level, also where a table with zero terminal SNR is not ascending
+    reached = (levels[None] >= logarithms[:, None])[::-1]
+    low = np.where(reached.any(0), len(table) - 1 - reached.argmax(0), 0).clip(max=len(table) - 2)
+    below, above = logarithms[low], logarithms[low + 1]
+    share = np.clip((below - levels) / (below - above), 0, 1)
+    return [float(t) for t in (1 - share) * low + share * (low + 1)]
+
+
+SIGMA_KINDS = ("karras", "exponential", "beta")
+
+
+def sigma_grid(
+    table: Array,
+    timesteps: Sequence[float],
+    *,
+    kind: str | None = None,
+    log_linear: bool = False,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    last: float = 0.0,
+) -> SigmaGrid:
+    """The noise levels at given training steps, or another spacing of noise levels over the same range.
+
+    Args:
+        table: [T] of `training_sigmas`.
+        timesteps: descending.
+        kind: one of SIGMA_KINDS: then the timesteps count, and their levels are the range.
+        log_linear: evenly spaced in the logarithm over the whole table, whatever the timesteps; one level
+            more than timesteps, so that the run ends at the lowest one and `last` is never met.
+        sigma_min, sigma_max: the range for `kind`.
+        last: where the run ends.
+    """
+    steps = len(timesteps)
+    levels: Array = np.interp(timesteps, np.arange(len(table)), table)
+    if log_linear:
+        ends = (np.log(table[-1]), np.log(table[0]), steps + 1)
+        levels = torch.linspace(*ends, dtype=torch.float32, device="cpu").exp().double().numpy()
+    if kind is not None:
+        low = float(levels[-1]) if sigma_min is None else sigma_min
+        high = float(levels[0]) if sigma_max is None else sigma_max
+        spacing = {"karras": karras_sigmas, "exponential": exponential_sigmas, "beta": beta_sigmas}[kind]
+        levels = spacing(low, high, steps)
+        timesteps = sigma_to_timestep(levels, table)
+    return SigmaGrid(tuple(timesteps), as_float32([*levels, last]))
+
+
+def as_float32(values: Sequence[float] | Array) -> tuple[float, ...]:
+    """The same numbers rounded to float32: what `sigmas` of a scheduler holds."""
+    return tuple(float(v) for v in np.asarray(values, dtype=np.float32))
+
+
+def middle_sigmas(sigmas: Sequence[float], *, ancestral: bool) -> list[float]:
+    """Geometric means of each level and the next one above 0, for all steps but the last.
+
+    Args:
+        sigmas: descending, one more than there are steps.
+        ancestral: the next level is the lower one that ancestral noise leaves room for, after² / here: the
+            mean of that and `here` is `after`. (In float32, from the noise's variance, it can be NaN.)
+    """
+    if ancestral:
+        return list(sigmas[1:-1])
+    return [math.sqrt(here * after) for here, after in pairwise(sigmas[:-1])]

@@ -5,5 +5,24 @@ from __future__ import annotations
 from difusores.schedulers.base import SchedulerMixin, SchedulerOutput
 from difusores.schedulers.ddim import DDIMScheduler
 from difusores.schedulers.ddpm import DDPMScheduler
+from difusores.schedulers.sigma import (
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LMSDiscreteScheduler,
+)
 
-__all__ = ["DDIMScheduler", "DDPMScheduler", "SchedulerMixin", "SchedulerOutput"]
+__all__ = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "SchedulerMixin",
+    "SchedulerOutput",
+]

@@ -14,9 +14,9 @@ from torch import Tensor
 from difusores import schedules, solvers
 from difusores.configuration import ConfigMixin
 from difusores.ops import scheduler_step
-from difusores.ops.scheduler_step import MODE
+from difusores.ops.scheduler_step import MODE, PX
 from difusores.outputs import BaseOutput
-from difusores.plan import Plan, Stage, Threshold
+from difusores.plan import Noise, Plan, Stage, Threshold
 from difusores.sampling import Generators, draw_noise, dynamic_threshold, split_output
 
 Self = TypeVar("Self", bound="SchedulerMixin")
@@ -90,13 +90,32 @@ class SchedulerMixin(ConfigMixin):
         return f"{type(self).__name__} {self.to_json_string()}"
 
 
-class _Cached(NamedTuple):
-    """A stage as `step` needs it. row: [40] float64 on the CPU."""
+@dataclass
+class PredictedSchedulerOutput(SchedulerOutput):
+    """What `step` of most classes returns.
+
+    Attributes:
+        prev_sample: the next sample, like `sample`.
+        pred_original_sample: x0 as predicted at this step, clipped or thresholded, like `sample`.
+    """
+
+    pred_original_sample: Tensor | None = None
+
+
+class CachedStage(NamedTuple):
+    """A stage as `step` needs it.
+
+    row: [40] float64 on the CPU. outputs: of the op. slots: positions in (*results, sample, noise, *slots)
+    of what the slots hold afterwards. predicts_x0: x0 is the model's output itself.
+    """
 
     row: Tensor
-    draws: bool
+    noise: Noise | None
     learned: bool
     threshold: Threshold | None
+    outputs: tuple[str, ...]
+    slots: tuple[int, ...]
+    predicts_x0: bool
 
 
 class _Grid(NamedTuple):
@@ -114,8 +133,8 @@ class _Grid(NamedTuple):
     table_version: int
 
 
-class DiscreteScheduler(SchedulerMixin):
-    """Base of the schedulers whose model is told a training step, with betas as the noise schedule.
+class TableScheduler(SchedulerMixin):
+    """Base of the schedulers with betas as the noise schedule: tables, and rows kept between calls.
 
     Rows are built when first needed and kept until an attribute without leading underscore, or the
     configuration, is assigned, or timesteps or alphas_cumprod are changed in place.
@@ -131,14 +150,10 @@ class DiscreteScheduler(SchedulerMixin):
 
     _compatibles: ClassVar[list[str]] = COMPATIBLES
     order: ClassVar[int] = 1
-    init_noise_sigma: float
     timesteps: Tensor
     num_inference_steps: int | None
     alphas_cumprod: Tensor
-    _grid: _Grid | None
-    _rows: dict[Any, _Cached]
-    _numbers: list[float] | None
-    _tables: dict[torch.device, Tensor]
+    _rows: dict[Any, Any]
 
     def _initialize(self) -> None:
         """Tables and state from the configuration."""
@@ -149,12 +164,11 @@ class DiscreteScheduler(SchedulerMixin):
             config["beta_start"],
             config["beta_end"],
             config["trained_betas"],
-            config["rescale_betas_zero_snr"],
+            config.get("rescale_betas_zero_snr", False),
         )
         self.betas = table.float()
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = schedules.alphas_cumprod(table).float()
-        self.init_noise_sigma = 1.0
         self.num_inference_steps = None
         self.timesteps = torch.arange(config["num_train_timesteps"] - 1, -1, -1, device="cpu")
 
@@ -169,15 +183,47 @@ class DiscreteScheduler(SchedulerMixin):
         if not name.startswith("_") or name == "_internal_dict":
             self._forget()
 
+    def _empty(self) -> dict[str, Any]:
+        """What is kept between calls, as it is when nothing is kept."""
+        return {"_rows": {}}
+
     def _forget(self) -> None:
-        self.__dict__.update(_grid=None, _rows={}, _numbers=None, _tables={})
+        self.__dict__.update(self._empty())
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy's timesteps lie elsewhere in memory
-        return {**self.__dict__, "_grid": None, "_rows": {}, "_numbers": None, "_tables": {}}
+        return {**self.__dict__, **self._empty()}
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
+
+    def _prediction(self) -> solvers.Prediction:
+        config = self.config
+        threshold = None
+        if config["thresholding"]:
+            threshold = Threshold(config["dynamic_thresholding_ratio"], config["sample_max_value"])
+        clip = config["clip_sample_range"] if config["clip_sample"] else None
+        return solvers.Prediction(config["prediction_type"], clip, threshold)
+
+    def _plan(self, stages: Sequence[Stage]) -> Plan:
+        name = type(self).__name__.removesuffix("Scheduler")
+        return Plan(name, tuple(stages), self.config["prediction_type"], tuple(self.betas.tolist()))
+
+
+class DiscreteScheduler(TableScheduler):
+    """Base of the schedulers whose model is told a training step, and whose step depends on that alone."""
+
+    init_noise_sigma: float
+    _grid: _Grid | None
+    _numbers: list[float] | None
+    _tables: dict[torch.device, Tensor]
+
+    def _initialize(self) -> None:
+        super()._initialize()
+        self.init_noise_sigma = 1.0
+
+    def _empty(self) -> dict[str, Any]:
+        return {"_rows": {}, "_grid": None, "_numbers": None, "_tables": {}}
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """The model's input: the sample itself."""
@@ -212,18 +258,6 @@ class DiscreteScheduler(SchedulerMixin):
         if numbers is None:
             numbers = self._numbers = self.alphas_cumprod.tolist()
         return numbers
-
-    def _prediction(self) -> solvers.Prediction:
-        config = self.config
-        threshold = None
-        if config["thresholding"]:
-            threshold = Threshold(config["dynamic_thresholding_ratio"], config["sample_max_value"])
-        clip = config["clip_sample_range"] if config["clip_sample"] else None
-        return solvers.Prediction(config["prediction_type"], clip, threshold)
-
-    def _plan(self, stages: Sequence[Stage]) -> Plan:
-        name = type(self).__name__.removesuffix("Scheduler")
-        return Plan(name, tuple(stages), self.config["prediction_type"], tuple(self.betas.tolist()))
 
     def _number(self, timestep: Any) -> int:
         """A timestep as a number; an element of `timesteps` is known by its address and not read."""
@@ -262,9 +296,8 @@ class DiscreteScheduler(SchedulerMixin):
         self._grid = grid = _Grid(t, t._version, t.data_ptr(), width, values, table, table._version)
         return grid
 
-    def _cache(self, key: Any, stage: Stage) -> _Cached:
-        row = torch.tensor(stage.row, dtype=torch.float64, device="cpu")
-        cached = _Cached(row, stage.noise is not None, stage.row[MODE] != 0, stage.threshold)
+    def _cache(self, key: Any, stage: Stage) -> CachedStage:
+        cached = cached_stage(stage, ("y", "x0"))
         if len(self._rows) >= MOST_ROWS:  # eta may be another number at each call
             self._rows = {}
         self._rows[key] = cached
@@ -272,32 +305,77 @@ class DiscreteScheduler(SchedulerMixin):
 
     def _advance(
         self,
-        cached: _Cached,
+        cached: CachedStage,
         model_output: Tensor,
         sample: Tensor,
         generator: Generators,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """(next sample, predicted original sample)."""
-        row, draws, learned, threshold = cached
-        variance = None
-        if learned:
-            shape = torch.Size((len(model_output), *sample.shape[1:]))
-            (model_output,), variance = split_output(model_output, shape, learned)
-        if model_output.dtype is not sample.dtype:
-            sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
-        if draws and noise is None:
-            noise = draw_noise(model_output.shape, generator, model_output.device, model_output.dtype)
-        if model_output.shape != sample.shape or (noise is not None and noise.shape != sample.shape):
-            sample, model_output, noise, variance = _broadcast(sample, model_output, noise, variance)
-        if threshold is None:
-            return scheduler_step(
-                row, sample, (model_output,), noise=noise, variance=variance, outputs=("y", "x0")
-            )
-        operands: dict[str, Any] = {"noise": noise, "variance": variance}
-        (x0,) = scheduler_step(row, sample, (model_output,), outputs=("x0",), **operands)
-        s = dynamic_threshold(x0, *threshold)
-        return scheduler_step(row, sample, (model_output,), outputs=("y", "x0"), threshold=s, **operands)
+        return advance(cached, model_output, sample, generator, noise)[0]
+
+
+def cached_stage(stage: Stage, returned: tuple[str, ...]) -> CachedStage:
+    outputs = (
+        *returned,
+        *(name for name in ("d", "u", "x0") if name in stage.slots and name not in returned),
+    )
+    places = {**{name: i for i, name in enumerate(outputs)}, "x": len(outputs), "z": len(outputs) + 1}
+    places |= {f"s{k}": len(outputs) + 2 + k for k in range(5)}
+    row = torch.tensor(stage.row, dtype=torch.float64, device="cpu")
+    learned = stage.row[MODE] != 0
+    return CachedStage(
+        row,
+        stage.noise,
+        learned,
+        stage.threshold,
+        outputs,
+        tuple(places[name] for name in stage.slots),
+        stage.row[PX] == 0,
+    )
+
+
+def advance(
+    cached: CachedStage,
+    model_output: Tensor,
+    sample: Tensor,
+    generator: Generators,
+    noise: Tensor | None = None,
+    slots: tuple[Tensor, ...] = (),
+    upcast: bool = False,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Carry out a stage: (the op's outputs, what the slots hold afterwards).
+
+    upcast: y in the model output's dtype and everything else in float32 at least, as the classes of diffusers
+        do that compute in float32 and cast back.
+    """
+    row, draw, learned, threshold, outputs, places, predicts_x0 = cached
+    variance = None
+    if learned:
+        shape = torch.Size((len(model_output), *sample.shape[1:]))
+        (model_output,), variance = split_output(model_output, shape, learned)
+    if model_output.dtype is not sample.dtype and not upcast:
+        sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
+    if draw is not None and noise is None:
+        dtype = getattr(torch, draw.dtype) if draw.dtype else model_output.dtype
+        for _ in range(draw.draws):
+            noise = draw_noise(model_output.shape, generator, model_output.device, dtype)
+    if model_output.shape != sample.shape or (noise is not None and noise.shape != sample.shape):
+        sample, model_output, noise, variance = _broadcast(sample, model_output, noise, variance)
+    operands: dict[str, Any] = {"noise": noise, "variance": variance}
+    if threshold is not None:
+        (x0,) = scheduler_step(row, sample, (model_output,), slots, outputs=("x0",), **operands)
+        operands["threshold"] = dynamic_threshold(x0, *threshold)
+    if upcast and (sample.dtype is not torch.float32 or model_output.dtype is not torch.float32):
+        wide = torch.promote_types(torch.float32, model_output.dtype)
+        narrow = ("y", "x0") if predicts_x0 else ("y",)
+        dtypes = [model_output.dtype if name in narrow else wide for name in outputs]
+        operands["out"] = [torch.empty_like(sample, dtype=dtype) for dtype in dtypes]
+    results = scheduler_step(row, sample, (model_output,), slots, outputs=outputs, **operands)
+    if not places:
+        return results, ()
+    held = (*results, sample, noise, *slots)
+    return results, tuple([held[place] for place in places])  # type: ignore[misc]
 
 
 def _broadcast(sample: Tensor, *others: Tensor | None) -> Any:

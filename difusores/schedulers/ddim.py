@@ -155,9 +155,9 @@ class DDIMScheduler(DiscreteScheduler):
                 raise ValueError("num_inference_steps is None: call set_timesteps before step")
             previous = t - len(self) // self.num_inference_steps
             cached = self._cache(key, next(self._stages([(t, previous)], eta, use_clipped_model_output)))
-        if cached.draws and variance_noise is not None and generator is not None:
+        if cached.noise is not None and variance_noise is not None and generator is not None:
             raise ValueError("generator and variance_noise cannot both be given")
         result = self._advance(
-            cached, model_output, sample, generator, variance_noise if cached.draws else None
+            cached, model_output, sample, generator, variance_noise if cached.noise is not None else None
         )
         return DDIMSchedulerOutput(*result) if return_dict else result

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairs import all_pairs
 from torch import Tensor
 
 import difusores
@@ -62,26 +63,6 @@ COMMON: dict[str, list[Any]] = {
     "layout": ["contiguous", "strided", "transposed"],
 }
 NOT_OPTIONS = {"self", "model_output", "timestep", "sample", "return_dict"}
-
-
-def all_pairs(factors: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """Few combinations that hold every pair of values of every two factors (greedy)."""
-    names = list(factors)
-    values = {(name, k) for name in names for k in range(len(factors[name]))}
-    open_pairs = {frozenset(pair) for pair in combinations(values, 2) if len({name for name, _ in pair}) == 2}
-    found = []
-    while open_pairs:
-        chosen = sorted(min(open_pairs, key=sorted))
-        for name in names:
-            if name not in dict(chosen):
-                gain = [
-                    sum(frozenset([(name, k), c]) in open_pairs for c in chosen)
-                    for k in range(len(factors[name]))
-                ]
-                chosen.append((name, gain.index(max(gain))))
-        open_pairs -= {frozenset(pair) for pair in combinations(chosen, 2)}
-        found.append({name: factors[name][k] for name, k in chosen})
-    return found
 
 
 def factors(name: str) -> dict[str, list[Any]]:

@@ -1,24 +1,16 @@
-"""Samplers as rows of coefficients.
+"""Samplers that step from one training step to another: DDPM and DDIM.
 
-A sampler is a function that yields one `Stage` per model call, in float64, from schedule and options alone.
-Notation: x = alpha * x0 + sigma * noise with alpha² = alphas_cumprod and alpha² + sigma² = 1; e is the
-    model's output, v its second half where the variance is learned.
+Notation: x = alpha * x0 + sigma * noise with alpha² = alphas_cumprod and alpha² + sigma² = 1.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from difusores.plan import Noise, Stage, make_row
+from difusores.solvers.common import Prediction
 
-from difusores.plan import Noise, Plan, Stage, Threshold, make_row
-
-__all__ = ["Noise", "Plan", "Prediction", "Stage", "Threshold", "ddim", "ddpm", "forward_process"]
-
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 VARIANCE_TYPES = (
     "fixed_small",
     "fixed_small_log",
@@ -27,58 +19,6 @@ VARIANCE_TYPES = (
     "learned",
     "learned_range",
 )
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model predicts and how the x0 that follows is limited.
-
-    Attributes:
-        kind: "epsilon" (the noise), "sample" (x0) or "v_prediction" (Salimans & Ho 2022, appendix D).
-        clip: x0 is clamped to [-clip, clip]; None leaves it.
-        threshold: dynamic thresholding, in place of the clamp.
-    """
-
-    kind: str = "epsilon"
-    clip: float | None = None
-    threshold: Threshold | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in PREDICTION_TYPES:
-            raise ValueError(
-                f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {self.kind!r}"
-            )
-
-    @property
-    def limits(self) -> tuple[float, float]:
-        """lo and hi of a row."""
-        limit = math.inf if self.clip is None or self.threshold is not None else self.clip
-        return -limit, limit
-
-    def x0(self, alpha: float, sigma: float) -> tuple[float, float]:
-        """(p_x, p_e): the unlimited x0 = p_x * x + p_e * e.
-
-        Raises:
-            ValueError: alpha = 0 and the model predicts noise, which then says nothing about x0.
-        """
-        if self.kind == "sample":
-            return 0.0, 1.0
-        if self.kind == "v_prediction":
-            return alpha, -sigma
-        if alpha == 0:
-            raise ValueError(
-                "at a zero signal-to-noise ratio (rescale_betas_zero_snr, last step) predicted noise "
-                "does not tell x0: use 'v_prediction' or 'sample', or timestep_spacing 'leading'"
-            )
-        return 1 / alpha, -sigma / alpha
-
-    def epsilon(self, alpha: float, sigma: float) -> dict[str, float]:
-        """Weights of the noise that goes with the unlimited x0."""
-        if self.kind == "epsilon":
-            return {"e": 1.0}
-        if self.kind == "v_prediction":
-            return {"e": alpha, "xh": sigma}
-        return {"xh": 1 / sigma, "e": -alpha / sigma}
 
 
 def ddpm(
@@ -180,22 +120,3 @@ def ddpm_variances(a: float, a_before: float) -> tuple[float, float]:
 def ddim_variance(a: float, a_before: float) -> float:
     """The variance of eq. 16 at eta = 1, from alphas_cumprod at a timestep and at the one before it."""
     return (1 - a_before) / (1 - a) * (1 - a / a_before)
-
-
-def forward_process(
-    alphas_cumprod: Tensor, samples: Tensor, noise: Tensor, timesteps: Tensor, *, velocity: bool = False
-) -> Tensor:
-    """The training side: alpha * samples + sigma * noise, or the velocity alpha * noise - sigma * samples.
-
-    Args:
-        alphas_cumprod: [T] float64, on samples' device.
-        samples, noise: [B, ...], any floating dtype; fp16 and bf16 are computed in fp32.
-        timesteps: [B], [1] or 0-dim integers.
-    """
-    dtype = torch.promote_types(samples.dtype, noise.dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    a = alphas_cumprod[timesteps.to(alphas_cumprod.device)].reshape(-1, *([1] * (samples.ndim - 1)))
-    alpha, sigma = a.sqrt().to(wide), (1 - a).sqrt().to(wide)
-    samples, noise = samples.to(wide), noise.to(wide)
-    mixed = alpha * noise - sigma * samples if velocity else alpha * samples + sigma * noise
-    return mixed.to(dtype)

@@ -1,0 +1,122 @@
+"""What the schedulers share whose step depends on its place in the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from difusores.plan import Stage
+from difusores.sampling import Generators
+from difusores.schedulers.base import CachedStage, TableScheduler, advance, cached_stage
+from difusores.schedules import SigmaGrid
+
+MOST_RUNS = 64
+"""Runs (a beginning, options of step) whose rows a scheduler keeps."""
+
+
+class _Run:
+    """Where a sampling run is: what `step` needs and changes."""
+
+    __slots__ = ("begin", "index", "slots")
+
+    def __init__(self) -> None:
+        self.index: int | None = None
+        self.begin = 0
+        self.slots: tuple[Tensor, ...] = ()
+
+
+class IndexedScheduler(TableScheduler):
+    """Base of the schedulers whose step depends on its place in the run.
+
+    A run is a list of stages, one for each element of `timesteps` from where it begins; `step` carries out
+    the next one. A subclass gives `_stages`, and `_grid`, which `set_timesteps` and `plan` share.
+
+    Attributes:
+        sigmas: float32 on the CPU, the noise level of every timestep, and the one at which the run ends.
+    """
+
+    sigmas: Tensor
+    returned: ClassVar[tuple[str, ...]] = ("y", "x0")
+    """The op's outputs that `step` returns."""
+    upcast: ClassVar[bool] = False
+    """Whether a step is computed in float32 and cast back to the model output's dtype."""
+    continuous: ClassVar[bool] = True
+    _run: _Run
+    _begin_index: int | None
+
+    def _stages(self, grid: SigmaGrid, begin: int, **options: Any) -> Iterable[Stage]:
+        """The stages from `begin`, an index into `grid.timesteps`, on."""
+        raise NotImplementedError
+
+    def _restart(self) -> None:
+        self.__dict__.update(_run=_Run(), _begin_index=None)
+
+    @property
+    def step_index(self) -> int | None:
+        """The index of the next step; None before the first one."""
+        return self._run.index
+
+    @property
+    def begin_index(self) -> int | None:
+        """The index of the first step, if `set_begin_index` gave it."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Say at which element of `timesteps` the run begins; else the first timestep that is met says it."""
+        self.__dict__["_begin_index"] = begin_index
+
+    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+        """Where a timestep is in `timesteps`; of two equal ones the second, which begins a whole step.
+
+        Raises:
+            IndexError: nowhere.
+        """
+        values = (self.timesteps if schedule_timesteps is None else schedule_timesteps).tolist()
+        wanted = float(timestep)
+        places = [i for i, value in enumerate(values) if value == wanted]
+        if not places:
+            raise IndexError(f"timestep {wanted} is not one of timesteps, {values[0]} to {values[-1]}")
+        return places[min(1, len(places) - 1)]
+
+    def _start(self, timestep: float | Tensor) -> int:
+        index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+        self._run.index = self._run.begin = index
+        return index
+
+    def _take(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        **options: Any,
+    ) -> tuple[Tensor, ...]:
+        """Carry out the next stage: the outputs named by `returned`, and those that the slots hold."""
+        run = self._run
+        index = self._start(timestep) if run.index is None else run.index
+        key = (run.begin, *options.values(), self.sigmas._version, self.timesteps._version)
+        stages: list[CachedStage] | None = self._rows.get(key)
+        if stages is None:
+            if len(self._rows) >= MOST_RUNS:
+                self._rows = {}
+            grid = SigmaGrid(tuple(self.timesteps.tolist()), tuple(self.sigmas.tolist()))
+            made = self._stages(grid, run.begin, **options)
+            stages = self._rows[key] = [cached_stage(stage, self.returned) for stage in made]
+        if index - run.begin >= len(stages):
+            raise IndexError(f"the run is over: it has {len(self.timesteps)} timesteps; call set_timesteps")
+        cached = stages[index - run.begin]
+        results, run.slots = advance(
+            cached, model_output, sample, generator, slots=run.slots, upcast=self.upcast
+        )
+        run.index = index + 1
+        return results[: len(self.returned)]
+
+
+def refuse_integers(scheduler: object, timestep: Any) -> None:
+    if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
+        raise ValueError(
+            f"{type(scheduler).__name__}.step takes an element of `timesteps`, which are real numbers; "
+            f"got the integer {timestep!r} (an index from `enumerate(timesteps)`?)"
+        )

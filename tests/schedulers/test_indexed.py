@@ -1,0 +1,267 @@
+"""Schedulers whose step depends on its place in the run: every option crossed pairwise, against diffusers.
+
+The oracle is diffusers itself, lifted to float64: the same code on float64 samples, with its noise levels
+(which are float32) as float64. Both libraries get the same samples, model outputs and generators at each step.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from pairs import all_pairs
+from torch import Tensor
+
+import difusores
+
+diffusers = pytest.importorskip("diffusers")
+
+TRAINED = torch.linspace(0.001, 0.05, 1000).tolist()
+SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
+# Values for every option of a constructor. A scheduler with an option that is not listed here fails.
+OPTIONS: dict[str, list[Any]] = {
+    "num_train_timesteps": [1000, 997],
+    "beta_start": [0.0001, 0.00085],
+    "beta_end": [0.02, 0.012],
+    "beta_schedule": SCHEDULES,
+    "trained_betas": [None, TRAINED],
+    "prediction_type": ["epsilon", "v_prediction", "sample"],
+    "interpolation_type": ["linear", "log_linear"],
+    "sigma_min": [None, 0.05],
+    "sigma_max": [None, 60.0],
+    "timestep_spacing": ["linspace", "leading", "trailing"],
+    "timestep_type": ["discrete", "continuous"],
+    "steps_offset": [0, 1],
+    "rescale_betas_zero_snr": [False, True],
+    "final_sigmas_type": ["zero", "sigma_min"],
+    "clip_sample": [False, True],
+    "clip_sample_range": [1.0, 0.5],
+    "grid": [None, "karras", "exponential", "beta"],
+}
+STEP_OPTIONS: dict[str, list[Any]] = {
+    "s_churn": [0.0, 3.0, 1000.0],
+    "s_tmin": [0.0, 0.5],
+    "s_tmax": [math.inf, 5.0],
+    "s_noise": [1.0, 1.01],
+    "generator": ["one", "list", "global"],
+    "order": [4, 1, 2, 3],
+}
+COMMON: dict[str, list[Any]] = {
+    "steps": [10, 1, 2, 3, 5, 25],
+    "begin": [0, 0.5],
+    "dtype": [torch.float32, torch.float64, torch.float16, torch.bfloat16],
+    "shape": [(3, 4), (2, 3, 5), (2, 3, 4, 5), (1, 2, 3, 4, 5)],
+}
+NOT_OPTIONS = {"self", "model_output", "timestep", "sample", "return_dict"}
+GRIDS = {
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+    "use_flow_sigmas",
+}
+# What diffusers does not implement.
+WITHOUT_SAMPLE = {
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+}
+MODULES = {
+    "EulerDiscreteScheduler": "euler_discrete",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral_discrete",
+    "HeunDiscreteScheduler": "heun_discrete",
+    "LMSDiscreteScheduler": "lms_discrete",
+    "KDPM2DiscreteScheduler": "k_dpm_2_discrete",
+    "KDPM2AncestralDiscreteScheduler": "k_dpm_2_ancestral_discrete",
+}
+
+
+def factors(name: str) -> dict[str, list[Any]]:
+    cls = getattr(difusores, name)
+    options = [key for key in inspect.signature(cls.__init__).parameters if key != "self"]
+    grids = GRIDS.intersection(options)
+    chosen = {key: OPTIONS[key] for key in options if key not in GRIDS}
+    if grids:
+        chosen["grid"] = [kind for kind in OPTIONS["grid"] if kind is None or f"use_{kind}_sigmas" in grids]
+    if name in WITHOUT_SAMPLE:
+        chosen["prediction_type"] = ["epsilon", "v_prediction"]
+    step = [key for key in inspect.signature(cls.step).parameters if key not in NOT_OPTIONS]
+    return chosen | {key: STEP_OPTIONS[key] for key in step} | COMMON
+
+
+COMBINATIONS = [(name, i, option) for name in MODULES for i, option in enumerate(all_pairs(factors(name)))]
+
+
+class _Lifted:
+    """torch, but float32 is float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@contextmanager
+def lifted(name: str) -> Iterator[None]:
+    module = importlib.import_module(f"diffusers.schedulers.scheduling_{MODULES[name]}")
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(module, "torch", _Lifted()))
+        yield
+
+
+def constructed(package: Any, name: str, option: dict[str, Any]) -> Any:
+    known = inspect.signature(getattr(difusores, name).__init__).parameters
+    arguments = {key: value for key, value in option.items() if key in known}
+    if option.get("trained_betas") is not None:
+        arguments["num_train_timesteps"] = 1000
+    if option.get("grid"):
+        arguments[f"use_{option['grid']}_sigmas"] = True
+    return getattr(package, name)(**arguments)
+
+
+def generator_of(option: dict[str, Any], batch: int, seed: int) -> Any:
+    kind = option.get("generator")
+    torch.manual_seed(seed)
+    if kind == "one":
+        return torch.Generator().manual_seed(seed)
+    if kind == "list":
+        return [torch.Generator().manual_seed(seed + k) for k in range(batch)]
+    return None
+
+
+def begin_of(scheduler: Any, option: dict[str, Any]) -> int:
+    steps = option["steps"]
+    return int(steps * option["begin"]) * scheduler.order if option["begin"] else 0
+
+
+def step(scheduler: Any, option: dict[str, Any], e: Tensor, t: Tensor, x: Tensor, seed: int) -> Any:
+    known = inspect.signature(scheduler.step).parameters
+    arguments = {key: option[key] for key in STEP_OPTIONS if key in known and key != "generator"}
+    if "generator" in known:
+        arguments["generator"] = generator_of(option, len(x), seed)
+    return scheduler.step(e, t, x, **arguments, return_dict=False)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_combinations_hold_every_pair(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    count = sum(owner == name for owner, _, _ in COMBINATIONS)
+    table = factors(name)
+    with capsys.disabled():
+        total = math.prod(len(values) for values in table.values())
+        print(f"\n{name}: {count} combinations hold every pair of {len(table)} options (of {total:.1e})")
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "option"), COMBINATIONS, ids=[f"{n}-{i}" for n, i, _ in COMBINATIONS]
+)
+def test_agrees_with_diffusers(name: str, index: int, option: dict[str, Any]) -> None:
+    if option.get("timestep_type") == "continuous" and option.get("rescale_betas_zero_snr"):
+        option = {**option, "timestep_type": "discrete"}
+    ours, theirs = (constructed(package, name, option) for package in (difusores, diffusers))
+    ours.set_timesteps(option["steps"])
+    theirs.set_timesteps(option["steps"])
+    # the ancestral midpoints of diffusers lose digits, up to NaN
+    known = slice(None, None, 2 if name == "KDPM2AncestralDiscreteScheduler" else 1)
+    torch.testing.assert_close(
+        ours.timesteps[known].double(), theirs.timesteps[known].double(), rtol=1e-6, atol=1e-4
+    )
+    assert ours.timesteps.isfinite().all() and ours.timesteps.dtype is torch.float32
+    torch.testing.assert_close(ours.sigmas, theirs.sigmas, rtol=2e-7, atol=0)
+    assert torch.equal(torch.as_tensor(ours.init_noise_sigma), torch.as_tensor(theirs.init_noise_sigma))
+    ours.sigmas = theirs.sigmas.clone()  # the last bit of a level is not what is compared here
+    if theirs.sigmas.max() > 5000 and option["dtype"] is torch.float16:
+        option = {**option, "dtype": torch.bfloat16}  # which has room for such samples
+    oracle = copy.deepcopy(theirs)
+    lift_tables(oracle)
+    dtype, shape = option["dtype"], option["shape"]
+    values = torch.Generator().manual_seed(index)
+    begin = begin_of(ours, option)
+    times = zip(ours.timesteps[begin:], theirs.timesteps[begin:], strict=True)
+    if index % 2 or len(set(ours.timesteps.tolist())) * ours.order < len(ours.timesteps):
+        for scheduler in (ours, theirs, oracle):
+            scheduler.set_begin_index(begin)
+    for i, (t, their_t) in enumerate(times):
+        level = float(theirs.sigmas[begin + i])
+        x = (torch.randn(shape, generator=values) * math.sqrt(level**2 + 1)).to(dtype)
+        e = torch.randn(shape, generator=values).to(dtype)
+        scaled, expected = ours.scale_model_input(x, t), theirs.scale_model_input(x, their_t)
+        assert scaled.dtype == expected.dtype
+        torch.testing.assert_close(scaled, oracle.scale_model_input(x.double(), their_t).to(dtype))
+        # the noise is drawn in the model output's dtype
+        with mock.patch("difusores.schedulers.base.draw_noise", drawn(dtype)):
+            mine = step(ours, option, e, t, x, i)
+        with their_noise(name, dtype):
+            their = step(theirs, option, e, their_t, x, i)
+        with lifted(name), their_noise(name, dtype):
+            exact = step(oracle, option, e.double(), their_t, x.double(), i)
+        assert len(mine) == len(their)
+        for one, other, right in zip(mine, their, exact, strict=True):
+            assert one.dtype == other.dtype or dtype is torch.float64, (one.dtype, other.dtype)
+            error, their_error = ((t.double() - right).abs().max().item() for t in (one, other))
+            # the project's tolerance rule, and no less than 1e-5
+            largest = right.abs().max().item()
+            their_error = 0.0 if math.isnan(their_error) else their_error
+            allowed = max(1e-5, 2 * their_error + 4 * torch.finfo(dtype).eps * largest)
+            if dtype is torch.float64:
+                allowed = 1e-9 * max(1.0, largest)
+            assert error <= allowed, (i, error, allowed)
+    assert ours.step_index == theirs.step_index
+
+
+def lift_tables(oracle: Any) -> None:
+    """The noise levels as float64, and what follows from them computed again."""
+    sigmas = oracle.sigmas = oracle.sigmas.double()
+    if not hasattr(oracle, "sigmas_interpol"):
+        return
+    single = torch.cat([sigmas[:1], sigmas[1::2]])[: len(oracle.timesteps) // 2 + 2]
+    if hasattr(oracle, "sigmas_up"):
+        after = torch.cat([single[1:], single.new_zeros(1)])
+        up = (after**2 * (single**2 - after**2) / single**2) ** 0.5
+        down = after**2 / single  # (after² - up²)^½, which cancels
+        up[-1], down[-1] = 0.0, 0.0
+        middle = (single.log().lerp(down.log(), 0.5)).exp()
+        middle[-2:] = 0.0
+        tables = {"sigmas_interpol": middle, "sigmas_up": up, "sigmas_down": down}
+    else:
+        tables = {"sigmas_interpol": single.log().lerp(single.roll(1).log(), 0.5).exp()}
+    for key, table in tables.items():
+        setattr(oracle, key, torch.cat([table[:1], table[1:].repeat_interleave(2), table[-1:]]))
+
+
+def drawn(dtype: torch.dtype) -> Any:
+    def draw(shape: Any, generator: Any, device: Any, _: Any, out: Any = None) -> Tensor:
+        return NOISE.randn(shape, generator, dtype)
+
+    return draw
+
+
+def randn(shape: Any, generator: Any, dtype: torch.dtype) -> Tensor:
+    if isinstance(generator, list):
+        return torch.cat([torch.randn((1, *shape[1:]), generator=g, dtype=dtype) for g in generator])
+    return torch.randn(tuple(shape), generator=generator, dtype=dtype)
+
+
+NOISE = SimpleNamespace(randn=randn)
+
+
+@contextmanager
+def their_noise(name: str, dtype: torch.dtype) -> Iterator[None]:
+    module = importlib.import_module(f"diffusers.schedulers.scheduling_{MODULES[name]}")
+    if not hasattr(module, "randn_tensor"):
+        yield
+        return
+
+    def draw(shape: Any, generator: Any = None, device: Any = None, dtype_: Any = None, **_: Any) -> Tensor:
+        return NOISE.randn(shape, generator, dtype)
+
+    with mock.patch.object(module, "randn_tensor", lambda shape, generator=None, **_: draw(shape, generator)):
+        yield
