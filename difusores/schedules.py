@@ -191,7 +191,8 @@ def with_data(sigma: Tensor) -> Tensor:
 def karras_sigmas(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> Array:
     """[steps], descending (Karras et al. 2022, eq. 5)."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return (high + np.linspace(0, 1, steps) * (low - high)) ** rho
+    levels: Array = (high + np.linspace(0, 1, steps) * (low - high)) ** rho
+    return levels
 
 
 def exponential_sigmas(sigma_min: float, sigma_max: float, steps: int) -> Array:

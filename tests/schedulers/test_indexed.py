@@ -1,7 +1,7 @@
 """Schedulers whose step depends on its place in the run: every option crossed pairwise, against diffusers.
 
 The oracle is diffusers itself, lifted to float64: the same code on float64 samples, with its noise levels
-(which are float32) as float64. Both libraries get the same samples, model outputs and generators at each step.
+(which are float32) as float64. Both libraries get the same samples, outputs and generators at each step.
 """
 
 from __future__ import annotations
