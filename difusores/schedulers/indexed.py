@@ -73,12 +73,30 @@ class IndexedScheduler(TableScheduler):
         Raises:
             IndexError: nowhere.
         """
-        values = (self.timesteps if schedule_timesteps is None else schedule_timesteps).tolist()
-        wanted = float(timestep)
+        values = self._times() if schedule_timesteps is None else schedule_timesteps.tolist()
+        wanted = self._value(timestep)
         places = [i for i, value in enumerate(values) if value == wanted]
         if not places:
             raise IndexError(f"timestep {wanted} is not one of timesteps, {values[0]} to {values[-1]}")
         return places[min(1, len(places) - 1)]
+
+    def _times(self) -> list[float]:
+        """`timesteps` as numbers, read from the device only where a caller put another tensor there."""
+        t = self.timesteps
+        tensor, version, values = self.__dict__.get("_host", (None, 0, []))
+        if tensor is not t or version != t._version:
+            values = t.tolist()
+            self.__dict__["_host"] = (t, t._version, values)
+        return values  # type: ignore[no-any-return]
+
+    def _value(self, timestep: float | Tensor) -> float:
+        """A timestep as a number; an element of `timesteps` is known by its address and not read."""
+        if isinstance(timestep, Tensor):
+            t = self.timesteps
+            place, odd = divmod(timestep.data_ptr() - t.data_ptr(), max(t.stride(0), 1) * t.element_size())
+            if odd == 0 and 0 <= place < len(t) and timestep.device == t.device and timestep.ndim == 0:
+                return self._times()[place]
+        return float(timestep)
 
     def _start(self, timestep: float | Tensor) -> int:
         index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
@@ -101,7 +119,7 @@ class IndexedScheduler(TableScheduler):
         if stages is None:
             if len(self._rows) >= MOST_RUNS:
                 self._rows = {}
-            grid = SigmaGrid(tuple(self.timesteps.tolist()), tuple(self.sigmas.tolist()))
+            grid = SigmaGrid(tuple(self._times()), tuple(self.sigmas.tolist()))
             made = self._stages(grid, run.begin, **options)
             stages = self._rows[key] = [cached_stage(stage, self.returned) for stage in made]
         if index - run.begin >= len(stages):

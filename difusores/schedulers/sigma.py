@@ -75,7 +75,9 @@ class SigmaScheduler(IndexedScheduler):
 
     def _set(self, grid: SigmaGrid, device: str | torch.device | None) -> None:
         device = "cpu" if device is None else device
-        self.timesteps = torch.tensor(grid.timesteps, dtype=torch.float32, device=device)
+        times = list(schedules.as_float32(grid.timesteps))
+        self.timesteps = torch.tensor(times, dtype=torch.float32, device=device)
+        self.__dict__["_host"] = (self.timesteps, self.timesteps._version, times)
         self.sigmas = torch.tensor(grid.sigmas, dtype=torch.float32, device="cpu")
         self._restart()
 
@@ -542,7 +544,7 @@ class _MidpointScheduler(_TwoStageScheduler):
         if self.state_in_first_order:
             return super().scale_model_input(sample, timestep)
         index = self._run.index or 0
-        grid = SigmaGrid(tuple(self.timesteps.tolist()), tuple(self.sigmas.tolist()))
+        grid = SigmaGrid(tuple(self._times()), tuple(self.sigmas.tolist()))
         sigmas = self._single(grid, 0)[1]
         middle = schedules.middle_sigmas(sigmas, ancestral=self.ancestral)[index // 2]
         return scaled_input(sample, math.sqrt(middle**2 + 1))
