@@ -15,17 +15,27 @@ import torch
 BLOCK = 200e-6  # seconds of calls in a row, so that the timer does not show
 
 
-def interleave(contestants: Mapping[str, Callable[[], object]], *, seconds: float = 1.0) -> dict[str, float]:
+def interleave(
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 1.0,
+    prepare: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, float]:
     """Median seconds per call of each contestant.
 
     Every round calls each contestant in random order, all of them equally often: once, or as often as the
     slowest one fits into `BLOCK`. So a machine that drifts slows all alike, and all find the caches alike:
     called twice in a row, a fast one would find its own data there and a slow one not.
-    There are as many rounds as fit into `seconds`, at least 7.
+    There are as many rounds as fit into `seconds`, at least 7. `prepare` names what is done, untimed, before each
+    call; then a round calls each contestant once.
     """
-    slowest = 1e-7
-    for call in contestants.values():
+    prepare = prepare or {}
+    slowest = BLOCK if prepare else 1e-7
+    for name, call in contestants.items():
+        ready = prepare.get(name, _nothing)
+        ready()
         call()
+        ready()
         start = time.perf_counter()
         call()
         slowest = max(slowest, time.perf_counter() - start)
@@ -39,11 +49,16 @@ def interleave(contestants: Mapping[str, Callable[[], object]], *, seconds: floa
         rounds += 1
         shuffle(order)
         for name, call in order:
+            prepare.get(name, _nothing)()
             start = time.perf_counter()
             for _ in range(repeats):
                 call()
             samples[name].append((time.perf_counter() - start) / repeats)
     return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def _nothing() -> None:
+    pass
 
 
 def stamp() -> dict[str, str | int]:

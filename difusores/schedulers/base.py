@@ -133,6 +133,11 @@ class _Grid(NamedTuple):
     table_version: int
 
 
+KEYS_OF_ROWS = frozenset({"timesteps", "sigmas", "num_inference_steps"})
+"""Attributes that rows are kept by, so that the next run on the same grid finds its rows."""
+_PLAIN = (bool, int, float, str, type(None))
+
+
 class TableScheduler(SchedulerMixin):
     """Base of the schedulers with betas as the noise schedule: tables, and rows kept between calls.
 
@@ -179,8 +184,11 @@ class TableScheduler(SchedulerMixin):
             # inference tensors have no version counter, by which a change in place is noticed
             with torch.inference_mode(False):
                 value = value.clone()
+        unchanged = type(value) in _PLAIN and self.__dict__.get(name, _PLAIN) == value
         super().__setattr__(name, value)
-        if not name.startswith("_") or name == "_internal_dict":
+        if name in KEYS_OF_ROWS:
+            self.__dict__["_known"] = None
+        elif not unchanged and (not name.startswith("_") or name == "_internal_dict"):
             self._forget()
 
     def _empty(self) -> dict[str, Any]:
@@ -214,16 +222,17 @@ class DiscreteScheduler(TableScheduler):
     """Base of the schedulers whose model is told a training step, and whose step depends on that alone."""
 
     init_noise_sigma: float
-    _grid: _Grid | None
+    _known: _Grid | None
     _numbers: list[float] | None
     _tables: dict[torch.device, Tensor]
+    _seen: tuple[Tensor, int] | None
 
     def _initialize(self) -> None:
         super()._initialize()
         self.init_noise_sigma = 1.0
 
     def _empty(self) -> dict[str, Any]:
-        return {"_rows": {}, "_grid": None, "_numbers": None, "_tables": {}}
+        return {"_rows": {}, "_known": None, "_numbers": None, "_tables": {}, "_seen": None}
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """The model's input: the sample itself."""
@@ -279,7 +288,7 @@ class DiscreteScheduler(TableScheduler):
 
     def _current_grid(self) -> _Grid:
         """The grid; where it or alphas_cumprod has changed, a new one, and all that was kept is forgotten."""
-        grid = self._grid
+        grid = self._known
         if (
             grid is None
             or grid.timesteps._version != grid.version
@@ -290,10 +299,12 @@ class DiscreteScheduler(TableScheduler):
 
     def _read_grid(self, values: list[int] | None = None) -> _Grid:
         t, table = self.timesteps, self.alphas_cumprod
-        self._forget()
+        if self._seen is None or self._seen[0] is not table or self._seen[1] != table._version:
+            self._forget()
+            self._seen = (table, table._version)
         width = max(t.stride(0), 1) * t.element_size()
         values = values or [int(value) for value in t.tolist()]
-        self._grid = grid = _Grid(t, t._version, t.data_ptr(), width, values, table, table._version)
+        self._known = grid = _Grid(t, t._version, t.data_ptr(), width, values, table, table._version)
         return grid
 
     def _cache(self, key: Any, stage: Stage) -> CachedStage:

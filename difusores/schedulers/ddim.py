@@ -148,7 +148,7 @@ class DDIMScheduler(DiscreteScheduler):
         """
         t = self._number(timestep)
         eta = float(eta)
-        key = (t, eta, use_clipped_model_output)
+        key = (t, eta, use_clipped_model_output, self.num_inference_steps)
         cached = self._rows.get(key)
         if cached is None:
             if self.num_inference_steps is None:

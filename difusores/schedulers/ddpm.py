@@ -177,8 +177,9 @@ class DDPMScheduler(DiscreteScheduler):
             return_dict: False returns the tuple (prev_sample, pred_original_sample).
         """
         t = self._number(timestep)
-        cached = self._rows.get(t)
+        key = (t, self._previous(t))
+        cached = self._rows.get(key)
         if cached is None:
-            cached = self._cache(t, next(self._stages([(t, self._previous(t))])))
+            cached = self._cache(key, next(self._stages([key])))
         result = self._advance(cached, model_output, sample, generator)
         return DDPMSchedulerOutput(*result) if return_dict else result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import is_not
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -19,12 +20,15 @@ MOST_RUNS = 64
 class _Run:
     """Where a sampling run is: what `step` needs and changes."""
 
-    __slots__ = ("begin", "index", "slots")
+    __slots__ = ("begin", "index", "key", "options", "slots", "stages")
 
     def __init__(self) -> None:
         self.index: int | None = None
         self.begin = 0
         self.slots: tuple[Tensor, ...] = ()
+        self.key: tuple[Any, ...] = (None,) * 5
+        self.options: dict[str, Any] = {}
+        self.stages: list[CachedStage] = []
 
 
 class IndexedScheduler(TableScheduler):
@@ -103,6 +107,18 @@ class IndexedScheduler(TableScheduler):
         self._run.index = self._run.begin = index
         return index
 
+    def _rows_from(self, begin: int, options: dict[str, Any]) -> list[CachedStage]:
+        """The stages of a run, kept for the next run on the same grid."""
+        grid = SigmaGrid(tuple(self._times()), tuple(self.sigmas.tolist()))
+        key = (grid, begin, *options.values())
+        stages: list[CachedStage] | None = self._rows.get(key)
+        if stages is None:
+            if len(self._rows) >= MOST_RUNS:
+                self._rows.clear()
+            made = self._stages(grid, begin, **options)
+            stages = self._rows[key] = [cached_stage(stage, self.returned) for stage in made]
+        return stages
+
     def _take(
         self,
         model_output: Tensor,
@@ -114,14 +130,10 @@ class IndexedScheduler(TableScheduler):
         """Carry out the next stage: the outputs named by `returned`, and those that the slots hold."""
         run = self._run
         index = self._start(timestep) if run.index is None else run.index
-        key = (run.begin, *options.values(), self.sigmas._version, self.timesteps._version)
-        stages: list[CachedStage] | None = self._rows.get(key)
-        if stages is None:
-            if len(self._rows) >= MOST_RUNS:
-                self._rows = {}
-            grid = SigmaGrid(tuple(self._times()), tuple(self.sigmas.tolist()))
-            made = self._stages(grid, run.begin, **options)
-            stages = self._rows[key] = [cached_stage(stage, self.returned) for stage in made]
+        key = (self._rows, self.sigmas, self.sigmas._version, self.timesteps, self.timesteps._version)
+        if run.options != options or any(map(is_not, run.key, key)):
+            run.key, run.options, run.stages = key, options, self._rows_from(run.begin, options)
+        stages = run.stages
         if index - run.begin >= len(stages):
             raise IndexError(f"the run is over: it has {len(self.timesteps)} timesteps; call set_timesteps")
         cached = stages[index - run.begin]
