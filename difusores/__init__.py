@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from difusores.schedulers import EulerAncestralDiscreteScheduler as EulerAncestralDiscreteScheduler
     from difusores.schedulers import EulerDiscreteScheduler as EulerDiscreteScheduler
     from difusores.schedulers import HeunDiscreteScheduler as HeunDiscreteScheduler
+    from difusores.schedulers import IPNDMScheduler as IPNDMScheduler
     from difusores.schedulers import KDPM2AncestralDiscreteScheduler as KDPM2AncestralDiscreteScheduler
     from difusores.schedulers import KDPM2DiscreteScheduler as KDPM2DiscreteScheduler
     from difusores.schedulers import LMSDiscreteScheduler as LMSDiscreteScheduler
+    from difusores.schedulers import PNDMScheduler as PNDMScheduler
     from difusores.schedulers import SchedulerMixin as SchedulerMixin
 
 # Public name -> the module that defines it. The imports above tell type checkers the same (tested).
@@ -38,10 +40,12 @@ _PUBLIC = {
     "EulerAncestralDiscreteScheduler": "difusores.schedulers",
     "EulerDiscreteScheduler": "difusores.schedulers",
     "HeunDiscreteScheduler": "difusores.schedulers",
+    "IPNDMScheduler": "difusores.schedulers",
     "KDPM2AncestralDiscreteScheduler": "difusores.schedulers",
     "KDPM2DiscreteScheduler": "difusores.schedulers",
     "LMSDiscreteScheduler": "difusores.schedulers",
     "ModelMixin": "difusores.models",
+    "PNDMScheduler": "difusores.schedulers",
     "SchedulerMixin": "difusores.schedulers",
     "UNet2DModel": "difusores.models",
     "use_backend": "difusores.ops",

@@ -156,6 +156,43 @@ def custom_timesteps(timesteps: Sequence[int] | Tensor, num_train_timesteps: int
     return given
 
 
+def pndm_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> tuple[list[int], list[int]]:
+    """(Runge-Kutta calls, multistep calls) of PNDM: three steps of four calls, then one call a step.
+
+    Args:
+        timesteps: of the steps, descending.
+        num_train_timesteps: T.
+
+    Raises:
+        ValueError: fewer than four steps.
+    """
+    if len(timesteps) < 4:
+        raise ValueError(
+            f"PNDM's Runge-Kutta steps need num_inference_steps from 4 on, got {len(timesteps)}; "
+            "skip_prk_steps=True takes fewer"
+        )
+    half = num_train_timesteps // len(timesteps) // 2
+    calls: list[int] = []
+    for here, after in pairwise(timesteps[:4]):
+        calls += [here, after + half, after + half, after]
+    return calls, list(timesteps[3:])
+
+
+def sine_levels(steps: int) -> Tensor:
+    """[steps + 1] float32, from 1 to 0: the noise of IPNDM, sin²(pi/2 · t)."""
+    return torch.sin(_linspace(1, 0, steps + 1) * math.pi / 2) ** 2
+
+
+def signal_beside(noise: Tensor) -> Tensor:
+    """√(1 - noise²), in float32."""
+    return (1.0 - noise.float() ** 2) ** 0.5
+
+
+def angles(noise: Tensor, signal: Tensor) -> Tensor:
+    """The times of IPNDM, in quarter turns from the signal to the noise."""
+    return torch.atan2(noise, signal) / math.pi * 2
+
+
 class SigmaGrid(NamedTuple):
     """Noise levels sigma = sqrt(1 - a) / sqrt(a) of a run and the times that the model is told.
 

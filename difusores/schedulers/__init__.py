@@ -5,6 +5,7 @@ from __future__ import annotations
 from difusores.schedulers.base import SchedulerMixin, SchedulerOutput
 from difusores.schedulers.ddim import DDIMScheduler
 from difusores.schedulers.ddpm import DDPMScheduler
+from difusores.schedulers.multistep import IPNDMScheduler, PNDMScheduler
 from difusores.schedulers.sigma import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -20,9 +21,11 @@ __all__ = [
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "HeunDiscreteScheduler",
+    "IPNDMScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
     "LMSDiscreteScheduler",
+    "PNDMScheduler",
     "SchedulerMixin",
     "SchedulerOutput",
 ]

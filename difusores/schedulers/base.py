@@ -222,6 +222,8 @@ class DiscreteScheduler(TableScheduler):
     """Base of the schedulers whose model is told a training step, and whose step depends on that alone."""
 
     init_noise_sigma: float
+    returned: ClassVar[tuple[str, ...]] = ("y", "x0")
+    """The op's outputs that `step` returns."""
     _known: _Grid | None
     _numbers: list[float] | None
     _tables: dict[torch.device, Tensor]
@@ -308,7 +310,7 @@ class DiscreteScheduler(TableScheduler):
         return grid
 
     def _cache(self, key: Any, stage: Stage) -> CachedStage:
-        cached = cached_stage(stage, ("y", "x0"))
+        cached = cached_stage(stage, self.returned)
         if len(self._rows) >= MOST_ROWS:  # eta may be another number at each call
             self._rows = {}
         self._rows[key] = cached

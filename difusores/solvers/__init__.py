@@ -8,6 +8,7 @@ from __future__ import annotations
 from difusores.plan import Noise, Plan, Stage, Threshold
 from difusores.solvers.common import PREDICTION_TYPES, Prediction, forward_process, raise_noise
 from difusores.solvers.discrete import VARIANCE_TYPES, ddim, ddim_variance, ddpm, ddpm_variances
+from difusores.solvers.multistep import ipndm, pndm
 from difusores.solvers.sigma import euler, euler_ancestral, heun, kdpm2, kdpm2_ancestral, lms
 
 __all__ = [
@@ -26,8 +27,10 @@ __all__ = [
     "euler_ancestral",
     "forward_process",
     "heun",
+    "ipndm",
     "kdpm2",
     "kdpm2_ancestral",
     "lms",
+    "pndm",
     "raise_noise",
 ]
