@@ -84,32 +84,10 @@ def ddim(
     for t, before in steps:
         a = signal_share(alphas_cumprod, t)
         a_before = alphas_cumprod[before] if before >= 0 else final_alpha_cumprod
-        y = _ddim_weights(t, a, a_before, prediction, eta, use_clipped_model_output)
-        row = make_row(prediction.x0(math.sqrt(a), math.sqrt(1 - a)), y, clip=prediction.limits)
-        yield Stage(t, row, noise=Noise() if eta > 0 else None, threshold=prediction.threshold)
-
-
-def ddim_inverse(
-    alphas_cumprod: Sequence[float],
-    steps: Iterable[tuple[int, int]],
-    prediction: Prediction,
-    *,
-    initial_alpha_cumprod: float = 1.0,
-) -> Iterator[Stage]:
-    """DDIM from the image to the noise (Song et al. 2021, section 4.3).
-
-    Args:
-        alphas_cumprod: [T].
-        steps: (timestep reached, timestep left); the model is told the one that is reached.
-        initial_alpha_cumprod: alphas_cumprod where the timestep left is negative.
-
-    Raises:
-        ValueError: the image is left without noise, which predicted x0 then does not tell.
-    """
-    for t, left in steps:
-        signal_share(alphas_cumprod, t)
-        a = signal_share(alphas_cumprod, left) if left >= 0 else initial_alpha_cumprod
-        if a == 1 and prediction.kind == "sample":
+        alpha, sigma = math.sqrt(a), math.sqrt(1 - a)
+        variance = eta * eta * ddim_variance(a, a_before)
+        left = 1 - a_before - variance
+        if left < -1e-12:
             raise ValueError(
                 f"eta = {eta} adds variance {variance:.6g} at t = {t}; at most {1 - a_before:.6g} fits"
             )
@@ -122,45 +100,6 @@ def ddim_inverse(
             y["z"] = math.sqrt(max(variance, 0.0))
         row = make_row(prediction.x0(alpha, sigma), y, clip=prediction.limits)
         yield Stage(t, row, noise=Noise() if eta > 0 else None, threshold=prediction.threshold)
-
-
-    Args:
-        alphas_cumprod: [T].
-        steps: (timestep, previous timestep), a negative one standing for the image itself.
-        eta: as `ddim`.
-    """
-    for t, before in steps:
-        a = signal_share(alphas_cumprod, t)
-        a_before = alphas_cumprod[before] if before >= 0 else 1.0
-        y = _ddim_weights(t, a, a_before, prediction, eta)
-        known = {"s0": math.sqrt(a_before), "z": math.sqrt(1 - a_before)}
-        row = make_row(prediction.x0(math.sqrt(a), math.sqrt(1 - a)), y, known, clip=prediction.limits)
-        yield Stage(t, row, noise=Noise(), threshold=prediction.threshold)
-
-
-def raised(t: int, beta: float) -> Stage:
-    """One training step towards the noise (Ho et al. 2020, eq. 2): no model is called."""
-    row = make_row((0.0, 0.0), {"xh": math.sqrt(1 - beta), "z": math.sqrt(beta)})
-    return Stage(t, row, noise=Noise())
-
-
-def _ddim_weights(
-    t: int, a: float, a_after: float, prediction: Prediction, eta: float = 0.0, clipped: bool = False
-) -> dict[str, float]:
-    """Weights of the sample at a_after: x0 and the noise that goes with it, or with the limited x0."""
-    alpha, sigma = math.sqrt(a), math.sqrt(1 - a)
-    variance = eta * eta * ddim_variance(a, a_after) if eta else 0.0
-    left = 1 - a_after - variance
-    if left < -1e-12:
-        raise ValueError(
-            f"eta = {eta} adds variance {variance:.6g} at t = {t}; at most {1 - a_after:.6g} fits"
-        )
-    epsilon = {"xh": 1 / sigma, "x0": -alpha / sigma} if clipped else prediction.epsilon(alpha, sigma)
-    y = {name: math.sqrt(max(left, 0.0)) * weight for name, weight in epsilon.items()}
-    y["x0"] = y.get("x0", 0.0) + math.sqrt(a_after)
-    if eta > 0:
-        y["z"] = math.sqrt(max(variance, 0.0))
-    return y
 
 
 def signal_share(alphas_cumprod: Sequence[float], t: int) -> float:
