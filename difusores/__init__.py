@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from difusores.pipelines import DDIMPipeline as DDIMPipeline
     from difusores.pipelines import DDPMPipeline as DDPMPipeline
     from difusores.pipelines import DiffusionPipeline as DiffusionPipeline
+    from difusores.schedulers import DDIMInverseScheduler as DDIMInverseScheduler
+    from difusores.schedulers import DDIMParallelScheduler as DDIMParallelScheduler
     from difusores.schedulers import DDIMScheduler as DDIMScheduler
+    from difusores.schedulers import DDPMParallelScheduler as DDPMParallelScheduler
     from difusores.schedulers import DDPMScheduler as DDPMScheduler
     from difusores.schedulers import EulerAncestralDiscreteScheduler as EulerAncestralDiscreteScheduler
     from difusores.schedulers import EulerDiscreteScheduler as EulerDiscreteScheduler
@@ -29,11 +32,15 @@ if TYPE_CHECKING:
     from difusores.schedulers import LMSDiscreteScheduler as LMSDiscreteScheduler
     from difusores.schedulers import PNDMScheduler as PNDMScheduler
     from difusores.schedulers import SchedulerMixin as SchedulerMixin
+    from difusores.schedulers import UnCLIPScheduler as UnCLIPScheduler
 
 # Public name -> the module that defines it. The imports above tell type checkers the same (tested).
 _PUBLIC = {
+    "DDIMInverseScheduler": "difusores.schedulers",
+    "DDIMParallelScheduler": "difusores.schedulers",
     "DDIMPipeline": "difusores.pipelines",
     "DDIMScheduler": "difusores.schedulers",
+    "DDPMParallelScheduler": "difusores.schedulers",
     "DDPMPipeline": "difusores.pipelines",
     "DDPMScheduler": "difusores.schedulers",
     "DiffusionPipeline": "difusores.pipelines",
@@ -48,6 +55,7 @@ _PUBLIC = {
     "PNDMScheduler": "difusores.schedulers",
     "SchedulerMixin": "difusores.schedulers",
     "UNet2DModel": "difusores.models",
+    "UnCLIPScheduler": "difusores.schedulers",
     "use_backend": "difusores.ops",
 }
 _SUBMODULES = ("models", "ops", "pipelines", "schedulers", "schedules", "solvers", "training")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from difusores.schedulers.base import SchedulerMixin, SchedulerOutput
-from difusores.schedulers.ddim import DDIMScheduler
-from difusores.schedulers.ddpm import DDPMScheduler
+from difusores.schedulers.ddim import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler
+from difusores.schedulers.ddpm import DDPMParallelScheduler, DDPMScheduler
 from difusores.schedulers.multistep import IPNDMScheduler, PNDMScheduler
 from difusores.schedulers.sigma import (
     EulerAncestralDiscreteScheduler,
@@ -14,9 +14,13 @@ from difusores.schedulers.sigma import (
     KDPM2DiscreteScheduler,
     LMSDiscreteScheduler,
 )
+from difusores.schedulers.unclip import UnCLIPScheduler
 
 __all__ = [
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
     "DDIMScheduler",
+    "DDPMParallelScheduler",
     "DDPMScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
@@ -28,4 +32,5 @@ __all__ = [
     "PNDMScheduler",
     "SchedulerMixin",
     "SchedulerOutput",
+    "UnCLIPScheduler",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -166,9 +166,9 @@ class TableScheduler(SchedulerMixin):
         table = schedules.betas(
             config["beta_schedule"],
             config["num_train_timesteps"],
-            config["beta_start"],
-            config["beta_end"],
-            config["trained_betas"],
+            config.get("beta_start", 0.0),
+            config.get("beta_end", 0.0),
+            config.get("trained_betas"),
             config.get("rescale_betas_zero_snr", False),
         )
         self.betas = table.float()
@@ -208,7 +208,7 @@ class TableScheduler(SchedulerMixin):
     def _prediction(self) -> solvers.Prediction:
         config = self.config
         threshold = None
-        if config["thresholding"]:
+        if config.get("thresholding"):
             threshold = Threshold(config["dynamic_thresholding_ratio"], config["sample_max_value"])
         clip = config["clip_sample_range"] if config["clip_sample"] else None
         return solvers.Prediction(config["prediction_type"], clip, threshold)
@@ -316,6 +316,23 @@ class DiscreteScheduler(TableScheduler):
         self._rows[key] = cached
         return cached
 
+    def _stride(self) -> int:
+        """Training steps from one timestep to the next."""
+        if self.num_inference_steps is None:
+            raise ValueError("num_inference_steps is None: call set_timesteps before step")
+        return len(self) // self.num_inference_steps
+
+    def _cached_each(
+        self, timesteps: Tensor, stages: Callable[[int], Iterable[Stage]], *key: Any
+    ) -> list[CachedStage]:
+        """The stage of every timestep, kept under (timestep, *key)."""
+        self._current_grid()
+        found = []
+        for t in timesteps.tolist():
+            cached = self._rows.get((t, *key))
+            found.append(cached or self._cache((t, *key), next(iter(stages(t)))))
+        return found
+
     def _advance(
         self,
         cached: CachedStage,
@@ -389,6 +406,20 @@ def advance(
         return results, ()
     held = (*results, sample, noise, *slots)
     return results, tuple([held[place] for place in places])  # type: ignore[misc]
+
+
+def advance_each(cached: Sequence[CachedStage], model_output: Tensor, sample: Tensor) -> Tensor:
+    """The next sample where each image has a stage of its own, none of which draws noise.
+
+    cached: one per image, or one for all of them. The result is at least float32, as in diffusers.
+    """
+    wide = torch.promote_types(sample.dtype, torch.float32)
+    sample, model_output = _broadcast(sample.to(wide), model_output)
+    if len(cached) not in (1, len(sample)):
+        raise ValueError(f"one timestep or one per image: {len(sample)} images, {len(cached)} timesteps")
+    stages = cached if len(cached) == len(sample) else [*cached] * len(sample)
+    images = zip(stages, model_output.split(1), sample.split(1), strict=True)
+    return torch.cat([advance(stage, e, x, None)[0][0] for stage, e, x in images])
 
 
 def _broadcast(sample: Tensor, *others: Tensor | None) -> Any:

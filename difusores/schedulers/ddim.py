@@ -1,18 +1,19 @@
-"""DDIMScheduler (Song et al. 2021, "Denoising diffusion implicit models")."""
+"""DDIM, batched and inverse too (Song et al. 2021, "Denoising diffusion implicit models")."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from difusores import schedules, solvers
 from difusores.configuration import register_to_config
-from difusores.plan import Plan
+from difusores.plan import Plan, Stage
 from difusores.sampling import Generators
-from difusores.schedulers.base import DiscreteScheduler, SchedulerOutput
+from difusores.schedulers.base import DiscreteScheduler, SchedulerOutput, advance_each
 
 
 @dataclass
@@ -25,6 +26,11 @@ class DDIMSchedulerOutput(SchedulerOutput):
     """
 
     pred_original_sample: Tensor | None = None
+
+
+@dataclass
+class DDIMParallelSchedulerOutput(DDIMSchedulerOutput):
+    """What `DDIMParallelScheduler.step` returns: as `DDIMSchedulerOutput`."""
 
 
 class DDIMScheduler(DiscreteScheduler):
@@ -41,6 +47,8 @@ class DDIMScheduler(DiscreteScheduler):
             clipping.
         timestep_spacing, steps_offset: see `difusores.schedules.timesteps`.
     """
+
+    _output: ClassVar[type[DDIMSchedulerOutput]] = DDIMSchedulerOutput
 
     @register_to_config
     def __init__(
@@ -62,8 +70,11 @@ class DDIMScheduler(DiscreteScheduler):
         rescale_betas_zero_snr: bool = False,
     ) -> None:
         self._initialize()
+
+    def _initialize(self) -> None:
+        super()._initialize()
         one = torch.tensor(1.0, dtype=torch.float32, device="cpu")
-        self.final_alpha_cumprod = one if set_alpha_to_one else self.alphas_cumprod[0]
+        self.final_alpha_cumprod = one if self.config["set_alpha_to_one"] else self.alphas_cumprod[0]
 
     def _timesteps(self, num_inference_steps: int) -> list[int]:
         config = self.config
@@ -151,13 +162,158 @@ class DDIMScheduler(DiscreteScheduler):
         key = (t, eta, use_clipped_model_output, self.num_inference_steps)
         cached = self._rows.get(key)
         if cached is None:
-            if self.num_inference_steps is None:
-                raise ValueError("num_inference_steps is None: call set_timesteps before step")
-            previous = t - len(self) // self.num_inference_steps
-            cached = self._cache(key, next(self._stages([(t, previous)], eta, use_clipped_model_output)))
+            steps = [(t, t - self._stride())]
+            cached = self._cache(key, next(self._stages(steps, eta, use_clipped_model_output)))
         if cached.noise is not None and variance_noise is not None and generator is not None:
             raise ValueError("generator and variance_noise cannot both be given")
         result = self._advance(
             cached, model_output, sample, generator, variance_noise if cached.noise is not None else None
         )
+        return self._output(*result) if return_dict else result
+
+
+class DDIMParallelScheduler(DDIMScheduler):
+    """`DDIMScheduler` that also takes each image at a timestep of its own; drop-in as there, same options."""
+
+    _output = DDIMParallelSchedulerOutput
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Any = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        self._initialize()
+
+    def _get_variance(self, timestep: int, prev_timestep: int | None = None) -> Tensor:
+        before = timestep - self._stride() if prev_timestep is None else prev_timestep
+        return super()._get_variance(timestep, before)
+
+    def batch_step_no_noise(
+        self,
+        model_output: Tensor,
+        timesteps: Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+    ) -> Tensor:
+        """One step of every image from its own timestep (Shih et al. 2023, "ParaDiGMS").
+
+        Args:
+            model_output, sample: [B, C, ...].
+            timesteps: [B] int64. After the last one alphas_cumprod is 1, whatever set_alpha_to_one says, as
+                in diffusers.
+            eta: 0, since no noise is drawn.
+            use_clipped_model_output: see `step`.
+
+        Raises:
+            ValueError: eta is not 0, or `set_timesteps` was not called.
+        """
+        if eta != 0:
+            raise ValueError(f"batch_step_no_noise draws no noise: eta must be 0, got {eta}")
+        stride = self._stride()
+        prediction = self._prediction()
+
+        def stages(t: int) -> Iterable[Stage]:
+            steps = [(t, t - stride)]
+            clipped = use_clipped_model_output
+            return solvers.ddim(self._alphas(), steps, prediction, use_clipped_model_output=clipped)
+
+        return advance_each(
+            self._cached_each(timesteps, stages, "each", use_clipped_model_output), model_output, sample
+        )
+
+
+class DDIMInverseScheduler(DiscreteScheduler):
+    """Drop-in for the class of the same name in diffusers 0.42: from the image to its noise.
+
+    Args:
+        set_alpha_to_one: before the first step alphas_cumprod is 1 instead of its value at training step 0.
+        timestep_spacing: "leading" or "trailing".
+
+    The other options are those of `DDIMScheduler`.
+    """
+
+    _compatibles: ClassVar[list[str]] = []
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Any = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        clip_sample_range: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        self._initialize()
+        one = torch.tensor(1.0, dtype=torch.float32, device="cpu")
+        self.initial_alpha_cumprod = one if set_alpha_to_one else self.alphas_cumprod[0]
+        self.timesteps = self.timesteps.flip(0)
+
+    def _timesteps(self, num_inference_steps: int) -> list[int]:
+        config, spacing = self.config, self.config["timestep_spacing"]
+        if spacing not in ("leading", "trailing"):
+            raise ValueError(f"timestep_spacing must be 'leading' or 'trailing', got {spacing!r}")
+        offset = config["steps_offset"]
+        return schedules.timesteps(spacing, int(num_inference_steps), len(self), offset)[::-1]
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Choose the training steps that the run reaches, ascending; as `DDIMScheduler.set_timesteps`."""
+        values = self._timesteps(num_inference_steps)
+        self.num_inference_steps = num_inference_steps
+        self._set_grid(values, device)
+
+    def plan(self, num_inference_steps: int) -> Plan:
+        """The run as an immutable plan; the scheduler's own state is neither used nor changed."""
+        values = self._timesteps(num_inference_steps)
+        return self._plan([*self._stages(values, len(self) // int(num_inference_steps))])
+
+    def _stages(self, timesteps: Iterable[int], stride: int) -> Iterable[Stage]:
+        initial: Any = self.initial_alpha_cumprod
+        return solvers.ddim_inverse(
+            self._alphas(),
+            [(t, min(t - stride, len(self) - 1)) for t in timesteps],
+            self._prediction(),
+            initial_alpha_cumprod=float(initial),
+        )
+
+    def step(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> DDIMSchedulerOutput | tuple[Tensor, ...]:
+        """One step forward in time.
+
+        Args:
+            model_output: [B, C, ...], the model having been told `timestep`.
+            timestep: where the step leads; an element of `self.timesteps` costs no read.
+            sample: [B, C, ...]; fp32, fp64, fp16 or bf16. Not changed.
+            return_dict: False returns the tuple (prev_sample, pred_original_sample).
+
+        Raises:
+            ValueError: `set_timesteps` was not called.
+        """
+        t = self._number(timestep)
+        cached = self._rows.get(t)
+        if cached is None:
+            cached = self._cache(t, next(iter(self._stages([t], self._stride()))))
+        result = self._advance(cached, model_output, sample, None)
         return DDIMSchedulerOutput(*result) if return_dict else result

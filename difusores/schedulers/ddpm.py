@@ -1,21 +1,21 @@
-"""DDPMScheduler: ancestral sampling (Ho et al. 2020, "Denoising diffusion probabilistic models")."""
+"""DDPM, batched too: ancestral sampling (Ho et al. 2020, "Denoising diffusion probabilistic models")."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from difusores import schedules, solvers
 from difusores.configuration import register_to_config
-from difusores.plan import Plan
-from difusores.sampling import Generators
-from difusores.schedulers.base import DiscreteScheduler, SchedulerOutput
+from difusores.plan import Plan, Stage
+from difusores.sampling import Generators, split_output
+from difusores.schedulers.base import DiscreteScheduler, SchedulerOutput, advance_each
 
 
 @dataclass
@@ -28,6 +28,11 @@ class DDPMSchedulerOutput(SchedulerOutput):
     """
 
     pred_original_sample: Tensor | None = None
+
+
+@dataclass
+class DDPMParallelSchedulerOutput(DDPMSchedulerOutput):
+    """What `DDPMParallelScheduler.step` returns: as `DDPMSchedulerOutput`."""
 
 
 class DDPMScheduler(DiscreteScheduler):
@@ -44,6 +49,8 @@ class DDPMScheduler(DiscreteScheduler):
             clipping.
         timestep_spacing, steps_offset: see `difusores.schedules.timesteps`.
     """
+
+    _output: ClassVar[type[DDPMSchedulerOutput]] = DDPMSchedulerOutput
 
     @register_to_config
     def __init__(
@@ -182,4 +189,52 @@ class DDPMScheduler(DiscreteScheduler):
         if cached is None:
             cached = self._cache(key, next(self._stages([key])))
         result = self._advance(cached, model_output, sample, generator)
-        return DDPMSchedulerOutput(*result) if return_dict else result
+        return self._output(*result) if return_dict else result
+
+
+class DDPMParallelScheduler(DDPMScheduler):
+    """`DDPMScheduler` that also takes each image at a timestep of its own; drop-in as there, same options."""
+
+    _output = DDPMParallelSchedulerOutput
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Any = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        self.custom_timesteps = False
+        self._initialize()
+
+    def batch_step_no_noise(self, model_output: Tensor, timesteps: Tensor, sample: Tensor) -> Tensor:
+        """The mean of one step of every image from its own timestep (Shih et al. 2023, "ParaDiGMS").
+
+        Args:
+            model_output: [B, C, ...], or [B, 2 * C, ...] for a learned variance, which is not used.
+            timesteps: [B] int64; the step goes T // num_inference_steps further, whatever the spacing.
+            sample: [B, C, ...].
+        """
+        stride = len(self) // (self.num_inference_steps or len(self))
+        prediction = self._prediction()
+        if self.variance_type.startswith("learned"):
+            (model_output,), _ = split_output(
+                model_output, torch.Size((len(model_output), *sample.shape[1:])), False
+            )
+
+        def stages(t: int) -> Iterable[Stage]:
+            return solvers.ddpm(self._alphas(), [(t, t - stride)], prediction, noise=False)
+
+        return advance_each(self._cached_each(timesteps, stages, "each"), model_output, sample)

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from difusores.plan import Noise, Plan, Stage, Threshold
 from difusores.solvers.common import PREDICTION_TYPES, Prediction, forward_process, raise_noise
-from difusores.solvers.discrete import VARIANCE_TYPES, ddim, ddim_variance, ddpm, ddpm_variances
+from difusores.solvers.discrete import (
+    VARIANCE_TYPES,
+    ddim,
+    ddim_inverse,
+    ddim_variance,
+    ddpm,
+    ddpm_variances,
+    raised,
+    repaint,
+)
 from difusores.solvers.multistep import ipndm, pndm
 from difusores.solvers.sigma import euler, euler_ancestral, heun, kdpm2, kdpm2_ancestral, lms
 
@@ -20,6 +29,7 @@ __all__ = [
     "Stage",
     "Threshold",
     "ddim",
+    "ddim_inverse",
     "ddim_variance",
     "ddpm",
     "ddpm_variances",
@@ -33,4 +43,6 @@ __all__ = [
     "lms",
     "pndm",
     "raise_noise",
+    "raised",
+    "repaint",
 ]

@@ -1,4 +1,4 @@
-"""Samplers that step from one training step to another: DDPM and DDIM.
+"""Samplers that step from one training step to another: DDPM, DDIM and what is built on them.
 
 Notation: x = alpha * x0 + sigma * noise with alpha² = alphas_cumprod and alpha² + sigma² = 1.
 """
@@ -27,6 +27,8 @@ def ddpm(
     prediction: Prediction,
     *,
     variance_type: str = "fixed_small",
+    adjacent: Sequence[tuple[float, float]] | None = None,
+    noise: bool = True,
 ) -> Iterator[Stage]:
     """Ancestral sampling (Ho et al. 2020, eqs. 7 and 15; learned variances: Nichol & Dhariwal 2021, eq. 15).
 
@@ -36,6 +38,9 @@ def ddpm(
         variance_type: "fixed_small" is the posterior's variance, "fixed_large" beta; the two "_log" forms are
             the same in exact arithmetic. "learned": v is the variance. "learned_range": v in [-1, 1]
             interpolates between the logarithms of the two.
+        adjacent: (1 - beta, beta) of every training step, for steps to the one before; None takes them, as
+            everywhere else, from alphas_cumprod, where float32 has left fewer digits of them.
+        noise: False leaves the mean.
     """
     if variance_type not in VARIANCE_TYPES:
         raise ValueError(f"variance_type must be one of {', '.join(VARIANCE_TYPES)}, got {variance_type!r}")
@@ -43,6 +48,9 @@ def ddpm(
         a, a_before = signal_share(alphas_cumprod, t), alphas_cumprod[before] if before >= 0 else 1.0
         ratio = a / a_before
         small, beta = ddpm_variances(a, a_before)
+        if adjacent is not None and before == t - 1:
+            ratio, beta = adjacent[t]
+            small = max((1 - a_before) / (1 - a) * beta, 1e-20)
         y = {"x0": math.sqrt(a_before) * beta / (1 - a), "xh": math.sqrt(ratio) * (1 - a_before) / (1 - a)}
         mode, nu = 0, (0.0, 0.0)
         if variance_type == "learned":
@@ -52,11 +60,14 @@ def ddpm(
             mode, deviation, nu = 1, 1.0, ((low + high) / 4, (high - low) / 4)
         else:
             deviation = math.sqrt(small if variance_type.startswith("fixed_small") else beta)
-        if t > 0:
+        drawn = noise and t > 0
+        if drawn:
             y["z"] = deviation
         x0 = prediction.x0(math.sqrt(a), math.sqrt(1 - a))
+        if not noise:
+            mode, nu = 0, (0.0, 0.0)
         row = make_row(x0, y, clip=prediction.limits, mode=mode, nu=nu)
-        yield Stage(t, row, noise=Noise() if t > 0 else None, threshold=prediction.threshold)
+        yield Stage(t, row, noise=Noise() if drawn else None, threshold=prediction.threshold)
 
 
 def ddim(
@@ -84,22 +95,90 @@ def ddim(
     for t, before in steps:
         a = signal_share(alphas_cumprod, t)
         a_before = alphas_cumprod[before] if before >= 0 else final_alpha_cumprod
-        alpha, sigma = math.sqrt(a), math.sqrt(1 - a)
-        variance = eta * eta * ddim_variance(a, a_before)
-        left = 1 - a_before - variance
-        if left < -1e-12:
-            raise ValueError(
-                f"eta = {eta} adds variance {variance:.6g} at t = {t}; at most {1 - a_before:.6g} fits"
-            )
-        epsilon = prediction.epsilon(alpha, sigma)
-        if use_clipped_model_output:
-            epsilon = {"xh": 1 / sigma, "x0": -alpha / sigma}
-        y = {name: math.sqrt(max(left, 0.0)) * weight for name, weight in epsilon.items()}
-        y["x0"] = y.get("x0", 0.0) + math.sqrt(a_before)
-        if eta > 0:
-            y["z"] = math.sqrt(max(variance, 0.0))
-        row = make_row(prediction.x0(alpha, sigma), y, clip=prediction.limits)
+        y = _ddim_weights(t, a, a_before, prediction, eta, use_clipped_model_output)
+        row = make_row(prediction.x0(math.sqrt(a), math.sqrt(1 - a)), y, clip=prediction.limits)
         yield Stage(t, row, noise=Noise() if eta > 0 else None, threshold=prediction.threshold)
+
+
+def ddim_inverse(
+    alphas_cumprod: Sequence[float],
+    steps: Iterable[tuple[int, int]],
+    prediction: Prediction,
+    *,
+    initial_alpha_cumprod: float = 1.0,
+) -> Iterator[Stage]:
+    """DDIM from the image to the noise (Song et al. 2021, section 4.3).
+
+    Args:
+        alphas_cumprod: [T].
+        steps: (timestep reached, timestep left); the model is told the one that is reached.
+        initial_alpha_cumprod: alphas_cumprod where the timestep left is negative.
+
+    Raises:
+        ValueError: the image is left without noise, which predicted x0 then does not tell.
+    """
+    for t, left in steps:
+        signal_share(alphas_cumprod, t)
+        a = signal_share(alphas_cumprod, left) if left >= 0 else initial_alpha_cumprod
+        if a == 1 and prediction.kind == "sample":
+            raise ValueError(
+                "predicted x0 does not tell the noise of an image that has none: use prediction_type "
+                "'epsilon' or 'v_prediction', or set_alpha_to_one=False"
+            )
+        y = _ddim_weights(t, a, alphas_cumprod[t], prediction)
+        row = make_row(prediction.x0(math.sqrt(a), math.sqrt(1 - a)), y, clip=prediction.limits)
+        yield Stage(t, row, threshold=prediction.threshold)
+
+
+def repaint(
+    alphas_cumprod: Sequence[float],
+    steps: Iterable[tuple[int, int]],
+    prediction: Prediction,
+    *,
+    eta: float = 0.0,
+) -> Iterator[Stage]:
+    """One step of inpainting (Lugmayr et al. 2022, "RePaint", eq. 8): y is what is made up, d what is known.
+
+    DDIM makes y; d is the image that slot 0 holds, with the noise of the previous timestep. Both have the
+    same z, drawn at every step.
+
+    Args:
+        alphas_cumprod: [T].
+        steps: (timestep, previous timestep), a negative one standing for the image itself.
+        eta: as `ddim`.
+    """
+    for t, before in steps:
+        a = signal_share(alphas_cumprod, t)
+        a_before = alphas_cumprod[before] if before >= 0 else 1.0
+        y = _ddim_weights(t, a, a_before, prediction, eta)
+        known = {"s0": math.sqrt(a_before), "z": math.sqrt(1 - a_before)}
+        row = make_row(prediction.x0(math.sqrt(a), math.sqrt(1 - a)), y, known, clip=prediction.limits)
+        yield Stage(t, row, noise=Noise(), threshold=prediction.threshold)
+
+
+def raised(t: int, beta: float) -> Stage:
+    """One training step towards the noise (Ho et al. 2020, eq. 2): no model is called."""
+    row = make_row((0.0, 0.0), {"xh": math.sqrt(1 - beta), "z": math.sqrt(beta)})
+    return Stage(t, row, noise=Noise())
+
+
+def _ddim_weights(
+    t: int, a: float, a_after: float, prediction: Prediction, eta: float = 0.0, clipped: bool = False
+) -> dict[str, float]:
+    """Weights of the sample at a_after: x0 and the noise that goes with it, or with the limited x0."""
+    alpha, sigma = math.sqrt(a), math.sqrt(1 - a)
+    variance = eta * eta * ddim_variance(a, a_after) if eta else 0.0
+    left = 1 - a_after - variance
+    if left < -1e-12:
+        raise ValueError(
+            f"eta = {eta} adds variance {variance:.6g} at t = {t}; at most {1 - a_after:.6g} fits"
+        )
+    epsilon = {"xh": 1 / sigma, "x0": -alpha / sigma} if clipped else prediction.epsilon(alpha, sigma)
+    y = {name: math.sqrt(max(left, 0.0)) * weight for name, weight in epsilon.items()}
+    y["x0"] = y.get("x0", 0.0) + math.sqrt(a_after)
+    if eta > 0:
+        y["z"] = math.sqrt(max(variance, 0.0))
+    return y
 
 
 def signal_share(alphas_cumprod: Sequence[float], t: int) -> float:
