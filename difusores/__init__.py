@@ -58,7 +58,7 @@ _PUBLIC = {
     "UnCLIPScheduler": "difusores.schedulers",
     "use_backend": "difusores.ops",
 }
-_SUBMODULES = ("models", "ops", "pipelines", "schedulers", "schedules", "solvers", "training")
+_SUBMODULES = ("models", "ops", "pipelines", "processes", "schedulers", "schedules", "solvers", "training")
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
