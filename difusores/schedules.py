@@ -324,3 +324,146 @@ def middle_sigmas(sigmas: Sequence[float], *, ancestral: bool) -> list[float]:
     if ancestral:
         return list(sigmas[1:-1])
     return [math.sqrt(here * after) for here, after in pairwise(sigmas[:-1])]
+
+
+def distilled_timesteps(
+    steps: int, num_train_timesteps: int, teacher_steps: int | None, strength: float
+) -> list[int]:
+    """The timesteps of a model distilled from a teacher's steps (Luo et al. 2023, "LCM", section 4.3).
+
+    Args:
+        steps: how many.
+        num_train_timesteps: T.
+        teacher_steps: of the teacher, at T // teacher_steps - 1 and so on; None: at every training step.
+        strength: the share of them that is taken, from the lowest on.
+
+    Raises:
+        ValueError: fewer of them than `steps`.
+    """
+    origin = teacher_timesteps(num_train_timesteps, teacher_steps, strength)
+    if not 1 <= steps <= len(origin):
+        raise ValueError(
+            f"num_inference_steps must be from 1 to {len(origin)}, the {teacher_steps or num_train_timesteps} "
+            f"steps of distillation times the strength {strength}; got {steps}"
+        )
+    places = np.floor(np.linspace(0, len(origin), num=steps, endpoint=False)).astype(int)
+    return [origin[-1 - place] for place in places]
+
+
+def teacher_timesteps(num_train_timesteps: int, teacher_steps: int | None, strength: float) -> list[int]:
+    """The ascending timesteps out of which `distilled_timesteps` chooses.
+
+    Raises:
+        ValueError: the teacher has more steps than the model was trained with.
+    """
+    if teacher_steps is None:
+        return list(range(int(num_train_timesteps * strength)))
+    if not 1 <= teacher_steps <= num_train_timesteps:
+        raise ValueError(
+            f"original_inference_steps must be from 1 to {num_train_timesteps} (num_train_timesteps), "
+            f"got {teacher_steps}"
+        )
+    stride = num_train_timesteps // teacher_steps
+    return [i * stride - 1 for i in range(1, int(teacher_steps * strength) + 1)]
+
+
+def inner_timesteps(
+    spacing: str, steps: int, num_train_timesteps: int, offset: int = 0, last: int | None = None
+) -> list[int]:
+    """The training steps of solvers that end between training step 0 and the image, descending.
+
+    "linspace" and "leading" are `timesteps` of one step more, without the lowest.
+
+    Args:
+        spacing, num_train_timesteps, offset: as `timesteps`.
+        steps: how many, from 1 to T.
+        last: T, or a smaller number to stay below.
+
+    Raises:
+        ValueError: unknown spacing, or a count that it has no room for.
+    """
+    total = num_train_timesteps if last is None else last
+    most = total - 1 if spacing == "leading" else num_train_timesteps
+    if not 1 <= steps <= most:
+        raise ValueError(f"num_inference_steps must be from 1 to {most} with {spacing!r} spacing, got {steps}")
+    if spacing == "linspace":
+        return [int(t) for t in np.linspace(0, total - 1, steps + 1).round()[:0:-1]]
+    if spacing == "leading":
+        return [i * (total // (steps + 1)) + offset for i in range(steps, 0, -1)]
+    if spacing == "trailing":
+        return [int(t) - 1 for t in np.arange(total, 0, -num_train_timesteps / steps).round()]
+    raise ValueError(f"timestep_spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
+
+
+def signal_noise_lambda(alphas_cumprod: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """alpha, sigma and lambda = log(alpha / sigma) of every training step, [T] float32."""
+    alpha, sigma = torch.sqrt(alphas_cumprod), torch.sqrt(1 - alphas_cumprod)
+    return alpha, sigma, torch.log(alpha) - torch.log(sigma)
+
+
+def lu_sigmas(sigma_min: float, sigma_max: float, steps: int) -> Array:
+    """[steps], descending: lambda in equal steps (Lu et al. 2022, "DPM-Solver", section 3.4).
+
+    Args:
+        sigma_min, sigma_max: logarithms are taken in float32.
+    """
+    low, high = (float(np.log(np.float32(level))) for level in (sigma_min, sigma_max))
+    return np.exp(high + np.linspace(0, 1, steps) * (low - high))
+
+
+def flow_sigmas(steps: int, num_train_timesteps: int, shift: float = 1.0) -> Array:
+    """[steps], descending, of x = (1 - sigma) * x0 + sigma * noise, below 1 (Esser et al. 2024, eq. 23)."""
+    levels = 1.0 - np.linspace(1, 1 / num_train_timesteps, steps + 1)
+    shifted: Array = (shift * levels / (1 + (shift - 1) * levels))[:0:-1]
+    return shifted
+
+
+LAMBDA_KINDS = (*SIGMA_KINDS, "lu", "flow")
+
+
+def lambda_grid(
+    table: Array,
+    timesteps: Sequence[int],
+    steps: int,
+    *,
+    kind: str | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    shift: float = 1.0,
+    rounded: Sequence[str] = ("karras", "lu"),
+    last: float | None = 0.0,
+) -> SigmaGrid:
+    """The noise levels of solvers in lambda = log(alpha / sigma), whose model is told whole training steps.
+
+    Args:
+        table: [T] of `training_sigmas`.
+        timesteps: descending; their levels are the grid if kind is None.
+        steps: how many, otherwise.
+        kind: one of LAMBDA_KINDS. All but "flow" cover the table, whatever the timesteps.
+        sigma_min, sigma_max: the range instead of the table's.
+        shift: of "flow".
+        rounded: the kinds whose times are rounded; the others are cut off, as in diffusers.
+        last: where the run ends; None is the lowest level once more.
+    """
+    low = float(table[0]) if sigma_min is None else sigma_min
+    high = float(table[-1]) if sigma_max is None else sigma_max
+    times: Array | Sequence[float] = timesteps
+    if kind is None:
+        levels: Array = np.interp(timesteps, np.arange(len(table)), table)
+    elif kind == "flow":
+        levels = flow_sigmas(steps, len(table), shift)
+        times = levels * len(table)
+    else:
+        spacings = {
+            "karras": karras_sigmas,
+            "exponential": exponential_sigmas,
+            "beta": beta_sigmas,
+            "lu": lu_sigmas,
+        }
+        levels = spacings[kind](low, high, steps)
+        times = sigma_to_timestep(levels, table)
+    if kind in rounded:
+        times = np.round(times)
+    return SigmaGrid(
+        tuple(int(t) for t in times), as_float32([*levels, levels[-1] if last is None else last])
+    )

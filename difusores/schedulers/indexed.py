@@ -107,9 +107,13 @@ class IndexedScheduler(TableScheduler):
         self._run.index = self._run.begin = index
         return index
 
+    def _levels_table(self) -> Tensor:
+        """What a step depends on besides `timesteps`: `_stages` is given it as `grid.sigmas`."""
+        return self.sigmas
+
     def _rows_from(self, begin: int, options: dict[str, Any]) -> list[CachedStage]:
         """The stages of a run, kept for the next run on the same grid."""
-        grid = SigmaGrid(tuple(self._times()), tuple(self.sigmas.tolist()))
+        grid = SigmaGrid(tuple(self._times()), tuple(self._levels_table().tolist()))
         key = (grid, begin, *options.values())
         stages: list[CachedStage] | None = self._rows.get(key)
         if stages is None:
@@ -125,20 +129,26 @@ class IndexedScheduler(TableScheduler):
         timestep: float | Tensor,
         sample: Tensor,
         generator: Generators = None,
+        noise: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, ...]:
-        """Carry out the next stage: the outputs named by `returned`, and those that the slots hold."""
+        """Carry out the next stage and return the outputs named by `returned`.
+
+        noise: used where the stage draws noise, in place of it.
+        """
         run = self._run
         index = self._start(timestep) if run.index is None else run.index
-        key = (self._rows, self.sigmas, self.sigmas._version, self.timesteps, self.timesteps._version)
+        levels = self._levels_table()
+        key = (self._rows, levels, levels._version, self.timesteps, self.timesteps._version)
         if run.options != options or any(map(is_not, run.key, key)):
             run.key, run.options, run.stages = key, options, self._rows_from(run.begin, options)
         stages = run.stages
         if index - run.begin >= len(stages):
             raise IndexError(f"the run is over: it has {len(self.timesteps)} timesteps; call set_timesteps")
         cached = stages[index - run.begin]
+        given = noise if cached.noise is not None else None
         results, run.slots = advance(
-            cached, model_output, sample, generator, slots=run.slots, upcast=self.upcast
+            cached, model_output, sample, generator, given, slots=run.slots, upcast=self.upcast
         )
         run.index = index + 1
         return results[: len(self.returned)]

@@ -6,7 +6,7 @@ A sampler is a function that yields one `Stage` per model call, in float64, from
 from __future__ import annotations
 
 from difusores.plan import Noise, Plan, Stage, Threshold
-from difusores.solvers.common import PREDICTION_TYPES, Prediction, forward_process, raise_noise
+from difusores.solvers.common import PREDICTION_TYPES, Prediction, forward_process, mix, raise_noise
 from difusores.solvers.discrete import (
     VARIANCE_TYPES,
     ddim,
@@ -41,6 +41,7 @@ __all__ = [
     "kdpm2",
     "kdpm2_ancestral",
     "lms",
+    "mix",
     "pndm",
     "raise_noise",
     "raised",

@@ -7,6 +7,7 @@ noise levels alpha = 1; e is the model's output, v its second half where the var
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from difusores.plan import Threshold
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Prediction:
     """What the model predicts and how the x0 that follows is limited.
 
     Attributes:
-        kind: "epsilon" (the noise), "sample" (x0) or "v_prediction" (Salimans & Ho 2022, appendix D).
+        kind: "epsilon" (the noise), "sample" (x0), "v_prediction" (Salimans & Ho 2022, appendix D), or where
+            alpha = 1 - sigma "flow_prediction", noise - x0 (Lipman et al. 2022).
         clip: x0 is clamped to [-clip, clip]; None leaves it.
         threshold: dynamic thresholding, in place of the clamp.
     """
@@ -47,10 +49,18 @@ class Prediction:
         """(p_x, p_e): the unlimited x0 = p_x * x + p_e * e.
 
         Raises:
-            ValueError: alpha = 0 and the model predicts noise, which then says nothing about x0.
+            ValueError: alpha = 0 and the model predicts noise, which then says nothing about x0; or a flow
+                where alpha + sigma is not 1.
         """
         if self.kind == "sample":
             return 0.0, 1.0
+        if self.kind == "flow_prediction":
+            if not math.isclose(alpha + sigma, 1.0, rel_tol=1e-6):
+                raise ValueError(
+                    "'flow_prediction' is for samples (1 - sigma) * x0 + sigma * noise, and here they are "
+                    f"{alpha:.6g} * x0 + {sigma:.6g} * noise: set use_flow_sigmas where there is one"
+                )
+            return 1.0, -sigma
         if self.kind == "v_prediction":
             return alpha, -sigma
         if alpha == 0:
@@ -62,6 +72,8 @@ class Prediction:
 
     def x0_at(self, sigma: float) -> tuple[float, float]:
         """(p_x, p_e) for a sample x0 + sigma * noise, which the model is given divided by √(sigma² + 1)."""
+        if self.kind == "flow_prediction":
+            return self.x0(1.0, sigma)
         if self.kind == "sample":
             return 0.0, 1.0
         if self.kind == "v_prediction":
@@ -80,7 +92,15 @@ class Prediction:
             return {"e": 1.0}
         if self.kind == "v_prediction":
             return {"e": alpha, "xh": sigma}
+        if self.kind == "flow_prediction":
+            return {"e": alpha, "xh": 1.0}
         return {"xh": 1 / sigma, "e": -alpha / sigma}
+
+    def limited_epsilon(self, alpha: float, sigma: float) -> dict[str, float]:
+        """Weights of the noise that goes with the limited x0."""
+        if self.clip is None and self.threshold is None:
+            return self.epsilon(alpha, sigma)
+        return {"xh": 1 / sigma, "x0": -alpha / sigma}
 
 
 def forward_process(
@@ -100,6 +120,18 @@ def forward_process(
     samples, noise = samples.to(wide), noise.to(wide)
     mixed = alpha * noise - sigma * samples if velocity else alpha * samples + sigma * noise
     return mixed.to(dtype)
+
+
+def mix(levels: Sequence[tuple[float, float]], samples: Tensor, noise: Tensor) -> Tensor:
+    """The training side at given (alpha, sigma), one per image or one for all: alpha * samples + sigma * noise.
+
+    samples, noise: [B, ...], any floating dtype; fp16 and bf16 are computed in fp32.
+    """
+    dtype = torch.promote_types(samples.dtype, noise.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    table = torch.tensor(levels, dtype=torch.float64, device="cpu").to(samples.device, wide)
+    alpha, sigma = table.reshape(-1, 2, *([1] * (samples.ndim - 1))).unbind(1)
+    return (alpha * samples.to(wide) + sigma * noise.to(wide)).to(dtype)
 
 
 def raise_noise(sigmas: Tensor, samples: Tensor, noise: Tensor) -> Tensor:
