@@ -4,7 +4,7 @@ Sohl-Dickstein et al. 2015, "Deep unsupervised learning using nonequilibrium the
 for real data, bit flips for binary data. Both chains have T steps, t = 1 ... T; q is the destruction, p the
 restoration, and `bound` is the upper bound on -log2 p(x0) (eqs. 13-14), term by term:
 
-    KL(q(x_T | x0) || p(x_T)) + sum over t > 1 of KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) - log p(x0 | x_1)
+    KL(q(x_T | x0) || p(x_T)) + sum_{t > 1} KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) - log p(x0 | x_1)
 
 The model is a function model(x_t, t) -> [B, ...] of x_t [B, ...] and t [B] int64 in 1 ... T.
 """
@@ -82,7 +82,7 @@ class _Process:
 
 
 class BinomialProcess(_Process):
-    """Bits that are flipped: q(x_t | x_{t-1}) = B(x_{t-1} (1 - beta_t) + beta_t / 2), the paper's table App. 1.
+    """Bits that are flipped: q(x_t | x_{t-1}) = B(x_{t-1} (1 - beta_t) + beta_t / 2), table App. 1.
 
     The model returns logits of x0 = 1; p(x_{t-1} | x_t) is q(x_{t-1} | x_t, x0) averaged over that.
 
