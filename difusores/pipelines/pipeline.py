@@ -222,11 +222,9 @@ def follows_plan(scheduler: Any) -> bool:
     It does not where there is no plan, as in diffusers' schedulers, nor where a subclass or an assignment to
     the object has put something else in the place of one of the two methods.
     """
-    owner = next((cls for cls in type(scheduler).__mro__ if "plan" in vars(cls)), None)
-    return owner is not None and all(
-        getattr(getattr(scheduler, name), "__func__", None) is getattr(owner, name)
-        for name in ("set_timesteps", "step")
-    )
+    methods = (getattr(scheduler, name, None) for name in ("plan", "set_timesteps", "step"))
+    functions = (getattr(method, "__func__", None) for method in methods)
+    return all(getattr(f, "__module__", "").startswith("difusores.schedulers.") for f in functions)
 
 
 def _library_and_class(component: object) -> tuple[str | None, str | None]:

@@ -11,7 +11,7 @@ from difusores.models.unet_2d import UNet2DModel
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
 from difusores.pipelines.pipeline import DiffusionPipeline, follows_plan
 from difusores.sampling import Callback, Generators, draw_noise
-from difusores.schedulers import DDIMScheduler, DDPMScheduler
+from difusores.schedulers import DDIMScheduler
 
 Labels = int | Sequence[int] | torch.Tensor | None
 StepCallback = Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
@@ -75,6 +75,7 @@ class UNetPipeline(DiffusionPipeline):
                 return None if changed is None else changed.get("image")
 
             noise = draw_noise(shape, generator, self.device, self.unet.dtype)
+            noise *= getattr(scheduler, "init_noise_sigma", 1.0) if plan is None else plan.init_noise_sigma
             if plan is None:
                 options = {**options, "generator": generator}
                 image = self._steps(scheduler, noise, inputs, guidance, after_step, options)
@@ -101,6 +102,8 @@ class UNetPipeline(DiffusionPipeline):
         """The loop of diffusers' pipelines. options: of `step`."""
         for i, time in enumerate(scheduler.timesteps):
             given = image if guidance is None else torch.cat((image, image))
+            if hasattr(scheduler, "scale_model_input"):
+                given = scheduler.scale_model_input(given, time)
             output = self.unet(given, time, **inputs).sample
             if guidance is not None:
                 output, null = output.chunk(2)
@@ -149,10 +152,10 @@ class DDPMPipeline(UNetPipeline):
 
     Args:
         unet: a `UNet2DModel`.
-        scheduler: a `DDPMScheduler` or `DDIMScheduler`, or one of diffusers.
+        scheduler: any of this package that the model was trained for, or one of diffusers.
     """
 
-    def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler | DDIMScheduler) -> None:
+    def __init__(self, unet: UNet2DModel, scheduler: Any) -> None:
         self.register_modules(unet=unet, scheduler=scheduler)
 
     def __call__(
