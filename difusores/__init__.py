@@ -18,24 +18,33 @@ if TYPE_CHECKING:
     from difusores.pipelines import DDIMPipeline as DDIMPipeline
     from difusores.pipelines import DDPMPipeline as DDPMPipeline
     from difusores.pipelines import DiffusionPipeline as DiffusionPipeline
+    from difusores.schedulers import CMStochasticIterativeScheduler as CMStochasticIterativeScheduler
     from difusores.schedulers import DDIMInverseScheduler as DDIMInverseScheduler
     from difusores.schedulers import DDIMParallelScheduler as DDIMParallelScheduler
     from difusores.schedulers import DDIMScheduler as DDIMScheduler
     from difusores.schedulers import DDPMParallelScheduler as DDPMParallelScheduler
     from difusores.schedulers import DDPMScheduler as DDPMScheduler
+    from difusores.schedulers import DEISMultistepScheduler as DEISMultistepScheduler
     from difusores.schedulers import EulerAncestralDiscreteScheduler as EulerAncestralDiscreteScheduler
     from difusores.schedulers import EulerDiscreteScheduler as EulerDiscreteScheduler
+    from difusores.schedulers import FlowMatchEulerDiscreteScheduler as FlowMatchEulerDiscreteScheduler
+    from difusores.schedulers import FlowMatchHeunDiscreteScheduler as FlowMatchHeunDiscreteScheduler
     from difusores.schedulers import HeunDiscreteScheduler as HeunDiscreteScheduler
     from difusores.schedulers import IPNDMScheduler as IPNDMScheduler
     from difusores.schedulers import KDPM2AncestralDiscreteScheduler as KDPM2AncestralDiscreteScheduler
     from difusores.schedulers import KDPM2DiscreteScheduler as KDPM2DiscreteScheduler
+    from difusores.schedulers import LCMScheduler as LCMScheduler
     from difusores.schedulers import LMSDiscreteScheduler as LMSDiscreteScheduler
     from difusores.schedulers import PNDMScheduler as PNDMScheduler
+    from difusores.schedulers import SASolverScheduler as SASolverScheduler
     from difusores.schedulers import SchedulerMixin as SchedulerMixin
+    from difusores.schedulers import TCDScheduler as TCDScheduler
     from difusores.schedulers import UnCLIPScheduler as UnCLIPScheduler
+    from difusores.schedulers import UniPCMultistepScheduler as UniPCMultistepScheduler
 
 # Public name -> the module that defines it. The imports above tell type checkers the same (tested).
 _PUBLIC = {
+    "CMStochasticIterativeScheduler": "difusores.schedulers",
     "DDIMInverseScheduler": "difusores.schedulers",
     "DDIMParallelScheduler": "difusores.schedulers",
     "DDIMPipeline": "difusores.pipelines",
@@ -43,19 +52,26 @@ _PUBLIC = {
     "DDPMParallelScheduler": "difusores.schedulers",
     "DDPMPipeline": "difusores.pipelines",
     "DDPMScheduler": "difusores.schedulers",
+    "DEISMultistepScheduler": "difusores.schedulers",
     "DiffusionPipeline": "difusores.pipelines",
     "EulerAncestralDiscreteScheduler": "difusores.schedulers",
     "EulerDiscreteScheduler": "difusores.schedulers",
+    "FlowMatchEulerDiscreteScheduler": "difusores.schedulers",
+    "FlowMatchHeunDiscreteScheduler": "difusores.schedulers",
     "HeunDiscreteScheduler": "difusores.schedulers",
     "IPNDMScheduler": "difusores.schedulers",
     "KDPM2AncestralDiscreteScheduler": "difusores.schedulers",
     "KDPM2DiscreteScheduler": "difusores.schedulers",
+    "LCMScheduler": "difusores.schedulers",
     "LMSDiscreteScheduler": "difusores.schedulers",
     "ModelMixin": "difusores.models",
     "PNDMScheduler": "difusores.schedulers",
+    "SASolverScheduler": "difusores.schedulers",
     "SchedulerMixin": "difusores.schedulers",
+    "TCDScheduler": "difusores.schedulers",
     "UNet2DModel": "difusores.models",
     "UnCLIPScheduler": "difusores.schedulers",
+    "UniPCMultistepScheduler": "difusores.schedulers",
     "use_backend": "difusores.ops",
 }
 _SUBMODULES = ("models", "ops", "pipelines", "processes", "schedulers", "schedules", "solvers", "training")

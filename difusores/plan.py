@@ -27,7 +27,8 @@ class Noise(NamedTuple):
 
     Attributes:
         draws: draws taken from the generator; the last one is z.
-        dtype: "float32" and so on; None is the dtype of the model's output.
+        dtype: "float32" and so on; None is that of the model's output, "promoted" what that and the sample's
+            promote to.
     """
 
     draws: int = 1

@@ -52,7 +52,8 @@ def sample(
             e, v = split_output(model(given, times[i]), x.shape, stage.row[MODE] != 0, len(weights))
             z = None
             if stage.noise is not None and keys is None:
-                z = buffers.noise(stage.noise, e[0].dtype, generator, keep="z" in stage.slots)
+                dtype = noise_dtype(stage.noise, x, e[0])
+                z = buffers.noise(stage.noise, dtype, generator, keep="z" in stage.slots)
             operands: dict[str, Any] = {"noise": z, "variance": v, "seeds": keys}
             if stage.threshold is not None:
                 (x0,) = scheduler_step(rows[i], x, e, slots, outputs=("x0",), **operands)
@@ -123,6 +124,15 @@ def dynamic_threshold(x0: Tensor, ratio: float, largest: float) -> Tensor:
     # One image at a time: torch.quantile refuses more than 2**24 elements in all.
     quantiles = [torch.quantile(image, ratio) for image in images]
     return torch.stack(quantiles).clamp(min=1, max=largest) if quantiles else images.new_empty(0)
+
+
+def noise_dtype(noise: Noise, sample: Tensor, model_output: Tensor) -> torch.dtype:
+    """The dtype in which a stage's noise is drawn."""
+    if noise.dtype is None:
+        return model_output.dtype
+    if noise.dtype == "promoted":
+        return torch.promote_types(sample.dtype, model_output.dtype)
+    return getattr(torch, noise.dtype)  # type: ignore[no-any-return]
 
 
 def draw_noise(
@@ -224,7 +234,6 @@ class _Buffers:
         return given
 
     def noise(self, noise: Noise, dtype: torch.dtype, generator: Generators, keep: bool) -> Tensor:
-        dtype = getattr(torch, noise.dtype) if noise.dtype else dtype
         z = self.z
         if z is None or z.dtype is not dtype or keep or self.kept:
             z = torch.empty(self.like.shape, dtype=dtype, device=self.like.device)
@@ -237,3 +246,29 @@ class _Buffers:
 def scaled_input(sample: Tensor, divisor: float) -> Tensor:
     """The model's input for a sample of x0 + sigma * noise."""
     return sample / divisor
+
+
+def flow_step_by_token(
+    levels: Tensor, here: Tensor, sample: Tensor, model_output: Tensor, noise: Tensor | None = None
+) -> Tensor:
+    """A step of a flow model where every token is at a noise level of its own: to the next lower one, or to 0.
+
+    Without noise the model's output is taken for x0 - noise, the negative of what `step` takes elsewhere: so
+    diffusers has it, and the pipelines that use it.
+
+    Args:
+        levels: [N], of the run.
+        here: [B, L], of the tokens.
+        sample, model_output: [B, L, C].
+        noise: like sample; then x0 is put under it at the lower level, with noise - x0 as the model's output.
+
+    Returns:
+        [B, L, C], at least fp32.
+    """
+    run = levels.to(here.device)[:, None, None]
+    after = (run * (run < here - 1e-6)).amax(0)[..., None]
+    here = here[..., None]
+    sample = sample.to(torch.promote_types(torch.float32, model_output.dtype))
+    if noise is None:
+        return sample + (here - after) * model_output
+    return (1 - after) * (sample - here * model_output) + after * noise

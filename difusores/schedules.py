@@ -227,8 +227,13 @@ def with_data(sigma: Tensor) -> Tensor:
 
 def karras_sigmas(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> Array:
     """[steps], descending (Karras et al. 2022, eq. 5)."""
+    return karras_levels(sigma_min, sigma_max, np.linspace(0, 1, steps), rho)
+
+
+def karras_levels(sigma_min: float, sigma_max: float, places: Array, rho: float = 7.0) -> Array:
+    """The noise levels at places between sigma_max, at 0, and sigma_min, at 1 (Karras et al. 2022, eq. 5)."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    levels: Array = (high + np.linspace(0, 1, steps) * (low - high)) ** rho
+    levels: Array = (high + places * (low - high)) ** rho
     return levels
 
 
@@ -342,9 +347,10 @@ def distilled_timesteps(
     """
     origin = teacher_timesteps(num_train_timesteps, teacher_steps, strength)
     if not 1 <= steps <= len(origin):
+        every = num_train_timesteps if teacher_steps is None else teacher_steps
         raise ValueError(
-            f"num_inference_steps must be from 1 to {len(origin)}, the {teacher_steps or num_train_timesteps} "
-            f"steps of distillation times the strength {strength}; got {steps}"
+            f"num_inference_steps must be from 1 to {len(origin)}, the {every} steps of distillation times "
+            f"the strength {strength}; got {steps}"
         )
     places = np.floor(np.linspace(0, len(origin), num=steps, endpoint=False)).astype(int)
     return [origin[-1 - place] for place in places]
@@ -385,7 +391,9 @@ def inner_timesteps(
     total = num_train_timesteps if last is None else last
     most = total - 1 if spacing == "leading" else num_train_timesteps
     if not 1 <= steps <= most:
-        raise ValueError(f"num_inference_steps must be from 1 to {most} with {spacing!r} spacing, got {steps}")
+        raise ValueError(
+            f"num_inference_steps must be from 1 to {most} with {spacing!r} spacing, got {steps}"
+        )
     if spacing == "linspace":
         return [int(t) for t in np.linspace(0, total - 1, steps + 1).round()[:0:-1]]
     if spacing == "leading":
@@ -393,6 +401,22 @@ def inner_timesteps(
     if spacing == "trailing":
         return [int(t) - 1 for t in np.arange(total, 0, -num_train_timesteps / steps).round()]
     raise ValueError(f"timestep_spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
+
+
+def inversion_timesteps(
+    spacing: str, steps: int, num_train_timesteps: int, offset: int = 0, last: int | None = None
+) -> list[int]:
+    """The training steps of solvers that lead from the image to the noise, ascending; as `inner_timesteps`.
+
+    "linspace" and "leading" begin at 0 and leave out the highest one.
+    """
+    inner = inner_timesteps(spacing, steps, num_train_timesteps, offset, last)[::-1]
+    total = num_train_timesteps if last is None else last
+    if spacing == "linspace":
+        return [int(t) for t in np.linspace(0, total - 1, steps + 1).round()[:-1]]
+    if spacing == "leading":
+        return [t - total // (steps + 1) for t in inner]
+    return inner
 
 
 def signal_noise_lambda(alphas_cumprod: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -418,6 +442,54 @@ def flow_sigmas(steps: int, num_train_timesteps: int, shift: float = 1.0) -> Arr
     return shifted
 
 
+def whole_flow_sigmas(steps: int, num_train_timesteps: int) -> Array:
+    """[steps], descending from 1 itself; one more would be 1 / num_train_timesteps."""
+    return np.linspace(1, 1 / num_train_timesteps, steps + 1)[:-1]
+
+
+def shifted_flow_sigmas(
+    levels: Array | Sequence[float],
+    *,
+    shift: float = 1.0,
+    mu: float | None = None,
+    kind: str = "exponential",
+    terminal: float | None = None,
+) -> Array:
+    """Levels of x = (1 - sigma) * x0 + sigma * noise moved towards the noise (Esser et al. 2024, eq. 23).
+
+    Args:
+        levels: descending, above 0 and up to 1; a first level of 1 becomes 1 - 1e-6.
+        shift: of all levels.
+        mu: in place of shift: exp(mu) with the kind "exponential", mu itself with "linear".
+        terminal: the last level, to which the others are stretched; None or 0 leaves them.
+
+    Raises:
+        ValueError: levels out of range.
+    """
+    given = np.array(levels, dtype=np.float64)
+    if not (given.size and np.all(np.diff(given) < 0) and 0 < given[-1] and given[0] <= 1):
+        raise ValueError(f"sigmas of a flow must descend within (0, 1], got {given.tolist()}")
+    if mu is None:
+        moved = shift * given / (1 + (shift - 1) * given)
+    else:
+        ratio = math.exp(mu) if kind == "exponential" else mu
+        moved = ratio / (ratio + (1 / given - 1))
+    if terminal:
+        moved = 1 - (1 - moved) / ((1 - moved[-1]) / (1 - terminal))
+    if abs(moved[0] - 1) < 1e-6:
+        moved[0] -= 1e-6
+    return moved
+
+
+def flow_grid(levels: Array, num_train_timesteps: int, last: float | None = 0.0) -> SigmaGrid:
+    """A grid at levels of a flow, whose model is told whole training steps, cut off.
+
+    last: where the run ends; None is the lowest level once more.
+    """
+    times = tuple(int(level * num_train_timesteps) for level in levels)
+    return SigmaGrid(times, as_float32([*levels, levels[-1] if last is None else last]))
+
+
 LAMBDA_KINDS = (*SIGMA_KINDS, "lu", "flow")
 
 
@@ -432,6 +504,7 @@ def lambda_grid(
     shift: float = 1.0,
     rounded: Sequence[str] = ("karras", "lu"),
     last: float | None = 0.0,
+    ascending: bool = False,
 ) -> SigmaGrid:
     """The noise levels of solvers in lambda = log(alpha / sigma), whose model is told whole training steps.
 
@@ -443,10 +516,12 @@ def lambda_grid(
         sigma_min, sigma_max: the range instead of the table's.
         shift: of "flow".
         rounded: the kinds whose times are rounded; the others are cut off, as in diffusers.
-        last: where the run ends; None is the lowest level once more.
+        last: where the run ends; None is the last level once more.
+        ascending: from the table's lowest level to its highest; not for "flow", as in diffusers.
     """
-    low = float(table[0]) if sigma_min is None else sigma_min
-    high = float(table[-1]) if sigma_max is None else sigma_max
+    low, high = float(table[-1 if ascending else 0]), float(table[0 if ascending else -1])
+    low = low if sigma_min is None else sigma_min
+    high = high if sigma_max is None else sigma_max
     times: Array | Sequence[float] = timesteps
     if kind is None:
         levels: Array = np.interp(timesteps, np.arange(len(table)), table)
@@ -467,3 +542,104 @@ def lambda_grid(
     return SigmaGrid(
         tuple(int(t) for t in times), as_float32([*levels, levels[-1] if last is None else last])
     )
+
+
+TIME_SHIFTS = ("exponential", "linear")
+
+
+def training_flow_sigmas(num_train_timesteps: int) -> Tensor:
+    """[T] float32, descending from 1 to 1 / T."""
+    steps = np.linspace(1, num_train_timesteps, num_train_timesteps, dtype=np.float32)[::-1].copy()
+    return torch.from_numpy(steps) / num_train_timesteps
+
+
+def shifted(levels: Any, shift: float) -> Any:
+    """More steps at high noise (Esser et al. 2024, "Scaling rectified flow transformers", eq. 23).
+
+    levels: array or tensor, in [0, 1]; in its dtype.
+
+    Raises:
+        ValueError: shift is not above 0.
+    """
+    if not shift > 0:
+        raise ValueError(f"shift must be above 0, got {shift}")
+    return shift * levels / (1 + (shift - 1) * levels)
+
+
+def time_shifted(levels: Any, mu: float, kind: str = "exponential", power: float = 1.0) -> Any:
+    """`shifted` by e^mu ("exponential") or by mu ("linear"), of (1 / levels - 1)^power."""
+    factor = math.exp(mu) if kind == "exponential" else mu
+    if not factor > 0:
+        raise ValueError(f"mu must be above 0 for a linear time shift, got {mu}")
+    with np.errstate(divide="ignore"):  # at 0, whose place is 0
+        return factor / (factor + (1 / levels - 1) ** power)
+
+
+def stretched(levels: Any, last: float) -> Any:
+    """1 - levels in proportion, so that the run's last level is `last`; a last level of 1 stays as it is.
+
+    Raises:
+        ValueError: last is not within 0 and 1.
+    """
+    if not 0 <= last < 1:
+        raise ValueError(f"shift_terminal must lie from 0 to below 1, got {last}")
+    room = 1 - levels
+    return levels if room[-1] == 0 else 1 - room / (room[-1] / (1 - last))
+
+
+def flow_grid(
+    levels: Array,
+    num_train_timesteps: int,
+    *,
+    kind: str | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    timesteps: Array | None = None,
+    inverted: bool = False,
+) -> SigmaGrid:
+    """The noise levels of a flow model, which is told sigma * T.
+
+    Args:
+        levels: of the steps, shifted.
+        num_train_timesteps: T.
+        kind: one of SIGMA_KINDS, over the range of the levels.
+        sigma_min, sigma_max: the range instead of theirs.
+        timesteps: what the model is told instead; not where inverted.
+        inverted: 1 - sigma in place of sigma, from the image to the noise.
+
+    Raises:
+        ValueError: "exponential" down to 0.
+    """
+    if kind is not None:
+        low = float(levels[-1]) if sigma_min is None else sigma_min
+        high = float(levels[0]) if sigma_max is None else sigma_max
+        if kind == "exponential" and not low > 0:
+            raise ValueError(f"use_exponential_sigmas needs a lowest level above 0, got {low}")
+        spacing = {"karras": karras_sigmas, "exponential": exponential_sigmas, "beta": beta_sigmas}[kind]
+        levels = spacing(low, high, len(levels))
+    levels = levels.astype(np.float32)
+    if inverted:
+        levels, timesteps = np.float32(1) - levels, None
+    times = levels * np.float32(num_train_timesteps) if timesteps is None else timesteps
+    return SigmaGrid(as_float32(times), as_float32([*levels, 1.0 if inverted else 0.0]))
+
+
+def twice(grid: SigmaGrid) -> SigmaGrid:
+    """For two model calls a step: every timestep but the first stands twice, and so does its level."""
+    times, sigmas = grid
+    return SigmaGrid(
+        (*times[:1], *(t for t in times[1:] for _ in range(2))),
+        (*sigmas[:1], *(sigma for sigma in sigmas[1:-1] for _ in range(2)), sigmas[-1]),
+    )
+
+
+def once(grid: SigmaGrid, begin: int) -> tuple[SigmaGrid, int]:
+    """The grid of which `grid` is `twice`, and the step at its index `begin`.
+
+    Raises:
+        ValueError: begin lies within a step.
+    """
+    if begin % 2:
+        raise ValueError(f"a run cannot begin at index {begin}, within a step of two model calls")
+    times = (*grid.timesteps[:1], *grid.timesteps[2::2])
+    return SigmaGrid(times, (*grid.sigmas[:1], *grid.sigmas[1::2])[: len(times) + 1]), begin // 2

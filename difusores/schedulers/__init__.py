@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from difusores.schedulers.base import SchedulerMixin, SchedulerOutput
+from difusores.schedulers.consistency import CMStochasticIterativeScheduler, LCMScheduler, TCDScheduler
 from difusores.schedulers.ddim import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler
 from difusores.schedulers.ddpm import DDPMParallelScheduler, DDPMScheduler
-from difusores.schedulers.multistep import IPNDMScheduler, PNDMScheduler
+from difusores.schedulers.flow import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from difusores.schedulers.multistep import DEISMultistepScheduler, IPNDMScheduler, PNDMScheduler
+from difusores.schedulers.sasolver import SASolverScheduler
 from difusores.schedulers.sigma import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -15,22 +18,31 @@ from difusores.schedulers.sigma import (
     LMSDiscreteScheduler,
 )
 from difusores.schedulers.unclip import UnCLIPScheduler
+from difusores.schedulers.unipc import UniPCMultistepScheduler
 
 __all__ = [
+    "CMStochasticIterativeScheduler",
     "DDIMInverseScheduler",
     "DDIMParallelScheduler",
     "DDIMScheduler",
     "DDPMParallelScheduler",
     "DDPMScheduler",
+    "DEISMultistepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
     "HeunDiscreteScheduler",
     "IPNDMScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
+    "LCMScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
+    "SASolverScheduler",
     "SchedulerMixin",
     "SchedulerOutput",
+    "TCDScheduler",
     "UnCLIPScheduler",
+    "UniPCMultistepScheduler",
 ]

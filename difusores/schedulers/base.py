@@ -17,7 +17,7 @@ from difusores.ops import scheduler_step
 from difusores.ops.scheduler_step import MODE, PX
 from difusores.outputs import BaseOutput
 from difusores.plan import Noise, Plan, Stage, Threshold
-from difusores.sampling import Generators, draw_noise, dynamic_threshold, split_output
+from difusores.sampling import Generators, draw_noise, dynamic_threshold, noise_dtype, split_output
 
 Self = TypeVar("Self", bound="SchedulerMixin")
 
@@ -387,7 +387,7 @@ def advance(
     if model_output.dtype is not sample.dtype and not upcast:
         sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
     if draw is not None and noise is None:
-        dtype = getattr(torch, draw.dtype) if draw.dtype else model_output.dtype
+        dtype = noise_dtype(draw, sample, model_output)
         for _ in range(draw.draws):
             noise = draw_noise(model_output.shape, generator, model_output.device, dtype)
     if model_output.shape != sample.shape or (noise is not None and noise.shape != sample.shape):

@@ -31,6 +31,12 @@ class SigmaScheduler(IndexedScheduler):
 
     upcast = False
     grid_kinds: ClassVar[tuple[str, ...]] = ("karras", "exponential", "beta")
+    times_dtype: ClassVar[torch.dtype] = torch.float32
+
+    @property
+    def _data(self) -> float:
+        """Standard deviation of the data, for which the model's input is scaled."""
+        return 1.0
 
     def _initialize(self) -> None:
         super()._initialize()
@@ -75,9 +81,9 @@ class SigmaScheduler(IndexedScheduler):
 
     def _set(self, grid: SigmaGrid, device: str | torch.device | None) -> None:
         device = "cpu" if device is None else device
-        times = list(schedules.as_float32(grid.timesteps))
-        self.timesteps = torch.tensor(times, dtype=torch.float32, device=device)
-        self.__dict__["_host"] = (self.timesteps, self.timesteps._version, times)
+        times = torch.tensor(grid.timesteps, dtype=self.times_dtype, device="cpu")
+        self.timesteps = times.to(device)
+        self.__dict__["_host"] = (self.timesteps, self.timesteps._version, times.tolist())
         self.sigmas = torch.tensor(grid.sigmas, dtype=torch.float32, device="cpu")
         self._restart()
 
@@ -91,7 +97,7 @@ class SigmaScheduler(IndexedScheduler):
         """The model's input: sample / sqrt(sigma² + 1)."""
         index = self._start(timestep) if self._run.index is None else self._run.index
         self.__dict__["is_scale_input_called"] = True
-        return scaled_input(sample, math.sqrt(float(self.sigmas[index]) ** 2 + 1))
+        return scaled_input(sample, math.sqrt(float(self.sigmas[index]) ** 2 + self._data**2))
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """original_samples + sigma * noise at each image's timestep, or at the run's place.
@@ -393,12 +399,6 @@ class _TwoStageScheduler(SigmaScheduler):
 
     order = 2
 
-    def _doubled(self, grid: SigmaGrid) -> SigmaGrid:
-        times, sigmas = grid
-        middle = chain.from_iterable((sigma, sigma) for sigma in sigmas[1:-1])
-        twice = chain.from_iterable((t, t) for t in times[1:])
-        return SigmaGrid((times[0], *twice), (sigmas[0], *middle, sigmas[-1]))
-
     @property
     def state_in_first_order(self) -> bool:
         """Whether the next call of `step` begins a step."""
@@ -407,10 +407,8 @@ class _TwoStageScheduler(SigmaScheduler):
 
     def _single(self, grid: SigmaGrid, begin: int) -> tuple[list[float], list[float], int]:
         """Times, levels and beginning in steps."""
-        if begin % 2:
-            raise ValueError(f"a run cannot begin at index {begin}, within a step of two model calls")
-        times = [grid.timesteps[0], *grid.timesteps[2::2]]
-        return times, [grid.sigmas[0], *grid.sigmas[1::2]][: len(times) + 1], begin // 2
+        single, step = schedules.once(grid, begin)
+        return list(single.timesteps), list(single.sigmas), step
 
     def _spaced_over(self, num_inference_steps: int, num_train_timesteps: int | None) -> list[float]:
         config = self.config
@@ -455,7 +453,7 @@ class HeunDiscreteScheduler(_TwoStageScheduler):
         times = self._custom(timesteps) if timesteps is not None else None
         if times is None:
             times = self._spaced_over(num_inference_steps or 0, total)
-        return self._doubled(self._levels(times))
+        return schedules.twice(self._levels(times))
 
     def set_timesteps(
         self,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from difusores.plan import Noise, Plan, Stage, Threshold
 from difusores.solvers.common import PREDICTION_TYPES, Prediction, forward_process, mix, raise_noise
+from difusores.solvers.consistency import boundary_scalings, consistency, lcm, lcm_scalings, tcd
 from difusores.solvers.discrete import (
     VARIANCE_TYPES,
     ddim,
@@ -17,8 +18,11 @@ from difusores.solvers.discrete import (
     raised,
     repaint,
 )
-from difusores.solvers.multistep import ipndm, pndm
+from difusores.solvers.flow import flow_euler, flow_heun, flow_renoised
+from difusores.solvers.multistep import deis, ipndm, pndm
+from difusores.solvers.sasolver import sasolver
 from difusores.solvers.sigma import euler, euler_ancestral, heun, kdpm2, kdpm2_ancestral, lms
+from difusores.solvers.unipc import unipc
 
 __all__ = [
     "PREDICTION_TYPES",
@@ -28,22 +32,33 @@ __all__ = [
     "Prediction",
     "Stage",
     "Threshold",
+    "boundary_scalings",
+    "consistency",
     "ddim",
     "ddim_inverse",
     "ddim_variance",
     "ddpm",
     "ddpm_variances",
+    "deis",
     "euler",
     "euler_ancestral",
+    "flow_euler",
+    "flow_heun",
+    "flow_renoised",
     "forward_process",
     "heun",
     "ipndm",
     "kdpm2",
     "kdpm2_ancestral",
+    "lcm",
+    "lcm_scalings",
     "lms",
     "mix",
     "pndm",
     "raise_noise",
     "raised",
     "repaint",
+    "sasolver",
+    "tcd",
+    "unipc",
 ]

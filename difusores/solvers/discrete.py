@@ -95,7 +95,7 @@ def ddim(
     for t, before in steps:
         a = signal_share(alphas_cumprod, t)
         a_before = alphas_cumprod[before] if before >= 0 else final_alpha_cumprod
-        y = _ddim_weights(t, a, a_before, prediction, eta, use_clipped_model_output)
+        y = ddim_weights(t, a, a_before, prediction, eta, use_clipped_model_output)
         row = make_row(prediction.x0(math.sqrt(a), math.sqrt(1 - a)), y, clip=prediction.limits)
         yield Stage(t, row, noise=Noise() if eta > 0 else None, threshold=prediction.threshold)
 
@@ -125,7 +125,7 @@ def ddim_inverse(
                 "predicted x0 does not tell the noise of an image that has none: use prediction_type "
                 "'epsilon' or 'v_prediction', or set_alpha_to_one=False"
             )
-        y = _ddim_weights(t, a, alphas_cumprod[t], prediction)
+        y = ddim_weights(t, a, alphas_cumprod[t], prediction)
         row = make_row(prediction.x0(math.sqrt(a), math.sqrt(1 - a)), y, clip=prediction.limits)
         yield Stage(t, row, threshold=prediction.threshold)
 
@@ -150,7 +150,7 @@ def repaint(
     for t, before in steps:
         a = signal_share(alphas_cumprod, t)
         a_before = alphas_cumprod[before] if before >= 0 else 1.0
-        y = _ddim_weights(t, a, a_before, prediction, eta)
+        y = ddim_weights(t, a, a_before, prediction, eta)
         known = {"s0": math.sqrt(a_before), "z": math.sqrt(1 - a_before)}
         row = make_row(prediction.x0(math.sqrt(a), math.sqrt(1 - a)), y, known, clip=prediction.limits)
         yield Stage(t, row, noise=Noise(), threshold=prediction.threshold)
@@ -162,7 +162,7 @@ def raised(t: int, beta: float) -> Stage:
     return Stage(t, row, noise=Noise())
 
 
-def _ddim_weights(
+def ddim_weights(
     t: int, a: float, a_after: float, prediction: Prediction, eta: float = 0.0, clipped: bool = False
 ) -> dict[str, float]:
     """Weights of the sample at a_after: x0 and the noise that goes with it, or with the limited x0."""

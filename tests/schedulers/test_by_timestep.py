@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -42,6 +43,29 @@ OPTIONS: dict[str, list[Any]] = {
     "sample_max_value": [1.0, 1.5],
     "timestep_spacing": ["leading", "linspace", "trailing"],
     "rescale_betas_zero_snr": [False, True],
+    "original_inference_steps": [50, 100],
+    "timestep_scaling": [10.0, 1.0],
+    "sigma_min": [0.002, 0.01],
+    "sigma_max": [80.0, 50.0],
+    "sigma_data": [0.5, 1.0],
+    "s_noise": [1.0, 1.1],
+    "rho": [7.0, 5.0],
+    "clip_denoised": [True, False],
+}
+DISTILLED: dict[str, list[Any]] = {
+    "num_train_timesteps": [1000, 997],
+    "beta_schedule": ["scaled_linear", "linear", "squaredcos_cap_v2"],
+    "set": [
+        {"num_inference_steps": 4},
+        {"num_inference_steps": 1},
+        {"num_inference_steps": 30},
+        {"num_inference_steps": 8, "strength": 0.45},
+        {"num_inference_steps": 7, "original_inference_steps": 20},
+        {"num_inference_steps": 7, "original_inference_steps": 100, "strength": 0.5},
+        {"timesteps": [979, 700, 259, 19]},
+        {"timesteps": [979, 700, 259, 19], "strength": 0.5},
+    ],
+    "begin": [0, 0.5],
 }
 # What a class takes less of.
 NARROWER: dict[str, dict[str, list[Any]]] = {
@@ -51,6 +75,13 @@ NARROWER: dict[str, dict[str, list[Any]]] = {
         "variance_type": ["fixed_small_log", "learned_range"],
         "prediction_type": ["epsilon", "sample"],
         "steps": [2, 3, 10, 25],
+    },
+    "LCMScheduler": DISTILLED,
+    "TCDScheduler": {**DISTILLED, "eta": [0.3, 0.0, 0.7, 1.0]},
+    "CMStochasticIterativeScheduler": {
+        "num_train_timesteps": [40, 151],
+        "set": [{"num_inference_steps": n} for n in (1, 2, 7, 40)] + [{"timesteps": [22, 5, 0]}],
+        "begin": [0, 0.5],
     },
 }
 STEP_OPTIONS: dict[str, list[Any]] = {
@@ -71,7 +102,11 @@ MODULES = {
     "DDIMParallelScheduler": "ddim_parallel",
     "DDPMParallelScheduler": "ddpm_parallel",
     "UnCLIPScheduler": "unclip",
+    "LCMScheduler": "lcm",
+    "TCDScheduler": "tcd",
+    "CMStochasticIterativeScheduler": "consistency_models",
 }
+INDEXED = {"LCMScheduler", "TCDScheduler", "CMStochasticIterativeScheduler"}
 BATCHED = {"DDIMParallelScheduler", "DDPMParallelScheduler"}
 
 
@@ -94,7 +129,7 @@ def built(package: Any, name: str, option: dict[str, Any]) -> Any:
     if option.get("trained_betas") is not None:
         arguments["num_train_timesteps"] = 1000
     scheduler = getattr(package, name)(**arguments)
-    scheduler.set_timesteps(option["steps"])
+    scheduler.set_timesteps(**option.get("set", {"num_inference_steps": option["steps"]}))
     return scheduler
 
 
@@ -169,13 +204,25 @@ def test_agrees_with_diffusers(name: str, index: int, option: dict[str, Any]) ->
         shape = (*shape, 5)  # diffusers' thresholding takes no less than three dimensions
     values = torch.Generator().manual_seed(index)
     times = ours.timesteps
+    assert hasattr(ours, "sigmas") == hasattr(theirs, "sigmas")
+    if hasattr(ours, "sigmas"):
+        assert torch.equal(ours.sigmas, theirs.sigmas)
+    begin = int(len(times) * option.get("begin", 0))
+    if "begin" in option and index % 2:
+        for scheduler in (ours, theirs, oracle):
+            scheduler.set_begin_index(begin)
     refused = None
-    for i, t in enumerate(times):
-        if t >= len(ours):
+    for i, t in enumerate(times[begin:], begin):
+        if name in INDEXED:
+            scaled = [s.scale_model_input(torch.ones(shape, dtype=dtype), t) for s in (ours, theirs)]
+            assert scaled[0].dtype is scaled[1].dtype
+            torch.testing.assert_close(scaled[0], scaled[1])
+        if t >= len(ours) and "sigma_max" not in option:
             refused = (IndexError, "outside the training steps")
         elif no_number(name, option, oracle, int(t)):
             refused = (ValueError, "zero signal-to-noise|predicted x0 does not tell")
-        x = torch.randn(shape, generator=values).to(dtype)
+        level = float(ours.sigmas[i]) if hasattr(ours, "sigmas") else 0.0
+        x = (torch.randn(shape, generator=values) * math.sqrt(level**2 + 1)).to(dtype)
         e = torch.randn((shape[0], shape[1] * channels(option), *shape[2:]), generator=values)
         e = (e.clamp(0.01, 1) if option.get("variance_type") == "learned" else e.clamp(-3, 3)).to(dtype)
 
@@ -187,12 +234,18 @@ def test_agrees_with_diffusers(name: str, index: int, option: dict[str, Any]) ->
         if refused:
             with pytest.raises(refused[0], match=refused[1]):
                 step(ours, option, e, chosen, x, i, before)
+            if name in INDEXED:
+                return
             refused = None
             continue
         with drawing_in(name, dtype):
             their = step(theirs, option, e, chosen, x, i, before)
-            exact = step(oracle, option, e.double(), chosen, x.double(), i, before)
+            # numbers: with a tensor diffusers computes what depends on the timestep in float32
+            exact_t = int(t) if name in INDEXED and not t.is_floating_point() else chosen
+            exact = step(oracle, option, e.double(), exact_t, x.double(), i, before)
         check(step(ours, option, e, chosen, x, i, before), their, exact, dtype)
+    if name in INDEXED:
+        assert ours.step_index == theirs.step_index and ours.begin_index == theirs.begin_index
 
 
 def step(
@@ -218,6 +271,8 @@ def no_number(name: str, option: dict[str, Any], oracle: Any, t: int) -> bool:
     if name == "DDIMInverseScheduler":
         first = t < len(oracle) // option["steps"] and option["set_alpha_to_one"]
         return bool(first and option["prediction_type"] == "sample")
+    if name == "CMStochasticIterativeScheduler":
+        return False
     return bool(oracle.alphas_cumprod[t] == 0 and option["prediction_type"] == "epsilon")
 
 
@@ -241,10 +296,10 @@ def test_a_plan_is_the_loop_of_steps(name: str) -> None:
     x = torch.randn((2, 3, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
-        return x * 0.5 + float(t) * 1e-4
+        return x * 0.5 + float(t.float()) * 1e-4
 
     plan = scheduler.plan(5)
-    assert torch.equal(plan.times().to(scheduler.timesteps.dtype), scheduler.timesteps)
+    assert torch.equal(plan.times(), scheduler.timesteps.to(plan.times().dtype))
     expected = run(scheduler, model, x)
     result = plan.run(model, x, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
@@ -285,3 +340,204 @@ def test_unclip_refuses_what_it_has_no_formula_for() -> None:
     for options in ({"variance_type": "fixed_large"}, {"prediction_type": "v_prediction"}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
             difusores.UnCLIPScheduler(**options).step(x, 5, x)
+
+
+CLASSES = list(MODULES)
+METHODS = ("__init__", "set_timesteps", "scale_model_input", "step", "add_noise", "get_velocity")
+
+
+def peer(name: str) -> Any:
+    return getattr(importlib.import_module(f"diffusers.schedulers.scheduling_{MODULES[name]}"), name)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_signatures_are_those_of_diffusers(name: str) -> None:
+    ours, theirs = getattr(difusores, name), peer(name)
+    for method in sorted({*METHODS, *(key for key in vars(theirs) if not key.startswith("_"))}):
+        if not callable(getattr(theirs, method, None)):
+            continue
+        read = [
+            [
+                (p.name, p.default)
+                for p in inspect.signature(getattr(owner, method)).parameters.values()
+                if p.kind is not p.VAR_KEYWORD
+            ]
+            for owner in (ours, theirs)
+        ]
+        assert read[0] == read[1], method
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_new_scheduler_has_the_state_of_diffusers(name: str) -> None:
+    ours, theirs = getattr(difusores, name)(), peer(name)()
+    for key, their in vars(theirs).items():
+        if key.startswith("_") or key == "one":
+            continue
+        mine = getattr(ours, key)
+        if isinstance(their, Tensor):
+            assert mine.dtype is their.dtype, key
+            torch.testing.assert_close(mine, their, rtol=1e-6, atol=0)
+        else:
+            assert mine == their, key
+    assert ours.init_noise_sigma == theirs.init_noise_sigma and ours.order == getattr(theirs, "order", 1)
+    assert set(ours._compatibles) == set(theirs._compatibles) and name in {
+        c.__name__ for c in ours.compatibles
+    }
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_files_cross_the_border_in_both_directions(name: str, tmp_path: Path) -> None:
+    for one, other in ((getattr(difusores, name), peer(name)), (peer(name), getattr(difusores, name))):
+        options = {"num_train_timesteps": 60}
+        one(**options).save_pretrained(tmp_path)
+        there = other.from_pretrained(tmp_path)
+        assert there.config.num_train_timesteps == 60
+        here = one.from_config(there.config)
+        assert {k: v for k, v in here.config.items() if k[0] != "_"} == {
+            k: v for k, v in there.config.items() if k[0] != "_"
+        }
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_a_step_returns_has_names(name: str) -> None:
+    scheduler, their = getattr(difusores, name)(), peer(name)()
+    x = torch.full((1, 3, 4), 0.25)
+    for s in (scheduler, their):
+        s.set_timesteps(4)
+    t = scheduler.timesteps[1]
+    results = [s.step(x, t, x) for s in (scheduler, their)]
+    assert type(results[0]).__name__ == type(results[1]).__name__ and list(results[0]) == list(results[1])
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
+def test_distilled_timesteps_that_there_are_none_of(name: str) -> None:
+    ours, theirs = getattr(difusores, name)(), peer(name)()
+    bad: list[dict[str, Any]] = [
+        {},
+        {"num_inference_steps": 4, "timesteps": [3]},
+        {"num_inference_steps": 51},
+        {"num_inference_steps": 1001},
+        {"num_inference_steps": 20, "strength": 0.2},
+        {"timesteps": [3, 4]},
+        {"timesteps": [1000, 4]},
+    ]
+    for arguments in bad:
+        for scheduler in (ours, theirs):
+            with pytest.raises(ValueError):
+                scheduler.set_timesteps(**arguments)
+    for arguments in ({"num_inference_steps": 0}, {"timesteps": [4, -1]}, {"timesteps": []}):
+        with pytest.raises(ValueError, match=r"num_inference_steps must be|timesteps must"):
+            ours.set_timesteps(**arguments)
+    x = torch.zeros(1, 2, 3)
+    with pytest.raises(ValueError, match="call set_timesteps"):
+        ours.step(x, 3, x)
+    for scheduler in (ours, theirs):
+        assert int(scheduler.previous_timestep(7)) == 6
+        scheduler.set_timesteps(4)
+        assert [int(scheduler.previous_timestep(t)) for t in scheduler.timesteps] == [759, 499, 259, -1]
+
+
+def test_teachers_of_more_steps_than_training_has() -> None:
+    with pytest.raises(ValueError, match="original_inference_steps must be from 1 to 1000"):
+        difusores.LCMScheduler().set_timesteps(4, original_inference_steps=1001)
+    with pytest.raises(ValueError, match="original_inference_steps must be from 1 to 40"):
+        difusores.TCDScheduler(num_train_timesteps=40).set_timesteps(4)
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
+def test_the_noise_of_distilled_models_has_the_dtype_of_the_result(name: str) -> None:
+    e, x = torch.randn(2, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    ours, theirs = getattr(difusores, name)(), peer(name)()
+    drawn: list[torch.dtype] = []
+
+    def draw(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, **_: Any) -> Tensor:
+        drawn.append(dtype)
+        return torch.zeros(shape, dtype=dtype)
+
+    module = importlib.import_module(type(theirs).__module__)
+    for first, second in ((torch.float16, torch.float32), (torch.float32, torch.bfloat16)):
+        for scheduler in (ours, theirs):
+            scheduler.set_timesteps(4)
+            ours_draw = mock.patch("difusores.schedulers.base.draw_noise", draw)
+            with ours_draw, mock.patch.object(module, "randn_tensor", draw):
+                result = scheduler.step(e.to(first), 999, x.to(second))[0]
+            assert result.dtype is torch.float32
+    assert drawn == [torch.float32] * 4
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return x * 0.5
+
+    plan, half = ours.plan(2), torch.bfloat16
+    expected = x
+    generator = torch.Generator().manual_seed(0)
+    ours.set_timesteps(2)
+    for t in ours.timesteps:
+        expected = ours.step(model(expected.to(half), t), t, expected, generator=generator)[0]
+    result = plan.run(model, x, generator=torch.Generator().manual_seed(0), model_dtype=half)
+    torch.testing.assert_close(result, expected)
+
+
+def test_tcd_says_what_it_leaves_alone(caplog: pytest.LogCaptureFixture) -> None:
+    difusores.TCDScheduler(clip_sample=True)
+    assert "clip_sample=True has no effect" in caplog.text
+    scheduler = difusores.TCDScheduler()
+    scheduler.set_timesteps(4)
+    x = torch.zeros(1, 2, 3)
+    for eta in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=f"eta must be from 0 to 1, got {eta}"):
+            scheduler.step(x, 999, x, eta=eta)
+
+
+def test_lcm_cannot_begin_where_predicted_noise_tells_nothing() -> None:
+    scheduler = difusores.LCMScheduler(rescale_betas_zero_snr=True)
+    scheduler.set_timesteps(4)
+    x = torch.zeros(1, 2, 3)
+    with pytest.raises(ValueError, match="zero signal-to-noise ratio"):
+        scheduler.step(x, 999, x)
+    scheduler.set_begin_index(1)
+    scheduler.set_timesteps(4)
+    assert scheduler.step(x, 759, x)[0].isfinite().all()
+
+
+def test_consistency_levels_that_there_are_none_of() -> None:
+    scheduler = difusores.CMStochasticIterativeScheduler()
+    for arguments in (
+        {},
+        {"num_inference_steps": 4, "timesteps": [3]},
+        {"timesteps": [40]},
+        {"num_inference_steps": 41},
+    ):
+        with pytest.raises(ValueError):
+            scheduler.set_timesteps(**arguments)
+    with pytest.raises(ValueError, match="num_train_timesteps must be at least 2"):
+        difusores.CMStochasticIterativeScheduler(num_train_timesteps=1).set_timesteps(1)
+    scheduler.set_timesteps(2)
+    with pytest.raises(ValueError, match="real numbers"):
+        scheduler.step(torch.zeros(1, 2), 0, torch.zeros(1, 2))
+
+
+def test_the_scalings_of_consistency_models() -> None:
+    ours, theirs = difusores.CMStochasticIterativeScheduler(), diffusers.CMStochasticIterativeScheduler()
+    sigma = torch.tensor([0.002, 1.0, 80.0])
+    for method in ("get_scalings", "get_scalings_for_boundary_condition"):
+        for one, other in zip(getattr(ours, method)(sigma), getattr(theirs, method)(sigma), strict=True):
+            torch.testing.assert_close(one, other)
+    assert ours.sigma_to_t(3.0) == theirs.sigma_to_t(3.0)
+    mine, their = difusores.LCMScheduler(), diffusers.LCMScheduler()
+    method = "get_scalings_for_boundary_condition_discrete"
+    assert getattr(mine, method)(7) == pytest.approx(getattr(their, method)(7))
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if hasattr(peer(name), "add_noise")])
+@pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
+def test_the_training_side(name: str, method: str) -> None:
+    ours, theirs = getattr(difusores, name)(), peer(name)()
+    if not hasattr(theirs, method):
+        return
+    x, noise = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(4)
+    times = ours.timesteps[[2, 0]]
+    torch.testing.assert_close(
+        getattr(ours, method)(x, noise, times), getattr(theirs, method)(x, noise, times), rtol=1e-5, atol=1e-5
+    )
