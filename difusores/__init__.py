@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from difusores.schedulers import DDPMParallelScheduler as DDPMParallelScheduler
     from difusores.schedulers import DDPMScheduler as DDPMScheduler
     from difusores.schedulers import DEISMultistepScheduler as DEISMultistepScheduler
+    from difusores.schedulers import DPMSolverMultistepInverseScheduler as DPMSolverMultistepInverseScheduler
+    from difusores.schedulers import DPMSolverMultistepScheduler as DPMSolverMultistepScheduler
+    from difusores.schedulers import DPMSolverSinglestepScheduler as DPMSolverSinglestepScheduler
     from difusores.schedulers import EulerAncestralDiscreteScheduler as EulerAncestralDiscreteScheduler
     from difusores.schedulers import EulerDiscreteScheduler as EulerDiscreteScheduler
     from difusores.schedulers import FlowMatchEulerDiscreteScheduler as FlowMatchEulerDiscreteScheduler
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from difusores.schedulers import LCMScheduler as LCMScheduler
     from difusores.schedulers import LMSDiscreteScheduler as LMSDiscreteScheduler
     from difusores.schedulers import PNDMScheduler as PNDMScheduler
+    from difusores.schedulers import RePaintScheduler as RePaintScheduler
     from difusores.schedulers import SASolverScheduler as SASolverScheduler
     from difusores.schedulers import SchedulerMixin as SchedulerMixin
     from difusores.schedulers import TCDScheduler as TCDScheduler
@@ -53,6 +57,9 @@ _PUBLIC = {
     "DDPMPipeline": "difusores.pipelines",
     "DDPMScheduler": "difusores.schedulers",
     "DEISMultistepScheduler": "difusores.schedulers",
+    "DPMSolverMultistepInverseScheduler": "difusores.schedulers",
+    "DPMSolverMultistepScheduler": "difusores.schedulers",
+    "DPMSolverSinglestepScheduler": "difusores.schedulers",
     "DiffusionPipeline": "difusores.pipelines",
     "EulerAncestralDiscreteScheduler": "difusores.schedulers",
     "EulerDiscreteScheduler": "difusores.schedulers",
@@ -66,6 +73,7 @@ _PUBLIC = {
     "LMSDiscreteScheduler": "difusores.schedulers",
     "ModelMixin": "difusores.models",
     "PNDMScheduler": "difusores.schedulers",
+    "RePaintScheduler": "difusores.schedulers",
     "SASolverScheduler": "difusores.schedulers",
     "SchedulerMixin": "difusores.schedulers",
     "TCDScheduler": "difusores.schedulers",

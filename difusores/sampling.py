@@ -165,6 +165,19 @@ def draw_noise(
     return z
 
 
+def joined(images: Sequence[Tensor]) -> Tensor:
+    """A batch of images that were made one by one."""
+    return torch.cat(list(images))
+
+
+def masked(mask: Tensor, known: Tensor, unknown: Tensor) -> Tensor:
+    """`known` where the mask is 1, `unknown` where it is 0, between them in proportion.
+
+    mask: of any dtype, broadcast. known, unknown: of one shape and dtype.
+    """
+    return torch.lerp(unknown, known, mask.to(unknown.device, unknown.dtype))
+
+
 def philox_keys(
     noise: str, seeds: Sequence[int] | Tensor | None, generator: Generators, x: Tensor
 ) -> Tensor | None:

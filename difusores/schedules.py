@@ -138,6 +138,35 @@ def timesteps(spacing: str, steps: int, num_train_timesteps: int, offset: int = 
     raise ValueError(f"timestep_spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
 
 
+def repaint_timesteps(
+    steps: int, num_train_timesteps: int, jump_length: int = 10, jump_n_sample: int = 10
+) -> list[int]:
+    """Down to 0 with jumps back up (Lugmayr et al. 2022, "RePaint", figure 8); a step up undoes one.
+
+    Args:
+        steps: without jumps, from 1 on; more than T are taken for T.
+        jump_length: steps of a jump.
+        jump_n_sample: how often every stretch between jumps is gone down.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+    for name, value in {"num_inference_steps": steps, "jump_length": jump_length}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    steps = min(steps, num_train_timesteps)
+    jumps = dict.fromkeys(range(0, steps - jump_length, jump_length), jump_n_sample - 1)
+    place, places = steps, []
+    while place > 0:
+        place -= 1
+        places.append(place)
+        if jumps.get(place, 0) > 0:
+            jumps[place] -= 1
+            places += range(place + 1, place + jump_length + 1)
+            place += jump_length
+    return [place * (num_train_timesteps // steps) for place in places]
+
+
 def custom_timesteps(timesteps: Sequence[int] | Tensor, num_train_timesteps: int) -> list[int]:
     """Check timesteps given by the caller: strictly descending, from num_train_timesteps - 1 down to 0.
 
@@ -447,47 +476,37 @@ def whole_flow_sigmas(steps: int, num_train_timesteps: int) -> Array:
     return np.linspace(1, 1 / num_train_timesteps, steps + 1)[:-1]
 
 
-def shifted_flow_sigmas(
+def lambda_flow_grid(
     levels: Array | Sequence[float],
+    num_train_timesteps: int,
     *,
     shift: float = 1.0,
     mu: float | None = None,
     kind: str = "exponential",
     terminal: float | None = None,
-) -> Array:
-    """Levels of x = (1 - sigma) * x0 + sigma * noise moved towards the noise (Esser et al. 2024, eq. 23).
+    last: float | None = 0.0,
+) -> SigmaGrid:
+    """A grid of `lambda_grid` at levels of x = (1 - sigma) * x0 + sigma * noise.
 
     Args:
         levels: descending, above 0 and up to 1; a first level of 1 becomes 1 - 1e-6.
-        shift: of all levels.
-        mu: in place of shift: exp(mu) with the kind "exponential", mu itself with "linear".
-        terminal: the last level, to which the others are stretched; None or 0 leaves them.
+        num_train_timesteps: T; the model is told sigma * T, cut off.
+        shift: see `shifted`. mu, kind: of `time_shifted`, in place of shift. terminal: of `stretched`.
+        last: where the run ends; None is the lowest level once more.
 
     Raises:
         ValueError: levels out of range.
     """
     given = np.array(levels, dtype=np.float64)
-    if not (given.size and np.all(np.diff(given) < 0) and 0 < given[-1] and given[0] <= 1):
+    if not (given.size and np.all(np.diff(given) < 0) and given[-1] > 0 and given[0] <= 1):
         raise ValueError(f"sigmas of a flow must descend within (0, 1], got {given.tolist()}")
-    if mu is None:
-        moved = shift * given / (1 + (shift - 1) * given)
-    else:
-        ratio = math.exp(mu) if kind == "exponential" else mu
-        moved = ratio / (ratio + (1 / given - 1))
+    moved = shifted(given, shift) if mu is None else time_shifted(given, mu, kind)
     if terminal:
-        moved = 1 - (1 - moved) / ((1 - moved[-1]) / (1 - terminal))
-    if abs(moved[0] - 1) < 1e-6:
+        moved = stretched(moved, terminal)
+    if abs(moved[0] - 1) < 1e-6:  # lambda would be infinite
         moved[0] -= 1e-6
-    return moved
-
-
-def flow_grid(levels: Array, num_train_timesteps: int, last: float | None = 0.0) -> SigmaGrid:
-    """A grid at levels of a flow, whose model is told whole training steps, cut off.
-
-    last: where the run ends; None is the lowest level once more.
-    """
-    times = tuple(int(level * num_train_timesteps) for level in levels)
-    return SigmaGrid(times, as_float32([*levels, levels[-1] if last is None else last]))
+    times = tuple(int(level * num_train_timesteps) for level in moved)
+    return SigmaGrid(times, as_float32([*moved, moved[-1] if last is None else last]))
 
 
 LAMBDA_KINDS = (*SIGMA_KINDS, "lu", "flow")

@@ -6,8 +6,14 @@ from difusores.schedulers.base import SchedulerMixin, SchedulerOutput
 from difusores.schedulers.consistency import CMStochasticIterativeScheduler, LCMScheduler, TCDScheduler
 from difusores.schedulers.ddim import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler
 from difusores.schedulers.ddpm import DDPMParallelScheduler, DDPMScheduler
+from difusores.schedulers.dpm import (
+    DPMSolverMultistepInverseScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+)
 from difusores.schedulers.flow import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from difusores.schedulers.multistep import DEISMultistepScheduler, IPNDMScheduler, PNDMScheduler
+from difusores.schedulers.repaint import RePaintScheduler
 from difusores.schedulers.sasolver import SASolverScheduler
 from difusores.schedulers.sigma import (
     EulerAncestralDiscreteScheduler,
@@ -28,6 +34,9 @@ __all__ = [
     "DDPMParallelScheduler",
     "DDPMScheduler",
     "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
@@ -39,6 +48,7 @@ __all__ = [
     "LCMScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
+    "RePaintScheduler",
     "SASolverScheduler",
     "SchedulerMixin",
     "SchedulerOutput",

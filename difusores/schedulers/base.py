@@ -17,7 +17,14 @@ from difusores.ops import scheduler_step
 from difusores.ops.scheduler_step import MODE, PX
 from difusores.outputs import BaseOutput
 from difusores.plan import Noise, Plan, Stage, Threshold
-from difusores.sampling import Generators, draw_noise, dynamic_threshold, noise_dtype, split_output
+from difusores.sampling import (
+    Generators,
+    draw_noise,
+    dynamic_threshold,
+    joined,
+    noise_dtype,
+    split_output,
+)
 
 Self = TypeVar("Self", bound="SchedulerMixin")
 
@@ -419,7 +426,7 @@ def advance_each(cached: Sequence[CachedStage], model_output: Tensor, sample: Te
         raise ValueError(f"one timestep or one per image: {len(sample)} images, {len(cached)} timesteps")
     stages = cached if len(cached) == len(sample) else [*cached] * len(sample)
     images = zip(stages, model_output.split(1), sample.split(1), strict=True)
-    return torch.cat([advance(stage, e, x, None)[0][0] for stage, e, x in images])
+    return joined([advance(stage, e, x, None)[0][0] for stage, e, x in images])
 
 
 def _broadcast(sample: Tensor, *others: Tensor | None) -> Any:
