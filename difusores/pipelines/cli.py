@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,27 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from difusores import __version__, native
+from difusores import __version__, native, schedulers
 from difusores.ops import use_backend
 from difusores.ops.dispatch import wanted
 from difusores.pipelines.images import write_grid
 from difusores.pipelines.pipeline import DiffusionPipeline
 from difusores.pipelines.unconditional import DDIMPipeline, DDPMPipeline, UNetPipeline
-from difusores.schedulers import DDIMScheduler, DDPMScheduler
+from difusores.schedulers.base import COMPATIBLES
 
 BATCH = 64  # images sampled at once
 GUIDANCE = 2.0  # of models with classes, where none is given
 DTYPES = ("float32", "bfloat16", "float16")
-SCHEDULERS = ("ddim", "ddpm")
+
+
+def _short_name(scheduler: str) -> str:
+    """euler-ancestral for EulerAncestralDiscreteScheduler."""
+    name = scheduler.removesuffix("Scheduler").replace("Discrete", "")
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
+
+
+# Those that read the configuration which a model's folder holds.
+SCHEDULERS = {_short_name(name): name for name in COMPATIBLES if name in schedulers.__all__}
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +53,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--guidance", type=float, help=f"classifier-free guidance scale, 1 for none ({GUIDANCE})")
     add("--steps", type=int, default=25, help="calls of the model (%(default)s)")
-    add("--scheduler", choices=SCHEDULERS, default="ddim", help="sampler (%(default)s)")
+    add("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="sampler (%(default)s)")
     add("--eta", type=float, default=0.0, help="noise of the ddim sampler, 0 to 1 (%(default)s)")
     add("--seed", type=int, default=0, help="of the first image; the next ones count up (%(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="of the model (%(default)s)")
@@ -113,10 +123,8 @@ def _pipeline(args: argparse.Namespace) -> DDPMPipeline | DDIMPipeline:
         )
     config, unet = stored.components["scheduler"].config, stored.unet
     pipeline: DDPMPipeline | DDIMPipeline
-    if args.scheduler == "ddim":
-        pipeline = DDIMPipeline(unet, DDIMScheduler.from_config(config))
-    else:
-        pipeline = DDPMPipeline(unet, DDPMScheduler.from_config(config))
+    scheduler = getattr(schedulers, SCHEDULERS[args.scheduler]).from_config(config)
+    pipeline = (DDIMPipeline if args.scheduler == "ddim" else DDPMPipeline)(unet, scheduler)
     pipeline.set_progress_bar_config(disable=args.json)
     return pipeline.to(args.device)
 
