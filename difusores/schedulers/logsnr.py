@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -28,9 +28,23 @@ class LogSnrScheduler(IndexedScheduler):
     returned = ("y",)
     continuous = False
     grid_kinds: ClassVar[tuple[str, ...]] = schedules.LAMBDA_KINDS
+    ascending: ClassVar[bool] = False
+    """Whether a run leads from the image to the noise."""
     init_noise_sigma: float
+    _choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """What options of the class may be."""
+    _foreign: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    """What stands for the values that options have in other classes' configurations."""
 
     def _initialize(self) -> None:
+        for option, names in self._foreign.items():
+            if self.config[option] in names:
+                self.register_to_config(**{option: names[self.config[option]]})
+        for option, choices in self._choices.items():
+            if self.config[option] not in choices:
+                raise NotImplementedError(
+                    f"{option} must be one of {', '.join(choices)}, got {self.config[option]!r}"
+                )
         super()._initialize()
         if self.config.get("rescale_betas_zero_snr"):
             # lambda would be infinite. The smallest number of float16 is as good as 0.
@@ -88,7 +102,7 @@ class LogSnrScheduler(IndexedScheduler):
         """The grid of so many steps, or at given training steps.
 
         Args:
-            last: where the run ends; None is the lowest level once more.
+            last: where the run ends; None is the last level once more.
 
         Raises:
             ValueError: not one of the two, or one that the configuration leaves no room for.
@@ -105,7 +119,8 @@ class LogSnrScheduler(IndexedScheduler):
         elif kind is None:
             spacing, offset = config.get("timestep_spacing", "linspace"), config.get("steps_offset", 0)
             steps = int(num_inference_steps or 0)
-            times = schedules.inner_timesteps(spacing, steps, len(self), offset, self._last_timestep())
+            inner = schedules.inversion_timesteps if self.ascending else schedules.inner_timesteps
+            times = inner(spacing, steps, len(self), offset, self._last_timestep())
         else:
             times = []
             if int(num_inference_steps or 0) < 1:
@@ -120,6 +135,7 @@ class LogSnrScheduler(IndexedScheduler):
             shift=self._shift(mu),
             rounded=self._rounded(),
             last=last,
+            ascending=self.ascending,
         )
 
     def _end(self) -> float:

@@ -1,4 +1,4 @@
-"""Linear multistep schedulers: PNDM and IPNDM."""
+"""Linear multistep schedulers: PNDM, IPNDM and DEIS."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from difusores.configuration import register_to_config
 from difusores.plan import Plan, Stage
 from difusores.schedulers.base import DiscreteScheduler, SchedulerOutput, advance
 from difusores.schedulers.indexed import IndexedScheduler
+from difusores.schedulers.logsnr import LogSnrScheduler
 from difusores.schedules import Array, SigmaGrid
 
 
@@ -213,3 +214,93 @@ class IPNDMScheduler(IndexedScheduler):
         """
         result = self._take(model_output, timestep, sample)
         return SchedulerOutput(*result) if return_dict else result
+
+
+class DEISMultistepScheduler(LogSnrScheduler):
+    """Drop-in for the class of the same name in diffusers 0.42.
+
+    Args:
+        num_train_timesteps: T.
+        beta_start, beta_end, beta_schedule, trained_betas: see `difusores.schedules.betas`.
+        solver_order, lower_order_final: see `difusores.solvers.deis`.
+        prediction_type: "epsilon", "sample", "v_prediction", or with use_flow_sigmas "flow_prediction".
+        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding.
+        algorithm_type, solver_type: "deis" and "logrho"; what other solvers have here means the same.
+        use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_flow_sigmas, flow_shift: see
+            `difusores.schedules.lambda_grid`.
+        timestep_spacing, steps_offset: see `difusores.schedules.inner_timesteps`.
+        use_dynamic_shifting, time_shift_type: whether `set_timesteps` may be given mu.
+    """
+
+    grid_kinds = ("karras", "exponential", "beta", "flow")
+    _choices: ClassVar = {"algorithm_type": ("deis",), "solver_type": ("logrho",)}
+    _foreign: ClassVar = {
+        "algorithm_type": dict.fromkeys(("dpmsolver", "dpmsolver++"), "deis"),
+        "solver_type": dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho"),
+    }
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Any = None,
+        solver_order: int = 2,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        algorithm_type: str = "deis",
+        solver_type: str = "logrho",
+        lower_order_final: bool = True,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+    ) -> None:
+        self._initialize()
+
+    def _grid(self, num_inference_steps: int, mu: float | None) -> SigmaGrid:
+        lowest = float(schedules.training_sigmas(self.alphas_cumprod)[0])
+        last = lowest if self._kind() is None else None
+        return self._levels(num_inference_steps, mu=mu, last=last)
+
+    def set_timesteps(
+        self, num_inference_steps: int, device: str | torch.device | None = None, mu: float | None = None
+    ) -> None:
+        """Choose how many steps; `device` is where `self.timesteps` is put. Forgets what `step` remembers.
+
+        Args:
+            mu: flow_shift is exp(mu) this time; needs use_dynamic_shifting.
+
+        Raises:
+            ValueError: out of range, or mu without its options.
+        """
+        self._set(self._grid(num_inference_steps, mu), device)
+
+    def plan(self, num_inference_steps: int, *, mu: float | None = None, begin: int = 0) -> Plan:
+        """The sampling run from step `begin` on as an immutable plan."""
+        return self._plan_at(self._grid(num_inference_steps, mu), begin)
+
+    def _stages(self, grid: SigmaGrid, begin: int, **options: Any) -> Iterable[Stage]:
+        return solvers.deis(
+            grid.timesteps,
+            self._signal_noise(grid.sigmas),
+            self._prediction(),
+            begin=begin,
+            order=self.config["solver_order"],
+            lower_order_final=self.config["lower_order_final"],
+        )
+
+    def step(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """One step; arguments as `IPNDMScheduler.step`."""
+        return self._step(model_output, timestep, sample, return_dict)

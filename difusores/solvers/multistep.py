@@ -1,4 +1,4 @@
-"""Linear multistep methods of the Adams kind: PNDM and IPNDM.
+"""Linear multistep methods of the Adams kind: PNDM, IPNDM and DEIS.
 
 Notation: x = alpha * x0 + sigma * noise, e the model's output.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difusores.plan import Stage, make_row
 from difusores.solvers.common import Prediction
 from difusores.solvers.discrete import signal_share
+from difusores.solvers.exponential import lagrange_exponentials
 
 ADAMS_BASHFORTH = (
     (1.0,),
@@ -120,3 +121,47 @@ def ipndm(
         for name, weight in zip(names, weights[1:], strict=True):
             y[name] = weight * (sigmas[i + 1] - sigma * ratio)
         yield Stage(times[i], make_row((alpha, -sigma), y, slope), slots=("d", *names[:2]))
+
+
+def deis(
+    times: Sequence[float],
+    levels: Sequence[tuple[float, float]],
+    prediction: Prediction,
+    *,
+    begin: int = 0,
+    order: int = 2,
+    lower_order_final: bool = True,
+) -> Iterator[Stage]:
+    """The noise as a polynomial in log(rho), rho = sigma / alpha, integrated over rho (Zhang & Chen 2023,
+    "DEIS", eq. 15 in the form log-rho AB).
+
+    Args:
+        times: what the model is told.
+        levels: (alpha, sigma) of each step and of the end.
+        begin: the first step.
+        order: 1, 2 or 3; the first steps have fewer.
+        lower_order_final: of fewer than 15 steps, the last two have orders 2 and 1.
+
+    Raises:
+        ValueError: another order.
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"solver_order must be 1, 2 or 3, got {order}")
+    logarithms = [math.log(sigma / alpha) for alpha, sigma in levels]
+    for i in range(begin, len(times)):
+        left = len(times) - i if lower_order_final and len(times) < 15 else order
+        count = min(order, i - begin + 1, left)
+        (alpha, sigma), (after, _) = levels[i : i + 2]
+        nodes = [logarithms[i - k] - logarithms[i] for k in range(count)]
+        length = logarithms[i + 1] - logarithms[i]
+        weights = [after * sigma / alpha * w for w in lagrange_exponentials(nodes, length, 1.0)]
+        slope = {"e": 1.0}
+        if prediction.kind != "epsilon" or prediction.threshold is not None:
+            slope = {"xh": 1 / sigma, "x0": -alpha / sigma}
+        y = {"xh": after / alpha, **{f"s{k}": w for k, w in enumerate(weights[1:])}}
+        for name, weight in slope.items():
+            y[name] = y.get(name, 0.0) + weights[0] * weight
+        held = min(i - begin + 1, order - 1) if i + 1 < len(times) else 0
+        row = make_row(prediction.x0(alpha, sigma), y, slope, clip=prediction.limits)
+        slots = ("d", "s0")[:held]
+        yield Stage(times[i], row, threshold=prediction.threshold, slots=slots)
