@@ -18,6 +18,13 @@ from difusores.solvers.discrete import (
     raised,
     repaint,
 )
+from difusores.solvers.dpm import (
+    DPM_ALGORITHMS,
+    DPM_TYPES,
+    dpm_multistep,
+    dpm_singlestep,
+    singlestep_orders,
+)
 from difusores.solvers.flow import flow_euler, flow_heun, flow_renoised
 from difusores.solvers.multistep import deis, ipndm, pndm
 from difusores.solvers.sasolver import sasolver
@@ -25,6 +32,8 @@ from difusores.solvers.sigma import euler, euler_ancestral, heun, kdpm2, kdpm2_a
 from difusores.solvers.unipc import unipc
 
 __all__ = [
+    "DPM_ALGORITHMS",
+    "DPM_TYPES",
     "PREDICTION_TYPES",
     "VARIANCE_TYPES",
     "Noise",
@@ -40,6 +49,8 @@ __all__ = [
     "ddpm",
     "ddpm_variances",
     "deis",
+    "dpm_multistep",
+    "dpm_singlestep",
     "euler",
     "euler_ancestral",
     "flow_euler",
@@ -59,6 +70,7 @@ __all__ = [
     "raised",
     "repaint",
     "sasolver",
+    "singlestep_orders",
     "tcd",
     "unipc",
 ]

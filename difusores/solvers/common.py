@@ -123,8 +123,9 @@ def forward_process(
 
 
 def mix(levels: Sequence[tuple[float, float]], samples: Tensor, noise: Tensor) -> Tensor:
-    """The training side at given (alpha, sigma), one per image or one for all: alpha * samples + sigma * noise.
+    """The training side at given (alpha, sigma), alpha * samples + sigma * noise.
 
+    levels: one per image, or one for all.
     samples, noise: [B, ...], any floating dtype; fp16 and bf16 are computed in fp32.
     """
     dtype = torch.promote_types(samples.dtype, noise.dtype)
