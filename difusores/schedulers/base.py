@@ -142,7 +142,15 @@ class _Grid(NamedTuple):
 
 KEYS_OF_ROWS = frozenset({"timesteps", "sigmas", "num_inference_steps"})
 """Attributes that rows are kept by, so that the next run on the same grid finds its rows."""
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, str, list, tuple, type(None))
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Whether an assignment changes nothing, which `set_timesteps` often does."""
+    if isinstance(new, Tensor) and isinstance(old, Tensor):
+        on_cpu = new.device.type == old.device.type == "cpu"
+        return on_cpu and new.dtype is old.dtype and torch.equal(old, new)
+    return type(new) in _PLAIN and type(old) is type(new) and bool(old == new)
 
 
 class TableScheduler(SchedulerMixin):
@@ -191,7 +199,7 @@ class TableScheduler(SchedulerMixin):
             # inference tensors have no version counter, by which a change in place is noticed
             with torch.inference_mode(False):
                 value = value.clone()
-        unchanged = type(value) in _PLAIN and self.__dict__.get(name, _PLAIN) == value
+        unchanged = _same(self.__dict__.get(name, _PLAIN), value)
         super().__setattr__(name, value)
         if name in KEYS_OF_ROWS:
             self.__dict__["_known"] = None
