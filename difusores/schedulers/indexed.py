@@ -17,7 +17,7 @@ MOST_RUNS = 64
 """Runs (a beginning, options of step) whose rows a scheduler keeps."""
 
 
-class _Run:
+class Run:
     """Where a sampling run is: what `step` needs and changes."""
 
     __slots__ = ("begin", "index", "key", "options", "slots", "stages")
@@ -47,7 +47,7 @@ class IndexedScheduler(TableScheduler):
     upcast: ClassVar[bool] = False
     """Whether a step is computed in float32 and cast back to the model output's dtype."""
     continuous: ClassVar[bool] = True
-    _run: _Run
+    _run: Run
     _begin_index: int | None
 
     def _stages(self, grid: SigmaGrid, begin: int, **options: Any) -> Iterable[Stage]:
@@ -55,7 +55,7 @@ class IndexedScheduler(TableScheduler):
         raise NotImplementedError
 
     def _restart(self) -> None:
-        self.__dict__.update(_run=_Run(), _begin_index=None)
+        self.__dict__.update(_run=Run(), _begin_index=None)
 
     @property
     def step_index(self) -> int | None:

@@ -13,7 +13,7 @@ from difusores import schedules, solvers
 from difusores.configuration import register_to_config
 from difusores.plan import Plan, Stage
 from difusores.schedulers.base import DiscreteScheduler, SchedulerOutput, advance
-from difusores.schedulers.indexed import IndexedScheduler
+from difusores.schedulers.indexed import IndexedScheduler, Run
 from difusores.schedulers.logsnr import LogSnrScheduler
 from difusores.schedules import Array, SigmaGrid
 
@@ -30,14 +30,12 @@ class PNDMScheduler(DiscreteScheduler):
         set_alpha_to_one: after the last step alphas_cumprod is 1 instead of its value at training step 0.
         prediction_type: "epsilon" or "v_prediction".
         timestep_spacing, steps_offset: see `difusores.schedules.timesteps`.
-
-    Attributes:
-        counter: how often `step` was called.
     """
 
     returned = ("y",)
     pndm_order: ClassVar[int] = 4
-    counter: int
+    _run: Run
+    _calls: tuple[tuple[int, ...], tuple[int, ...]]
 
     @register_to_config
     def __init__(
@@ -59,19 +57,22 @@ class PNDMScheduler(DiscreteScheduler):
         self._restart(((), ()))
 
     def _restart(self, calls: tuple[Sequence[int], Sequence[int]]) -> None:
-        self.__dict__.update(
-            _calls=(tuple(calls[0]), tuple(calls[1])), counter=0, _slots=(), num_inference_steps=None
-        )
+        self.__dict__.update(_calls=(tuple(calls[0]), tuple(calls[1])), _run=Run())
+
+    @property
+    def counter(self) -> int:
+        """How often `step` was called since `set_timesteps`."""
+        return self._run.index or 0
 
     @property
     def prk_timesteps(self) -> Array:
         """[12] int64, the timesteps of the Runge-Kutta calls; [0] where they are skipped."""
-        return np.array(self.__dict__["_calls"][0], dtype=np.int64)
+        return np.array(self._calls[0], dtype=np.int64)
 
     @property
     def plms_timesteps(self) -> Array:
         """int64, the timesteps of the calls after them."""
-        return np.array(self.__dict__["_calls"][1], dtype=np.int64)
+        return np.array(self._calls[1], dtype=np.int64)
 
     def _timesteps(self, num_inference_steps: int) -> tuple[Sequence[int], Sequence[int]]:
         config = self.config
@@ -125,16 +126,15 @@ class PNDMScheduler(DiscreteScheduler):
             ValueError: `set_timesteps` was not called.
         """
         t = self._number(timestep)
-        steps, state = self.num_inference_steps, self.__dict__
+        steps, run, calls, prk = self.num_inference_steps, self._run, self.counter, self._calls[0]
         if steps is None:
             raise ValueError("num_inference_steps is None: call set_timesteps before step")
-        calls, prk = state["counter"], state["_calls"][0]
         key = (t, calls, prk, steps)
         cached = self._rows.get(key)
         if cached is None:
             cached = self._cache(key, next(iter(self._stages([t], calls, prk, steps))))
-        results, state["_slots"] = advance(cached, model_output, sample, None, slots=state["_slots"])
-        state["counter"] = calls + 1
+        results, run.slots = advance(cached, model_output, sample, None, slots=run.slots)
+        run.index = calls + 1
         return SchedulerOutput(*results[:1]) if return_dict else results[:1]
 
 
@@ -176,8 +176,8 @@ class IPNDMScheduler(IndexedScheduler):
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Choose how many steps; `device` is where `self.timesteps` is put. Forgets what `step` remembers."""
         betas, times = self._levels(num_inference_steps)
-        self.betas = self.sigmas = betas
-        self.alphas = schedules.signal_beside(betas)
+        # not as a change that rows would be forgotten for: they are kept by timesteps and betas
+        self.__dict__.update(betas=betas, alphas=schedules.signal_beside(betas))
         self.timesteps = times.to(device)
         self.num_inference_steps = num_inference_steps
         self._restart()
@@ -188,6 +188,9 @@ class IPNDMScheduler(IndexedScheduler):
         sigmas = tuple(betas.tolist())
         stages = tuple(self._stages(SigmaGrid(tuple(times.tolist()), sigmas), begin))
         return Plan("IPNDM", stages, "v_prediction", sigmas, continuous=True)
+
+    def _levels_table(self) -> Tensor:
+        return self.betas
 
     def _stages(self, grid: SigmaGrid, begin: int, **options: Any) -> Iterable[Stage]:
         signal = schedules.signal_beside(torch.tensor(grid.sigmas, dtype=torch.float32, device="cpu"))
