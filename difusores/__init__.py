@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from difusores.schedulers import DPMSolverMultistepInverseScheduler as DPMSolverMultistepInverseScheduler
     from difusores.schedulers import DPMSolverMultistepScheduler as DPMSolverMultistepScheduler
     from difusores.schedulers import DPMSolverSinglestepScheduler as DPMSolverSinglestepScheduler
+    from difusores.schedulers import EDMEulerScheduler as EDMEulerScheduler
     from difusores.schedulers import EulerAncestralDiscreteScheduler as EulerAncestralDiscreteScheduler
     from difusores.schedulers import EulerDiscreteScheduler as EulerDiscreteScheduler
     from difusores.schedulers import FlowMatchEulerDiscreteScheduler as FlowMatchEulerDiscreteScheduler
@@ -61,6 +62,7 @@ _PUBLIC = {
     "DPMSolverMultistepScheduler": "difusores.schedulers",
     "DPMSolverSinglestepScheduler": "difusores.schedulers",
     "DiffusionPipeline": "difusores.pipelines",
+    "EDMEulerScheduler": "difusores.schedulers",
     "EulerAncestralDiscreteScheduler": "difusores.schedulers",
     "EulerDiscreteScheduler": "difusores.schedulers",
     "FlowMatchEulerDiscreteScheduler": "difusores.schedulers",

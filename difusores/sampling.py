@@ -256,7 +256,13 @@ class _Buffers:
         return z
 
 
-def scaled_input(sample: Tensor, divisor: float) -> Tensor:
+def scaled_sum(first: Any, x: Tensor, second: Any, y: Tensor) -> Tensor:
+    """first * x + second * y, with numbers or with one for each image."""
+    total: Tensor = first * x + second * y
+    return total
+
+
+def scaled_input(sample: Tensor, divisor: float | Tensor) -> Tensor:
     """The model's input for a sample of x0 + sigma * noise."""
     return sample / divisor
 

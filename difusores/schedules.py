@@ -249,9 +249,10 @@ def real_timesteps(spacing: str, steps: int, num_train_timesteps: int, offset: i
     return [float(t) for t in timesteps(spacing, steps, num_train_timesteps, offset)]
 
 
-def with_data(sigma: Tensor) -> Tensor:
-    """√(sigma² + 1), the deviation of x0 + sigma * noise where that of x0 is 1; in float32 as diffusers."""
-    return (sigma**2 + 1) ** 0.5
+def with_data(sigma: Tensor, data: float = 1.0) -> Tensor:
+    """√(sigma² + data²), the deviation of x0 + sigma * noise where that of x0 is data; in sigma's dtype."""
+    deviation: Tensor = (sigma**2 + data**2) ** 0.5
+    return deviation
 
 
 def karras_sigmas(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> Array:
@@ -269,6 +270,30 @@ def karras_levels(sigma_min: float, sigma_max: float, places: Array, rho: float 
 def exponential_sigmas(sigma_min: float, sigma_max: float, steps: int) -> Array:
     """[steps], descending, evenly spaced in the logarithm."""
     return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps))
+
+
+def even_places(steps: int) -> Tensor:
+    """[steps] float64 from 0 to 1."""
+    return torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
+
+
+def edm_sigmas(kind: str, places: Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """[steps] float32 at [steps] float64 places between sigma_max, at 0, and sigma_min, at 1.
+
+    kind: "karras" or "exponential".
+    """
+    if kind == "karras":
+        return torch.from_numpy(karras_levels(sigma_min, sigma_max, places.numpy(), rho)).float()
+    low, high = math.log(sigma_min), math.log(sigma_max)
+    if torch.allclose(places, even_places(len(places)), rtol=0, atol=1e-12):
+        # diffusers' own float32 numbers; of one level it takes the lowest
+        return _linspace(low, high, len(places)).exp().flip(0)
+    return (high + places * (low - high)).exp().float()
+
+
+def edm_times(sigmas: Tensor) -> Tensor:
+    """c_noise, what the model is told at noise levels (Karras et al. 2022, table 1)."""
+    return 0.25 * torch.log(sigmas)
 
 
 def beta_sigmas(

@@ -16,6 +16,7 @@ from difusores.schedulers.multistep import DEISMultistepScheduler, IPNDMSchedule
 from difusores.schedulers.repaint import RePaintScheduler
 from difusores.schedulers.sasolver import SASolverScheduler
 from difusores.schedulers.sigma import (
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -37,6 +38,7 @@ __all__ = [
     "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
+    "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",

@@ -1,10 +1,11 @@
-"""Schedulers whose sample is x0 + sigma * noise: Euler, Euler ancestral, Heun, LMS and the two KDPM2."""
+"""Schedulers whose sample is x0 + sigma * noise: Euler, Euler ancestral, EDM, Heun, LMS and the two KDPM2."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from difusores import schedules, solvers
 from difusores.configuration import register_to_config
-from difusores.plan import Plan, Stage
-from difusores.sampling import Generators, scaled_input
+from difusores.plan import Noise, Plan, Stage
+from difusores.sampling import Generators, scaled_input, scaled_sum
 from difusores.schedulers.base import PredictedSchedulerOutput
 from difusores.schedulers.indexed import IndexedScheduler, refuse_integers
 from difusores.schedules import SigmaGrid
@@ -609,3 +610,174 @@ class KDPM2AncestralDiscreteScheduler(_MidpointScheduler):
     ) -> PredictedSchedulerOutput | tuple[Tensor, ...]:
         """One model call of a step, noise at the second; as `EulerDiscreteScheduler.step`."""
         return self._step(model_output, timestep, sample, return_dict, generator)
+
+
+@dataclass
+class EDMEulerSchedulerOutput(PredictedSchedulerOutput):
+    """What `EDMEulerScheduler.step` returns; see `PredictedSchedulerOutput`."""
+
+
+class EDMEulerScheduler(SigmaScheduler):
+    """Drop-in for the class of the same name in diffusers 0.42 (Karras et al. 2022, EDM).
+
+    Args:
+        sigma_min, sigma_max, sigma_schedule, rho: see `difusores.schedules.edm_sigmas`.
+        sigma_data: standard deviation of the data.
+        num_train_timesteps: how many levels there are before `set_timesteps`, less one.
+        prediction_type: "epsilon" or "v_prediction", see `difusores.solvers.Preconditioned`.
+        final_sigmas_type: the run ends at "zero" or at "sigma_min", the lowest level.
+    """
+
+    _compatibles: ClassVar[list[str]] = []
+    upcast = True
+
+    @register_to_config
+    def __init__(
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        sigma_schedule: str = "karras",
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "epsilon",
+        rho: float = 7.0,
+        final_sigmas_type: str = "zero",
+    ) -> None:
+        self.is_scale_input_called = False
+        places = torch.arange(num_train_timesteps + 1, dtype=torch.float64, device="cpu")
+        self._set(self._at(places / num_train_timesteps), None)
+        self.num_inference_steps = None
+
+    @property
+    def init_noise_sigma(self) -> float:  # type: ignore[override]
+        """Standard deviation of the first sample."""
+        return math.sqrt(self.config["sigma_max"] ** 2 + 1)
+
+    @property
+    def _data(self) -> float:
+        return float(self.config["sigma_data"])
+
+    def _prediction(self) -> solvers.Preconditioned:
+        return solvers.Preconditioned(self.config["prediction_type"], sigma_data=self._data)
+
+    def _at(self, places: Tensor) -> SigmaGrid:
+        config = self.config
+        for name, allowed in {
+            "sigma_schedule": ("karras", "exponential"),
+            "final_sigmas_type": ("zero", "sigma_min"),
+        }.items():
+            if config[name] not in allowed:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {config[name]!r}")
+        ends = config["sigma_min"], config["sigma_max"]
+        levels = schedules.edm_sigmas(config["sigma_schedule"], places, *ends, config["rho"])
+        sigmas = levels.tolist()
+        last = sigmas[-1] if config["final_sigmas_type"] == "sigma_min" else 0.0
+        return SigmaGrid(tuple(schedules.edm_times(levels).tolist()), (*sigmas, last))
+
+    def _grid(self, num_inference_steps: int | None, sigmas: Any) -> SigmaGrid:
+        if sigmas is None:
+            if num_inference_steps is None or num_inference_steps < 1:
+                raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+            places = schedules.even_places(int(num_inference_steps))
+        else:
+            places = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").reshape(-1)
+            if len(places) == 0 or min(places.tolist()) < 0 or max(places.tolist()) > 1:
+                raise ValueError(
+                    "sigmas are places of levels, from 0 for sigma_max to 1 for sigma_min, "
+                    f"got {places.tolist()}"
+                )
+        return self._at(places)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Tensor | Sequence[float] | None = None,
+    ) -> None:
+        """Choose the noise levels at which the model is called; what `step` remembers is forgotten.
+
+        Args:
+            num_inference_steps: how many.
+            device: where `self.timesteps` is put.
+            sigmas: their places from 0, sigma_max, to 1, sigma_min (and not levels, as in diffusers).
+
+        Raises:
+            ValueError: no number, or places outside [0, 1].
+        """
+        grid = self._grid(num_inference_steps, sigmas)
+        self._set(grid, device)
+        self.num_inference_steps = len(grid.timesteps)
+
+    def plan(
+        self,
+        num_inference_steps: int | None = None,
+        *,
+        sigmas: Tensor | Sequence[float] | None = None,
+        begin: int = 0,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
+    ) -> Plan:
+        """The run from step `begin` on as an immutable plan; arguments as `set_timesteps` and `step`."""
+        options: dict[str, Any] = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+        stages = tuple(self._stages(self._grid(num_inference_steps, sigmas), begin, **options))
+        return Plan("EDMEuler", stages, self.config["prediction_type"], (), True, self.init_noise_sigma)
+
+    def _stages(
+        self, grid: SigmaGrid, begin: int, drawn: str | None = None, **options: Any
+    ) -> Iterable[Stage]:
+        # where the caller has x0, it takes the place of the model's output
+        prediction = self._prediction() if drawn is None else solvers.Prediction("sample")
+        return solvers.euler(*grid, prediction, begin=begin, noise=Noise(dtype=drawn), **options)
+
+    def precondition_inputs(self, sample: Tensor, sigma: Any) -> Tensor:
+        """c_in * sample."""
+        return scaled_input(sample, schedules.with_data(sigma, self._data))
+
+    def precondition_noise(self, sigma: float | Tensor) -> Tensor:
+        """What the model is told at a noise level."""
+        if not isinstance(sigma, Tensor):
+            sigma = torch.tensor([sigma], dtype=torch.float32, device="cpu")
+        return schedules.edm_times(sigma)
+
+    def precondition_outputs(self, sample: Tensor, model_output: Tensor, sigma: Any) -> Tensor:
+        """x0 = c_skip * sample + c_out * model_output."""
+        c_skip, c_out = solvers.boundary_scalings(sigma, sigma, self._data)
+        sign = -1 if self._prediction().kind == "v_prediction" else 1
+        return scaled_sum(c_skip, sample, sign * c_out, model_output)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
+        generator: Generators = None,
+        return_dict: bool = True,
+        pred_original_sample: Tensor | None = None,
+    ) -> EDMEulerSchedulerOutput | tuple[Tensor, ...]:
+        """One step to the next noise level.
+
+        Args:
+            model_output, timestep, sample, generator: as `EulerDiscreteScheduler.step`.
+            s_churn, s_tmin, s_tmax, s_noise: see `difusores.solvers.euler`.
+            return_dict: False returns the tuple (prev_sample, pred_original_sample).
+            pred_original_sample: x0, like sample, where it is known already; then only the dtype of
+                model_output counts.
+
+        Raises:
+            ValueError: timestep is an integer.
+        """
+        refuse_integers(self, timestep)
+        options: dict[str, Any] = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+        dtype, e = model_output.dtype, model_output
+        if pred_original_sample is not None:
+            options["drawn"], e = str(dtype).removeprefix("torch."), pred_original_sample
+        result: Any = self._step(e, timestep, sample, False, generator, **options)
+        if pred_original_sample is not None:
+            result = (result[0].to(dtype), pred_original_sample)
+        return EDMEulerSchedulerOutput(*result) if return_dict else result

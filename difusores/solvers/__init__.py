@@ -6,7 +6,14 @@ A sampler is a function that yields one `Stage` per model call, in float64, from
 from __future__ import annotations
 
 from difusores.plan import Noise, Plan, Stage, Threshold
-from difusores.solvers.common import PREDICTION_TYPES, Prediction, forward_process, mix, raise_noise
+from difusores.solvers.common import (
+    PREDICTION_TYPES,
+    Preconditioned,
+    Prediction,
+    forward_process,
+    mix,
+    raise_noise,
+)
 from difusores.solvers.consistency import boundary_scalings, consistency, lcm, lcm_scalings, tcd
 from difusores.solvers.discrete import (
     VARIANCE_TYPES,
@@ -38,6 +45,7 @@ __all__ = [
     "VARIANCE_TYPES",
     "Noise",
     "Plan",
+    "Preconditioned",
     "Prediction",
     "Stage",
     "Threshold",

@@ -70,6 +70,10 @@ class Prediction:
             )
         return 1 / alpha, -sigma / alpha
 
+    def c_in(self, sigma: float) -> float:
+        """Factor of a sample x0 + sigma * noise that makes the model's input."""
+        return 1 / math.sqrt(sigma * sigma + 1)
+
     def x0_at(self, sigma: float) -> tuple[float, float]:
         """(p_x, p_e) for a sample x0 + sigma * noise, which the model is given divided by √(sigma² + 1)."""
         if self.kind == "flow_prediction":
@@ -101,6 +105,33 @@ class Prediction:
         if self.clip is None and self.threshold is None:
             return self.epsilon(alpha, sigma)
         return {"xh": 1 / sigma, "x0": -alpha / sigma}
+
+
+@dataclass(frozen=True)
+class Preconditioned(Prediction):
+    """A network F of which x0 = c_skip * x + c_out * F(c_in * x) (Karras et al. 2022, table 1).
+
+    Attributes:
+        kind: "epsilon", or "v_prediction" for the other sign of c_out.
+        sigma_data: standard deviation of the data.
+    """
+
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type must be 'epsilon' or 'v_prediction', got {self.kind!r}")
+
+    def c_in(self, sigma: float) -> float:
+        return 1 / math.sqrt(sigma * sigma + self.sigma_data**2)
+
+    def x0_at(self, sigma: float) -> tuple[float, float]:
+        total = sigma * sigma + self.sigma_data**2
+        c_out = sigma * self.sigma_data / math.sqrt(total)
+        return self.sigma_data**2 / total, c_out if self.kind == "epsilon" else -c_out
+
+    def slope_at(self, sigma: float) -> dict[str, float]:
+        return {"xh": 1 / sigma, "x0": -1 / sigma}
 
 
 def forward_process(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from difusores.plan import Noise, Stage, make_row
-from difusores.solvers.common import Prediction
+from difusores.solvers.common import Preconditioned, Prediction
 
 
 def euler(
@@ -25,23 +25,25 @@ def euler(
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
+    noise: Noise = Noise(),  # noqa: B008 (a tuple)
 ) -> Iterator[Stage]:
     """Euler's method (Karras et al. 2022, algorithm 2 without its correction).
 
     With churn, noise raises the level to sigma_hat *after* the model was called, as in diffusers.
     """
+    follows = prediction.kind == "epsilon" or isinstance(prediction, Preconditioned)
     for i in range(begin, len(times)):
         sigma, after = sigmas[i], sigmas[i + 1]
         gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
         hat = sigma * (gamma + 1)
-        x0 = prediction.x0_at(hat if prediction.kind == "epsilon" else sigma)
+        x0 = prediction.x0_at(hat if follows else sigma)
         row = make_row(
             x0,
             _along(prediction.slope_at(hat), after - hat),
             clip=prediction.limits,
             churn=s_noise * math.sqrt(hat * hat - sigma * sigma) if gamma > 0 else 0.0,
         )
-        yield _stage(times[i], sigma, row, Noise() if gamma > 0 else None)
+        yield Stage(times[i], row, c_in=prediction.c_in(sigma), noise=noise if gamma > 0 else None)
 
 
 def euler_ancestral(
