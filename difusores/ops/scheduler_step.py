@@ -378,6 +378,40 @@ def _native(
     return tuple(out)
 
 
+def plain_step(
+    row: Tensor,
+    sample: Tensor,
+    model_output: Tensor,
+    slots: Sequence[Tensor | None],
+    noise: Tensor | None,
+    places: Sequence[int],
+) -> tuple[Tensor, ...] | None:
+    """`scheduler_step` for one model output and new tensors, by the shortest way to the CPU kernel.
+
+    Args:
+        row, sample, model_output, slots, noise: as there.
+        places: of the outputs in OUTPUTS, without "m".
+
+    Returns:
+        The outputs, or None where the CPU kernel does not take the call.
+    """
+    if sample.dtype not in _KERNEL_DTYPES or not straight_to_cpu(sample, model_output, noise, *slots):
+        return None
+    s0, s1, s2, s3, s4 = (*slots, *_NO_SLOTS[len(slots) :]) if slots else _NO_SLOTS
+    outputs: list[Tensor | None] = [None] * 5
+    results = []
+    for place in places:
+        outputs[place] = t = torch.empty_like(sample)
+        results.append(t)
+    y, d, u, x0, m = outputs
+    e, none = model_output, None
+    try:
+        _OP(row, none, sample, e, none, none, noise, none, none, s0, s1, s2, s3, s4, none, y, d, u, x0, m)
+    except RuntimeError:
+        return None  # the kernel refused: `scheduler_step` finds another way or the words for it
+    return tuple(results)
+
+
 def _general(
     operands: _Operands,
     outputs: Sequence[str],

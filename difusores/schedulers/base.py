@@ -14,7 +14,7 @@ from torch import Tensor
 from difusores import schedules, solvers
 from difusores.configuration import ConfigMixin
 from difusores.ops import scheduler_step
-from difusores.ops.scheduler_step import MODE, PX
+from difusores.ops.scheduler_step import MODE, OUTPUTS, PX, plain_step
 from difusores.outputs import BaseOutput
 from difusores.plan import Noise, Plan, Stage, Threshold
 from difusores.sampling import (
@@ -113,7 +113,8 @@ class CachedStage(NamedTuple):
     """A stage as `step` needs it.
 
     row: [40] float64 on the CPU. outputs: of the op. slots: positions in (*results, sample, noise, *slots)
-    of what the slots hold afterwards. predicts_x0: x0 is the model's output itself.
+    of what the slots hold afterwards. predicts_x0: x0 is the model's output itself. targets: positions of the
+    outputs in OUTPUTS.
     """
 
     row: Tensor
@@ -123,6 +124,7 @@ class CachedStage(NamedTuple):
     outputs: tuple[str, ...]
     slots: tuple[int, ...]
     predicts_x0: bool
+    targets: tuple[int, ...]
 
 
 class _Grid(NamedTuple):
@@ -377,6 +379,7 @@ def cached_stage(stage: Stage, returned: tuple[str, ...]) -> CachedStage:
         outputs,
         tuple(places[name] for name in stage.slots),
         stage.row[PX] == 0,
+        tuple(OUTPUTS.index(name) for name in outputs),
     )
 
 
@@ -394,7 +397,7 @@ def advance(
     upcast: y in the model output's dtype and everything else in float32 at least, as the classes of diffusers
         do that compute in float32 and cast back.
     """
-    row, draw, learned, threshold, outputs, places, predicts_x0 = cached
+    row, draw, learned, threshold, _, places, _, targets = cached
     variance = None
     if learned:
         shape = torch.Size((len(model_output), *sample.shape[1:]))
@@ -407,20 +410,38 @@ def advance(
             noise = draw_noise(model_output.shape, generator, model_output.device, dtype)
     if model_output.shape != sample.shape or (noise is not None and noise.shape != sample.shape):
         sample, model_output, noise, variance = _broadcast(sample, model_output, noise, variance)
+    results = None
+    plain = variance is None and threshold is None and sample.dtype is model_output.dtype
+    if plain and (not upcast or sample.dtype is torch.float32):
+        results = plain_step(row, sample, model_output, slots, noise, targets)
+    if results is None:
+        results = _step_by_general_way(cached, sample, model_output, slots, noise, variance, upcast)
+    if not places:
+        return results, ()
+    held = (*results, sample, noise, *slots)
+    return results, tuple([held[place] for place in places])  # type: ignore[misc]
+
+
+def _step_by_general_way(
+    cached: CachedStage,
+    sample: Tensor,
+    model_output: Tensor,
+    slots: tuple[Tensor, ...],
+    noise: Tensor | None,
+    variance: Tensor | None,
+    upcast: bool,
+) -> tuple[Tensor, ...]:
+    row, outputs, threshold = cached.row, cached.outputs, cached.threshold
     operands: dict[str, Any] = {"noise": noise, "variance": variance}
     if threshold is not None:
         (x0,) = scheduler_step(row, sample, (model_output,), slots, outputs=("x0",), **operands)
         operands["threshold"] = dynamic_threshold(x0, *threshold)
     if upcast and (sample.dtype is not torch.float32 or model_output.dtype is not torch.float32):
         wide = torch.promote_types(torch.float32, model_output.dtype)
-        narrow = ("y", "x0") if predicts_x0 else ("y",)
+        narrow = ("y", "x0") if cached.predicts_x0 else ("y",)
         dtypes = [model_output.dtype if name in narrow else wide for name in outputs]
         operands["out"] = [torch.empty_like(sample, dtype=dtype) for dtype in dtypes]
-    results = scheduler_step(row, sample, (model_output,), slots, outputs=outputs, **operands)
-    if not places:
-        return results, ()
-    held = (*results, sample, noise, *slots)
-    return results, tuple([held[place] for place in places])  # type: ignore[misc]
+    return scheduler_step(row, sample, (model_output,), slots, outputs=outputs, **operands)
 
 
 def advance_each(cached: Sequence[CachedStage], model_output: Tensor, sample: Tensor) -> Tensor:
