@@ -65,6 +65,7 @@ class SASolverScheduler(LogSnrScheduler):
         steps_offset: int = 0,
     ) -> None:
         self._initialize()
+        self.predict_x0 = algorithm_type == "data_prediction"
         self.tau_func = middle_tau if tau_func is None else tau_func
 
     def _grid(self, num_inference_steps: int | None) -> SigmaGrid:
@@ -95,7 +96,7 @@ class SASolverScheduler(LogSnrScheduler):
             begin=begin,
             predictor_order=config["predictor_order"],
             corrector_order=config["corrector_order"],
-            predict_x0=config["algorithm_type"] == "data_prediction",
+            predict_x0=self.predict_x0,
             lower_order_final=config["lower_order_final"],
         )
 

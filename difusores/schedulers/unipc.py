@@ -77,6 +77,8 @@ class UniPCMultistepScheduler(LogSnrScheduler):
         if thresholding and not predict_x0:
             raise ValueError("thresholding needs predict_x0=True: it limits x0, which is not used otherwise")
         self._initialize()
+        self.predict_x0 = predict_x0
+        self.disable_corrector = disable_corrector
 
     def _kind(self) -> str | None:
         config = self.config
@@ -155,9 +157,9 @@ class UniPCMultistepScheduler(LogSnrScheduler):
             begin=begin,
             order=config["solver_order"],
             solver_type=config["solver_type"],
-            predict_x0=config["predict_x0"],
+            predict_x0=self.predict_x0,
             lower_order_final=config["lower_order_final"],
-            disable_corrector=config["disable_corrector"],
+            disable_corrector=self.disable_corrector,
         )
 
     def step(
