@@ -257,19 +257,58 @@ def with_data(sigma: Tensor, data: float = 1.0) -> Tensor:
 
 def karras_sigmas(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> Array:
     """[steps], descending (Karras et al. 2022, eq. 5)."""
-    return karras_levels(sigma_min, sigma_max, np.linspace(0, 1, steps), rho)
-
-
-def karras_levels(sigma_min: float, sigma_max: float, places: Array, rho: float = 7.0) -> Array:
-    """The noise levels at places between sigma_max, at 0, and sigma_min, at 1 (Karras et al. 2022, eq. 5)."""
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    levels: Array = (high + places * (low - high)) ** rho
+    levels: Array = karras_levels(sigma_min, sigma_max, np.linspace(0, 1, steps), rho)
     return levels
+
+
+def karras_levels(sigma_min: float, sigma_max: float, places: Any, rho: float = 7.0) -> Any:
+    """The noise levels at places between sigma_max, at 0, and sigma_min, at 1 (Karras et al. 2022, eq. 5).
+
+    places: an array or a tensor, in whose dtype it is computed.
+    """
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (high + places * (low - high)) ** rho
 
 
 def exponential_sigmas(sigma_min: float, sigma_max: float, steps: int) -> Array:
     """[steps], descending, evenly spaced in the logarithm."""
     return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps))
+
+
+def real_times(steps: int, last: float) -> Tensor:
+    """[steps] float32 from 1 to last."""
+    if steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
+    return _linspace(1, last, steps)
+
+
+def sigmas_at(times: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
+    """Noise levels at times from 0 to 1, even in the logarithm (Song et al. 2021, eq. 30); in their dtype."""
+    levels: Tensor = sigma_min * (sigma_max / sigma_min) ** times
+    return levels
+
+
+def geometric_sigmas(sigma_min: float, sigma_max: float, steps: int) -> Tensor:
+    """[steps] float32 from sigma_min to sigma_max, even in the logarithm."""
+    return torch.exp(_linspace(math.log(sigma_min), math.log(sigma_max), steps))
+
+
+def geometric_variances(first: float, last: float, steps: int) -> Tensor:
+    """[steps] float32 from first to last, even in the logarithm; of one step the first."""
+    places = torch.arange(steps, device="cpu") / max(steps - 1, 1)
+    variances: Tensor = first * (last / first) ** places
+    return variances
+
+
+def place_of(time: float, steps: int) -> int:
+    """Where a time from 0 to 1 lies among `steps` levels; in float32 as in diffusers, rounded down."""
+    return int(np.float32(time) * np.float32(steps - 1))
+
+
+def levels_below(levels: Tensor, places: Tensor) -> Tensor:
+    """Like places, on their device: the level before each, 0 before the first."""
+    below = levels[(places - 1).to(levels.device)].to(places.device)
+    return torch.where(places == 0, torch.zeros_like(below), below)
 
 
 def even_places(steps: int) -> Tensor:
@@ -278,12 +317,13 @@ def even_places(steps: int) -> Tensor:
 
 
 def edm_sigmas(kind: str, places: Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
-    """[steps] float32 at [steps] float64 places between sigma_max, at 0, and sigma_min, at 1.
+    """[steps] float32 at [steps] places between sigma_max, at 0, and sigma_min, at 1.
 
-    kind: "karras" or "exponential".
+    kind: "karras", computed in the dtype of places, or "exponential", which takes float64 ones.
     """
     if kind == "karras":
-        return torch.from_numpy(karras_levels(sigma_min, sigma_max, places.numpy(), rho)).float()
+        levels: Tensor = karras_levels(sigma_min, sigma_max, places, rho)
+        return levels.float()
     low, high = math.log(sigma_min), math.log(sigma_max)
     if torch.allclose(places, even_places(len(places)), rtol=0, atol=1e-12):
         # diffusers' own float32 numbers; of one level it takes the lowest

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from difusores import schedules, solvers
 from difusores.configuration import register_to_config
-from difusores.plan import Plan, Stage
+from difusores.plan import Plan, Stage, Threshold
 from difusores.sampling import Generators
 from difusores.schedulers.base import SchedulerOutput
-from difusores.schedulers.logsnr import LogSnrScheduler
+from difusores.schedulers.logsnr import LogSnrScheduler, adopt_names
+from difusores.schedulers.sigma import EDMScheduler
 from difusores.schedules import SigmaGrid
 
 logger = logging.getLogger(__name__)
@@ -386,3 +387,144 @@ class DPMSolverSinglestepScheduler(_DPMSolverScheduler):
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         """One step to the next noise level; as `DPMSolverMultistepScheduler.step`."""
         return self._step(model_output, timestep, sample, return_dict, generator)
+
+
+class _EDMDPMSolverScheduler(EDMScheduler):
+    """Base of the schedulers whose model is preconditioned."""
+
+    absent_is_last = True
+    returned = ("y",)
+    orders: ClassVar[Mapping[str, tuple[int, ...]]]
+    """What solver_order may be, by algorithm."""
+
+    def _initialize(self) -> None:
+        super()._initialize()
+        choices = {"algorithm_type": tuple(self.orders), "solver_type": solvers.DPM_TYPES}
+        adopt_names(self, {key: choices[key] for key in choices if key in self.config}, FOREIGN)
+        self._set(self._grid(self.config["num_train_timesteps"]), None)
+
+    def _grid(self, num_inference_steps: int | None) -> SigmaGrid:
+        if num_inference_steps is None or num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        # where diffusers computes in float32
+        dtype = torch.float32 if self.config["sigma_schedule"] == "karras" else torch.float64
+        times, sigmas = self._at(torch.linspace(0, 1, int(num_inference_steps), dtype=dtype, device="cpu"))
+        if self.config["final_sigmas_type"] == "sigma_min":
+            sigmas = (*sigmas[:-1], *schedules.as_float32([self.config["sigma_min"]]))
+        return SigmaGrid(times, sigmas)
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: str | torch.device | None = None
+    ) -> None:
+        """Choose how many steps; `device` is where `self.timesteps` is put. Forgets what `step` remembers."""
+        self._set(self._grid(num_inference_steps), device)
+        self.num_inference_steps = num_inference_steps
+
+    def plan(self, num_inference_steps: int, *, begin: int = 0) -> Plan:
+        """The run from step `begin` on as an immutable plan."""
+        stages = tuple(self._stages(self._grid(num_inference_steps), begin))
+        name = type(self).__name__.removesuffix("Scheduler")
+        return Plan(name, stages, self.config["prediction_type"], (), True, self.init_noise_sigma)
+
+    def _prediction(self) -> solvers.Preconditioned:
+        config = self.config
+        threshold = None
+        if config.get("thresholding"):
+            threshold = Threshold(config["dynamic_thresholding_ratio"], config["sample_max_value"])
+        return solvers.Preconditioned(
+            config["prediction_type"], threshold=threshold, sigma_data=config["sigma_data"]
+        )
+
+    def _stages(self, grid: SigmaGrid, begin: int, **options: Any) -> Iterable[Stage]:
+        config = self.config
+        algorithm, order = config.get("algorithm_type", "sde-dpmsolver++"), config["solver_order"]
+        if order not in self.orders[algorithm]:
+            allowed = " or ".join(map(str, self.orders[algorithm]))
+            raise ValueError(f"solver_order must be {allowed} with {algorithm!r}, got {order}")
+        return solvers.dpm_multistep(
+            grid.timesteps,
+            [(1.0, sigma) for sigma in grid.sigmas],
+            self._prediction(),
+            begin=begin,
+            order=order,
+            algorithm=algorithm,
+            solver_type=config["solver_type"],
+            lower_order_final=config["lower_order_final"],
+            euler_at_final=config["euler_at_final"],
+            noise_dtype="promoted",
+        )
+
+    def _advance(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        return_dict: bool,
+        generator: Generators = None,
+        noise: Tensor | None = None,
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        if self.num_inference_steps is None:
+            raise ValueError("num_inference_steps is None: call set_timesteps before step")
+        result = self._take(model_output, timestep, sample, generator, noise)
+        return SchedulerOutput(*result) if return_dict else result
+
+
+class EDMDPMSolverMultistepScheduler(_EDMDPMSolverScheduler):
+    """Drop-in for the class of the same name in diffusers 0.42.
+
+    Args:
+        sigma_min, sigma_max, sigma_schedule, rho: see `difusores.schedules.edm_sigmas`.
+        sigma_data: standard deviation of the data.
+        num_train_timesteps: how many levels there are before `set_timesteps`.
+        prediction_type: "epsilon" or "v_prediction", see `difusores.solvers.Preconditioned`.
+        solver_order, algorithm_type, solver_type, lower_order_final, euler_at_final: see
+            `difusores.solvers.dpm_multistep`. "sde-dpmsolver++" goes up to order 2.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x0.
+        final_sigmas_type: the run ends at "zero" or at "sigma_min".
+    """
+
+    orders: ClassVar[Mapping[str, tuple[int, ...]]] = {"dpmsolver++": (1, 2, 3), "sde-dpmsolver++": (1, 2)}
+
+    @register_to_config
+    def __init__(
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        sigma_schedule: str = "karras",
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "epsilon",
+        rho: float = 7.0,
+        solver_order: int = 2,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        algorithm_type: str = "dpmsolver++",
+        solver_type: str = "midpoint",
+        lower_order_final: bool = True,
+        euler_at_final: bool = False,
+        final_sigmas_type: str = "zero",
+    ) -> None:
+        self._initialize()
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """One step to the next noise level.
+
+        Args:
+            model_output: [B, C, ...]; the model was given `scale_model_input(sample, timestep)`.
+            timestep: where the run begins, at its first step; then not looked at.
+            sample: [B, C, ...]; fp32, fp64, fp16 or bf16. Not changed.
+            generator: source of the noise of "sde-dpmsolver++"; a list draws one image each.
+            return_dict: False returns the tuple (prev_sample,).
+
+        Raises:
+            ValueError: `set_timesteps` was not called.
+        """
+        return self._advance(model_output, timestep, sample, return_dict, generator)

@@ -47,6 +47,8 @@ class IndexedScheduler(TableScheduler):
     upcast: ClassVar[bool] = False
     """Whether a step is computed in float32 and cast back to the model output's dtype."""
     continuous: ClassVar[bool] = True
+    absent_is_last: ClassVar[bool] = False
+    """Whether a timestep that is not one of `timesteps` counts as the last one."""
     _run: Run
     _begin_index: int | None
 
@@ -75,32 +77,16 @@ class IndexedScheduler(TableScheduler):
         """Where a timestep is in `timesteps`; of two equal ones the second, which begins a whole step.
 
         Raises:
-            IndexError: nowhere.
+            IndexError: nowhere, unless `absent_is_last`.
         """
         values = self._times() if schedule_timesteps is None else schedule_timesteps.tolist()
         wanted = self._value(timestep)
         places = [i for i, value in enumerate(values) if value == wanted]
+        if not places and self.absent_is_last:
+            return len(self.timesteps) - 1
         if not places:
             raise IndexError(f"timestep {wanted} is not one of timesteps, {values[0]} to {values[-1]}")
         return places[min(1, len(places) - 1)]
-
-    def _times(self) -> list[float]:
-        """`timesteps` as numbers, read from the device only where a caller put another tensor there."""
-        t = self.timesteps
-        tensor, version, values = self.__dict__.get("_host", (None, 0, []))
-        if tensor is not t or version != t._version:
-            values = t.tolist()
-            self.__dict__["_host"] = (t, t._version, values)
-        return values  # type: ignore[no-any-return]
-
-    def _value(self, timestep: float | Tensor) -> float:
-        """A timestep as a number; an element of `timesteps` is known by its address and not read."""
-        if isinstance(timestep, Tensor):
-            t = self.timesteps
-            place, odd = divmod(timestep.data_ptr() - t.data_ptr(), max(t.stride(0), 1) * t.element_size())
-            if odd == 0 and 0 <= place < len(t) and timestep.device == t.device and timestep.ndim == 0:
-                return self._times()[place]
-        return float(timestep)
 
     def _start(self, timestep: float | Tensor) -> int:
         index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from difusores import schedules, solvers
+from difusores.configuration import ConfigMixin
 from difusores.plan import Plan, Threshold
 from difusores.sampling import Generators, split_output
 from difusores.schedulers.base import SchedulerOutput
@@ -27,6 +28,7 @@ class LogSnrScheduler(IndexedScheduler):
 
     returned = ("y",)
     continuous = False
+    absent_is_last = True
     grid_kinds: ClassVar[tuple[str, ...]] = schedules.LAMBDA_KINDS
     ascending: ClassVar[bool] = False
     """Whether a run leads from the image to the noise."""
@@ -37,14 +39,7 @@ class LogSnrScheduler(IndexedScheduler):
     """What stands for the values that options have in other classes' configurations."""
 
     def _initialize(self) -> None:
-        for option, names in self._foreign.items():
-            if self.config[option] in names:
-                self.register_to_config(**{option: names[self.config[option]]})
-        for option, choices in self._choices.items():
-            if self.config[option] not in choices:
-                raise NotImplementedError(
-                    f"{option} must be one of {', '.join(choices)}, got {self.config[option]!r}"
-                )
+        adopt_names(self, self._choices, self._foreign)
         super()._initialize()
         if self.config.get("rescale_betas_zero_snr"):
             # lambda would be infinite. The smallest number of float16 is as good as 0.
@@ -172,13 +167,6 @@ class LogSnrScheduler(IndexedScheduler):
     def _plan_at(self, grid: SigmaGrid, begin: int, **options: Any) -> Plan:
         return self._plan([*self._stages(grid, begin, **options)])
 
-    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
-        """Where a timestep is in `timesteps`; of two equal ones the second, the last index if nowhere."""
-        try:
-            return super().index_for_timestep(timestep, schedule_timesteps)
-        except IndexError:
-            return len(self.timesteps) - 1
-
     def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The model's input: the sample itself."""
         return sample
@@ -219,3 +207,24 @@ class LogSnrScheduler(IndexedScheduler):
 
 def _option(kind: str) -> str:
     return "use_lu_lambdas" if kind == "lu" else f"use_{kind}_sigmas"
+
+
+def adopt_names(
+    scheduler: ConfigMixin,
+    choices: Mapping[str, tuple[str, ...]],
+    foreign: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Replace what stands in for an option's value in other classes' configurations.
+
+    Args:
+        choices: what options may be. foreign: what replaces the names of others.
+
+    Raises:
+        NotImplementedError: none of the two.
+    """
+    for option, allowed in choices.items():
+        name = scheduler.config[option]
+        if name in foreign.get(option, {}):
+            scheduler.register_to_config(**{option: foreign[option][name]})
+        elif name not in allowed:
+            raise NotImplementedError(f"{option} must be one of {', '.join(allowed)}, got {name!r}")

@@ -612,40 +612,12 @@ class KDPM2AncestralDiscreteScheduler(_MidpointScheduler):
         return self._step(model_output, timestep, sample, return_dict, generator)
 
 
-@dataclass
-class EDMEulerSchedulerOutput(PredictedSchedulerOutput):
-    """What `EDMEulerScheduler.step` returns; see `PredictedSchedulerOutput`."""
-
-
-class EDMEulerScheduler(SigmaScheduler):
-    """Drop-in for the class of the same name in diffusers 0.42 (Karras et al. 2022, EDM).
-
-    Args:
-        sigma_min, sigma_max, sigma_schedule, rho: see `difusores.schedules.edm_sigmas`.
-        sigma_data: standard deviation of the data.
-        num_train_timesteps: how many levels there are before `set_timesteps`, less one.
-        prediction_type: "epsilon" or "v_prediction", see `difusores.solvers.Preconditioned`.
-        final_sigmas_type: the run ends at "zero" or at "sigma_min", the lowest level.
-    """
+class EDMScheduler(SigmaScheduler):
+    """Base of the schedulers whose model is preconditioned for data of deviation sigma_data."""
 
     _compatibles: ClassVar[list[str]] = []
-    upcast = True
-
-    @register_to_config
-    def __init__(
-        self,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
-        sigma_data: float = 0.5,
-        sigma_schedule: str = "karras",
-        num_train_timesteps: int = 1000,
-        prediction_type: str = "epsilon",
-        rho: float = 7.0,
-        final_sigmas_type: str = "zero",
-    ) -> None:
+    def _initialize(self) -> None:
         self.is_scale_input_called = False
-        places = torch.arange(num_train_timesteps + 1, dtype=torch.float64, device="cpu")
-        self._set(self._at(places / num_train_timesteps), None)
         self.num_inference_steps = None
 
     @property
@@ -672,7 +644,58 @@ class EDMEulerScheduler(SigmaScheduler):
         levels = schedules.edm_sigmas(config["sigma_schedule"], places, *ends, config["rho"])
         sigmas = levels.tolist()
         last = sigmas[-1] if config["final_sigmas_type"] == "sigma_min" else 0.0
-        return SigmaGrid(tuple(schedules.edm_times(levels).tolist()), (*sigmas, last))
+        return SigmaGrid(tuple(self.precondition_noise(levels).tolist()), (*sigmas, last))
+
+    def precondition_inputs(self, sample: Tensor, sigma: Any) -> Tensor:
+        """c_in * sample."""
+        return scaled_input(sample, schedules.with_data(sigma, self._data))
+
+    def precondition_noise(self, sigma: float | Tensor) -> Tensor:
+        """What the model is told at a noise level."""
+        if not isinstance(sigma, Tensor):
+            sigma = torch.tensor([sigma], dtype=torch.float32, device="cpu")
+        return schedules.edm_times(sigma)
+
+    def precondition_outputs(self, sample: Tensor, model_output: Tensor, sigma: Any) -> Tensor:
+        """x0 = c_skip * sample + c_out * model_output."""
+        c_skip, c_out = solvers.boundary_scalings(sigma, sigma, self._data)
+        sign = -1 if self._prediction().kind == "v_prediction" else 1
+        return scaled_sum(c_skip, sample, sign * c_out, model_output)
+
+
+@dataclass
+class EDMEulerSchedulerOutput(PredictedSchedulerOutput):
+    """What `EDMEulerScheduler.step` returns; see `PredictedSchedulerOutput`."""
+
+
+class EDMEulerScheduler(EDMScheduler):
+    """Drop-in for the class of the same name in diffusers 0.42 (Karras et al. 2022, EDM).
+
+    Args:
+        sigma_min, sigma_max, sigma_schedule, rho: see `difusores.schedules.edm_sigmas`.
+        sigma_data: standard deviation of the data.
+        num_train_timesteps: how many levels there are before `set_timesteps`, less one.
+        prediction_type: "epsilon" or "v_prediction", see `difusores.solvers.Preconditioned`.
+        final_sigmas_type: the run ends at "zero" or at "sigma_min", the lowest level.
+    """
+
+    upcast = True
+
+    @register_to_config
+    def __init__(
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        sigma_schedule: str = "karras",
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "epsilon",
+        rho: float = 7.0,
+        final_sigmas_type: str = "zero",
+    ) -> None:
+        self._initialize()
+        places = torch.arange(num_train_timesteps + 1, dtype=torch.float64, device="cpu")
+        self._set(self._at(places / num_train_timesteps), None)
 
     def _grid(self, num_inference_steps: int | None, sigmas: Any) -> SigmaGrid:
         if sigmas is None:
@@ -730,22 +753,6 @@ class EDMEulerScheduler(SigmaScheduler):
         # where the caller has x0, it takes the place of the model's output
         prediction = self._prediction() if drawn is None else solvers.Prediction("sample")
         return solvers.euler(*grid, prediction, begin=begin, noise=Noise(dtype=drawn), **options)
-
-    def precondition_inputs(self, sample: Tensor, sigma: Any) -> Tensor:
-        """c_in * sample."""
-        return scaled_input(sample, schedules.with_data(sigma, self._data))
-
-    def precondition_noise(self, sigma: float | Tensor) -> Tensor:
-        """What the model is told at a noise level."""
-        if not isinstance(sigma, Tensor):
-            sigma = torch.tensor([sigma], dtype=torch.float32, device="cpu")
-        return schedules.edm_times(sigma)
-
-    def precondition_outputs(self, sample: Tensor, model_output: Tensor, sigma: Any) -> Tensor:
-        """x0 = c_skip * sample + c_out * model_output."""
-        c_skip, c_out = solvers.boundary_scalings(sigma, sigma, self._data)
-        sign = -1 if self._prediction().kind == "v_prediction" else 1
-        return scaled_sum(c_skip, sample, sign * c_out, model_output)
 
     def step(
         self,

@@ -125,6 +125,9 @@ class Preconditioned(Prediction):
     def c_in(self, sigma: float) -> float:
         return 1 / math.sqrt(sigma * sigma + self.sigma_data**2)
 
+    def x0(self, alpha: float, sigma: float) -> tuple[float, float]:
+        return self.x0_at(sigma / alpha)
+
     def x0_at(self, sigma: float) -> tuple[float, float]:
         total = sigma * sigma + self.sigma_data**2
         c_out = sigma * self.sigma_data / math.sqrt(total)

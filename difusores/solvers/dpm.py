@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from difusores.plan import Noise, Stage, make_row
-from difusores.solvers.common import Prediction
+from difusores.solvers.common import Preconditioned, Prediction
 
 DPM_ALGORITHMS = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
 DPM_TYPES = ("midpoint", "heun")
@@ -71,7 +71,8 @@ def dpm_multistep(
             prediction.x0(*levels[i]), _put(y, model), d if held in kept else None, clip=prediction.limits
         )
         drawn = Noise(dtype=noise_dtype) if algorithm.startswith("sde") else None
-        yield Stage(times[i], row, noise=drawn, threshold=prediction.threshold, slots=kept)
+        c_in = prediction.c_in(levels[i][1]) if isinstance(prediction, Preconditioned) else 1.0
+        yield Stage(times[i], row, c_in, drawn, prediction.threshold, kept)
 
 
 def singlestep_orders(steps: int, order: int, lower_order_final: bool, ends_at_zero: bool) -> list[int]:
@@ -232,16 +233,16 @@ def _update(
     """Weights of the next sample: of x, of the noise and of m, whose differences `slopes` are."""
     (alpha_s, sigma_s), (alpha_t, sigma_t) = here, after
     stochastic = algorithm.startswith("sde")
-    if stochastic and h < 0:
+    if stochastic and h < -1e-3:  # less is what float32 leaves of a step of length 0
         raise ValueError(f"{algorithm!r} removes noise, and this step leads from less to more of it")
     if algorithm.endswith("++"):
         z, ratio, front = -h, sigma_t / sigma_s, -alpha_t
-        added = -math.expm1(-2 * h)
+        added = max(-math.expm1(-2 * h), 0.0)
         if stochastic:
             z, ratio = -2 * h, ratio * math.exp(-h)
     else:
         z, ratio, front = h, alpha_t / alpha_s, -sigma_t
-        added = math.expm1(2 * h)
+        added = max(math.expm1(2 * h), 0.0)
         if stochastic:
             front *= 2
     integrals = _integrals(z)
