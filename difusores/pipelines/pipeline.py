@@ -105,20 +105,27 @@ class DiffusionPipeline(ConfigMixin):
 
         Args:
             prediction_type: what the scheduler needs the model to predict; None if that is not known.
-            betas: the scheduler's; None if it has none.
+            betas: the scheduler's; () if it has none because it tells the model noise levels, not training
+                steps; None if that is not known.
 
         Raises:
-            ValueError: the models predict something else.
+            ValueError: the models predict something else, or are told another kind of time.
         """
         if self._trained_with is None:
             return
-        needed = self._trained_with.config["prediction_type"]
-        if prediction_type not in (None, needed):
+        needed = self._trained_with.config.get("prediction_type")
+        if None not in (prediction_type, needed) and prediction_type != needed:
             raise ValueError(
                 f"prediction_type is {prediction_type!r}, but the model's own folder says "
                 f"{needed!r}; strict=False samples nevertheless"
             )
-        trained = tuple(self._trained_with.betas.tolist())
+        trained = tuple(self._trained_with.betas.tolist()) if hasattr(self._trained_with, "betas") else ()
+        if betas is not None and bool(betas) != bool(trained):
+            kinds = [f"{len(b)} training steps" if b else "real noise levels" for b in (betas, trained)]
+            raise ValueError(
+                f"the scheduler's time is {kinds[0]}, but the model's own folder says {kinds[1]}; "
+                "strict=False samples nevertheless"
+            )
         if betas not in (None, trained):
             given, own = (f"{len(b)} betas from {b[0]:.4g} to {b[-1]:.4g}" for b in (betas, trained))
             warnings.warn(f"the scheduler has {given}, and the model's own folder says {own}", stacklevel=4)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import difusores
 from difusores import (
     DDIMPipeline,
     DDIMScheduler,
@@ -196,6 +197,21 @@ def test_contradiction_with_the_models_folder_is_refused(folder: Path) -> None:
     # nothing is known of another model
     pipeline.unet = UNet2DModel(**CONFIG)
     sample(pipeline)
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
+def test_another_kind_of_time_is_refused(name: str) -> None:
+    stored = difusores.DDPMPipeline.from_pretrained("bundled:digits")
+    scheduler = getattr(difusores, name)()
+    pipeline = difusores.DDPMPipeline.from_pretrained("bundled:digits", scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"class_labels": [3], "num_inference_steps": 2, "output_type": "np"}
+    with pytest.raises(
+        ValueError, match=r"(predict|prediction_type is|the scheduler's time is real noise levels)"
+    ):
+        pipeline(**options)
+    assert np.isfinite(pipeline(**options, strict=False).images).all()
+    assert type(stored.scheduler).__name__ == "DDPMScheduler"
 
 
 def test_failed_write_leaves_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
