@@ -241,10 +241,13 @@ def training_sigmas(alphas_cumprod: Tensor) -> Array:
     return levels
 
 
-def real_timesteps(spacing: str, steps: int, num_train_timesteps: int, offset: int = 0) -> list[float]:
-    """`timesteps` for models that are told real numbers: "linspace" is not rounded."""
+def real_timesteps(
+    spacing: str, steps: int, num_train_timesteps: int, offset: int = 0, *, rounded: bool = True
+) -> list[float]:
+    """`timesteps` for models that are told real numbers: "linspace" is not rounded, or to float32."""
     if spacing == "linspace" and 1 <= steps <= num_train_timesteps:
-        grid = np.linspace(0, num_train_timesteps - 1, steps, dtype=np.float32)[::-1]
+        dtype = np.float32 if rounded else np.float64
+        grid = np.linspace(0, num_train_timesteps - 1, steps, dtype=dtype)[::-1]
         return [float(t) for t in grid]
     return [float(t) for t in timesteps(spacing, steps, num_train_timesteps, offset)]
 
@@ -294,8 +297,8 @@ def geometric_sigmas(sigma_min: float, sigma_max: float, steps: int) -> Tensor:
 
 
 def geometric_variances(first: float, last: float, steps: int) -> Tensor:
-    """[steps] float32 from first to last, even in the logarithm; of one step the first."""
-    places = torch.arange(steps, device="cpu") / max(steps - 1, 1)
+    """[steps] float32 from last to first, even in the logarithm; of one step the first."""
+    places = torch.arange(steps - 1, -1, -1, device="cpu") / max(steps - 1, 1)
     variances: Tensor = first * (last / first) ** places
     return variances
 
@@ -334,6 +337,11 @@ def edm_sigmas(kind: str, places: Tensor, sigma_min: float, sigma_max: float, rh
 def edm_times(sigmas: Tensor) -> Tensor:
     """c_noise, what the model is told at noise levels (Karras et al. 2022, table 1)."""
     return 0.25 * torch.log(sigmas)
+
+
+def cosine_times(sigmas: Tensor) -> Tensor:
+    """Noise levels as angles, in quarter turns from the signal to the noise."""
+    return sigmas.atan() / math.pi * 2
 
 
 def beta_sigmas(

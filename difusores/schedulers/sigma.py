@@ -415,7 +415,11 @@ class _TwoStageScheduler(SigmaScheduler):
         config = self.config
         total = num_train_timesteps or len(self)
         return schedules.real_timesteps(
-            config["timestep_spacing"], int(num_inference_steps), total, config["steps_offset"]
+            config["timestep_spacing"],
+            int(num_inference_steps),
+            total,
+            config["steps_offset"],
+            rounded=self.times_dtype is torch.float32,
         )
 
 
@@ -497,7 +501,7 @@ class HeunDiscreteScheduler(_TwoStageScheduler):
         return self._step(model_output, timestep, sample, return_dict)
 
 
-class _MidpointScheduler(_TwoStageScheduler):
+class MidpointScheduler(_TwoStageScheduler):
     """The two KDPM2: the second model call of a step is at a level between two."""
 
     ancestral: ClassVar[bool]
@@ -549,7 +553,7 @@ class _MidpointScheduler(_TwoStageScheduler):
         return scaled_input(sample, math.sqrt(middle**2 + 1))
 
 
-class KDPM2DiscreteScheduler(_MidpointScheduler):
+class KDPM2DiscreteScheduler(MidpointScheduler):
     """Drop-in for the class of the same name in diffusers 0.42; options as `EulerDiscreteScheduler`."""
 
     ancestral = False
@@ -578,7 +582,7 @@ class KDPM2DiscreteScheduler(_MidpointScheduler):
         return self._step(model_output, timestep, sample, return_dict)
 
 
-class KDPM2AncestralDiscreteScheduler(_MidpointScheduler):
+class KDPM2AncestralDiscreteScheduler(MidpointScheduler):
     """Drop-in for the class of the same name in diffusers 0.42; options as `EulerDiscreteScheduler`."""
 
     ancestral = True

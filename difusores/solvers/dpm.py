@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from difusores.plan import Noise, Stage, make_row
 from difusores.solvers.common import Preconditioned, Prediction
+from difusores.solvers.sigma import ancestral_levels
 
 DPM_ALGORITHMS = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
 DPM_TYPES = ("midpoint", "heun")
@@ -129,6 +130,42 @@ def dpm_singlestep(
         )
         drawn = Noise(dtype=noise_dtype) if algorithm.startswith("sde") else None
         yield Stage(times[i], row, noise=drawn, threshold=prediction.threshold, slots=kept)
+
+
+def dpm_sde(
+    times: Sequence[float],
+    sigmas: Sequence[float],
+    prediction: Prediction,
+    *,
+    middles: Sequence[tuple[float, float]],
+    begin: int = 0,
+    s_noise: float = 1.0,
+) -> Iterator[Stage]:
+    """DPM-Solver++ with noise in two calls a step, the first one halfway in lambda (k-diffusion's DPM++ SDE).
+
+    Here x = x0 + sigma * noise. Each call leads to a lower level, from where noise brings the sample back up.
+
+    Args:
+        times: what the model is told at the first call of a step.
+        sigmas: one more; the last one is 0.
+        middles: (time, sigma) of the second call, in all steps but the last, which has none.
+        begin: the first step.
+        s_noise: factor of the noise.
+    """
+    for i in range(begin, len(times)):
+        sigma, after = sigmas[i], sigmas[i + 1]
+        if after == 0:
+            row = make_row(prediction.x0_at(sigma), {"x0": 1.0}, clip=prediction.limits)
+            yield Stage(times[i], row, prediction.c_in(sigma))
+            return
+        time, middle = middles[i]
+        calls = ((times[i], sigma, middle, "xh", ("x",)), (time, middle, after, "s0", ()))
+        for told, level, target, x, kept in calls:
+            up, down = ancestral_levels(sigma, target)
+            ratio = down / sigma
+            y = {x: ratio, "x0": 1 - ratio, "z": s_noise * up}
+            row = make_row(prediction.x0_at(level), y, clip=prediction.limits)
+            yield Stage(told, row, prediction.c_in(level), Noise(), slots=kept)
 
 
 def _check(order: int, algorithm: str, solver_type: str) -> None:

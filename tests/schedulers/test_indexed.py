@@ -66,6 +66,7 @@ OPTIONS: dict[str, list[Any]] = {
     "sigma_data": [0.5, 1.0],
     "sigma_schedule": ["karras", "exponential"],
     "rho": [7.0, 3.0],
+    "noise_sampler_seed": [None, 5],
     "lambda_min_clipped": [-math.inf, -4.1],
     "variance_type": [None, "fixed_small"],
 }
@@ -87,9 +88,13 @@ EDM: dict[str, list[Any]] = {
 }
 OTHERS: dict[str, dict[str, list[Any]]] = {
     "EDMDPMSolverMultistepScheduler": EDM,
+    "CosineDPMSolverMultistepScheduler": {**EDM, "solver_order": [2, 1]},
     "DPMSolverMultistepScheduler": DPM,
     "DPMSolverMultistepInverseScheduler": DPM,
-    "DPMSolverSinglestepScheduler": {**DPM, "algorithm_type": ["dpmsolver++", "sde-dpmsolver++", "dpmsolver"]},
+    "DPMSolverSinglestepScheduler": {
+        **DPM,
+        "algorithm_type": ["dpmsolver++", "sde-dpmsolver++", "dpmsolver"],
+    },
     "DEISMultistepScheduler": {
         "prediction_type": FLOWS,
         "algorithm_type": ["deis", "dpmsolver++"],
@@ -132,7 +137,10 @@ WITHOUT_SAMPLE = {
     "EulerAncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSDEScheduler",
 }
+# Whose noise takes torchsde, in diffusers too; here both get the same in its place.
+BROWNIAN = {"CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"}
 MODULES = {
     "EulerDiscreteScheduler": "euler_discrete",
     "EulerAncestralDiscreteScheduler": "euler_ancestral_discrete",
@@ -147,6 +155,8 @@ MODULES = {
     "DPMSolverMultistepInverseScheduler": "dpmsolver_multistep_inverse",
     "DPMSolverSinglestepScheduler": "dpmsolver_singlestep",
     "EDMDPMSolverMultistepScheduler": "edm_dpmsolver_multistep",
+    "CosineDPMSolverMultistepScheduler": "cosine_dpmsolver_multistep",
+    "DPMSolverSDEScheduler": "dpmsolver_sde",
 }
 
 
@@ -184,7 +194,7 @@ def consistent(name: str, option: dict[str, Any]) -> dict[str, Any]:
         changed["shape"] = (*option["shape"], 5)
     if name == "EDMDPMSolverMultistepScheduler" and algorithm == "sde-dpmsolver++":
         changed["solver_order"] = min(option["solver_order"], 2)
-    if name.startswith("DPMSolver"):
+    if "variance_type" in option and "solver_order" in option and name.startswith("DPMSolver"):
         changed |= consistent_dpm(name, algorithm, {**option, **changed})
     return {**option, **changed}
 
@@ -266,6 +276,7 @@ def begin_of(scheduler: Any, option: dict[str, Any]) -> int:
 def step(scheduler: Any, option: dict[str, Any], e: Tensor, t: Tensor, x: Tensor, seed: int) -> Any:
     known = inspect.signature(scheduler.step).parameters
     arguments = {key: option[key] for key in STEP_OPTIONS if key in known and key != "generator"}
+    torch.manual_seed(seed)
     if "generator" in known:
         arguments["generator"] = generator_of(option, len(x), seed)
     return scheduler.step(e, t, x, **arguments, return_dict=False)
@@ -284,6 +295,8 @@ def test_the_combinations_hold_every_pair(name: str, capsys: pytest.CaptureFixtu
     ("name", "index", "option"), COMBINATIONS, ids=[f"{n}-{i}" for n, i, _ in COMBINATIONS]
 )
 def test_agrees_with_diffusers(name: str, index: int, option: dict[str, Any]) -> None:
+    if name in BROWNIAN:
+        pytest.importorskip("torchsde", reason="diffusers has the class only where torchsde is installed")
     if option.get("timestep_type") == "continuous" and option.get("rescale_betas_zero_snr"):
         option = {**option, "timestep_type": "discrete"}
     option = consistent(name, option)
@@ -324,7 +337,10 @@ def test_agrees_with_diffusers(name: str, index: int, option: dict[str, Any]) ->
         assert scaled.dtype == expected.dtype
         torch.testing.assert_close(scaled, oracle.scale_model_input(x.double(), their_t).to(dtype))
         # the noise is drawn in the model output's dtype
-        with mock.patch("difusores.schedulers.base.draw_noise", drawn(dtype)):
+        with (
+            mock.patch("difusores.schedulers.base.draw_noise", drawn(dtype)),
+            mock.patch("difusores.schedulers.dpm.BrownianNoise", path(dtype)),
+        ):
             mine = step(ours, option, e, t, x, i)
         with their_noise(name, dtype):
             their = step(theirs, option, e, their_t, x, i)
@@ -374,6 +390,15 @@ def drawn(dtype: torch.dtype) -> Any:
     return draw
 
 
+def path(dtype: torch.dtype) -> Any:
+    """In place of a Brownian path."""
+
+    def begin(like: Tensor, *_: Any, **__: Any) -> Any:
+        return lambda *levels: NOISE.randn(like.shape, None, dtype)
+
+    return begin
+
+
 def randn(shape: Any, generator: Any, dtype: torch.dtype) -> Tensor:
     if isinstance(generator, list):
         return torch.cat([torch.randn((1, *shape[1:]), generator=g, dtype=dtype) for g in generator])
@@ -386,6 +411,10 @@ NOISE = SimpleNamespace(randn=randn)
 @contextmanager
 def their_noise(name: str, dtype: torch.dtype) -> Iterator[None]:
     module = importlib.import_module(f"diffusers.schedulers.scheduling_{MODULES[name]}")
+    if hasattr(module, "BrownianTreeNoiseSampler"):
+        with mock.patch.object(module, "BrownianTreeNoiseSampler", path(dtype)):
+            yield
+        return
     if not hasattr(module, "randn_tensor"):
         yield
         return
