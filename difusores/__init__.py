@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from difusores.functional import sample as sample
     from difusores.models import ModelMixin as ModelMixin
     from difusores.models import UNet2DModel as UNet2DModel
     from difusores.ops import use_backend as use_backend
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from difusores.pipelines import DDPMPipeline as DDPMPipeline
     from difusores.pipelines import DiffusionPipeline as DiffusionPipeline
     from difusores.schedulers import CMStochasticIterativeScheduler as CMStochasticIterativeScheduler
+    from difusores.schedulers import CosineDPMSolverMultistepScheduler as CosineDPMSolverMultistepScheduler
     from difusores.schedulers import DDIMInverseScheduler as DDIMInverseScheduler
     from difusores.schedulers import DDIMParallelScheduler as DDIMParallelScheduler
     from difusores.schedulers import DDIMScheduler as DDIMScheduler
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
     from difusores.schedulers import DEISMultistepScheduler as DEISMultistepScheduler
     from difusores.schedulers import DPMSolverMultistepInverseScheduler as DPMSolverMultistepInverseScheduler
     from difusores.schedulers import DPMSolverMultistepScheduler as DPMSolverMultistepScheduler
+    from difusores.schedulers import DPMSolverSDEScheduler as DPMSolverSDEScheduler
     from difusores.schedulers import DPMSolverSinglestepScheduler as DPMSolverSinglestepScheduler
+    from difusores.schedulers import EDMDPMSolverMultistepScheduler as EDMDPMSolverMultistepScheduler
     from difusores.schedulers import EDMEulerScheduler as EDMEulerScheduler
     from difusores.schedulers import EulerAncestralDiscreteScheduler as EulerAncestralDiscreteScheduler
     from difusores.schedulers import EulerDiscreteScheduler as EulerDiscreteScheduler
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from difusores.schedulers import FlowMatchHeunDiscreteScheduler as FlowMatchHeunDiscreteScheduler
     from difusores.schedulers import HeunDiscreteScheduler as HeunDiscreteScheduler
     from difusores.schedulers import IPNDMScheduler as IPNDMScheduler
+    from difusores.schedulers import KarrasVeScheduler as KarrasVeScheduler
     from difusores.schedulers import KDPM2AncestralDiscreteScheduler as KDPM2AncestralDiscreteScheduler
     from difusores.schedulers import KDPM2DiscreteScheduler as KDPM2DiscreteScheduler
     from difusores.schedulers import LCMScheduler as LCMScheduler
@@ -43,6 +48,8 @@ if TYPE_CHECKING:
     from difusores.schedulers import RePaintScheduler as RePaintScheduler
     from difusores.schedulers import SASolverScheduler as SASolverScheduler
     from difusores.schedulers import SchedulerMixin as SchedulerMixin
+    from difusores.schedulers import ScoreSdeVeScheduler as ScoreSdeVeScheduler
+    from difusores.schedulers import ScoreSdeVpScheduler as ScoreSdeVpScheduler
     from difusores.schedulers import TCDScheduler as TCDScheduler
     from difusores.schedulers import UnCLIPScheduler as UnCLIPScheduler
     from difusores.schedulers import UniPCMultistepScheduler as UniPCMultistepScheduler
@@ -50,6 +57,7 @@ if TYPE_CHECKING:
 # Public name -> the module that defines it. The imports above tell type checkers the same (tested).
 _PUBLIC = {
     "CMStochasticIterativeScheduler": "difusores.schedulers",
+    "CosineDPMSolverMultistepScheduler": "difusores.schedulers",
     "DDIMInverseScheduler": "difusores.schedulers",
     "DDIMParallelScheduler": "difusores.schedulers",
     "DDIMPipeline": "difusores.pipelines",
@@ -60,8 +68,10 @@ _PUBLIC = {
     "DEISMultistepScheduler": "difusores.schedulers",
     "DPMSolverMultistepInverseScheduler": "difusores.schedulers",
     "DPMSolverMultistepScheduler": "difusores.schedulers",
+    "DPMSolverSDEScheduler": "difusores.schedulers",
     "DPMSolverSinglestepScheduler": "difusores.schedulers",
     "DiffusionPipeline": "difusores.pipelines",
+    "EDMDPMSolverMultistepScheduler": "difusores.schedulers",
     "EDMEulerScheduler": "difusores.schedulers",
     "EulerAncestralDiscreteScheduler": "difusores.schedulers",
     "EulerDiscreteScheduler": "difusores.schedulers",
@@ -71,6 +81,7 @@ _PUBLIC = {
     "IPNDMScheduler": "difusores.schedulers",
     "KDPM2AncestralDiscreteScheduler": "difusores.schedulers",
     "KDPM2DiscreteScheduler": "difusores.schedulers",
+    "KarrasVeScheduler": "difusores.schedulers",
     "LCMScheduler": "difusores.schedulers",
     "LMSDiscreteScheduler": "difusores.schedulers",
     "ModelMixin": "difusores.models",
@@ -78,13 +89,26 @@ _PUBLIC = {
     "RePaintScheduler": "difusores.schedulers",
     "SASolverScheduler": "difusores.schedulers",
     "SchedulerMixin": "difusores.schedulers",
+    "ScoreSdeVeScheduler": "difusores.schedulers",
+    "ScoreSdeVpScheduler": "difusores.schedulers",
     "TCDScheduler": "difusores.schedulers",
     "UNet2DModel": "difusores.models",
     "UnCLIPScheduler": "difusores.schedulers",
     "UniPCMultistepScheduler": "difusores.schedulers",
+    "sample": "difusores.functional",
     "use_backend": "difusores.ops",
 }
-_SUBMODULES = ("models", "ops", "pipelines", "processes", "schedulers", "schedules", "solvers", "training")
+_SUBMODULES = (
+    "functional",
+    "models",
+    "ops",
+    "pipelines",
+    "processes",
+    "schedulers",
+    "schedules",
+    "solvers",
+    "training",
+)
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

@@ -6,6 +6,7 @@ from a device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from difusores.ops import scheduler_step
-from difusores.ops.scheduler_step import CIN, G1, MODE
+from difusores.ops.scheduler_step import CIN, COLUMNS, G1, HI, LO, MODE, ROW, W
 
 if TYPE_CHECKING:
     from difusores.plan import Noise, Plan
@@ -33,10 +34,12 @@ def sample(
     keys: Tensor | None,
     weights: tuple[float, ...],
     model_dtype: torch.dtype,
+    noise_sampler: Callable[[Noise], Tensor] | None = None,
 ) -> Tensor:
     """The loop behind `Plan.run`.
 
     keys: [B] int64 for noise made inside the op, or None. weights: of guidance, (1.0,) for none.
+    noise_sampler: gives z in place of the generator.
     """
     if not 1 <= len(weights) <= 3:
         raise ValueError(f"guidance takes one to three weights, got {len(weights)}")
@@ -49,9 +52,13 @@ def sample(
         slots: tuple[Tensor, ...] = ()
         given = buffers.model_input(x, plan.stages[0].c_in)
         for i, stage in enumerate(plan.stages):
-            e, v = split_output(model(given, times[i]), x.shape, stage.row[MODE] != 0, len(weights))
+            e, v = [x], None
+            if stage.calls_model:
+                e, v = split_output(model(given, times[i]), x.shape, stage.row[MODE] != 0, len(weights))
             z = None
-            if stage.noise is not None and keys is None:
+            if stage.noise is not None and noise_sampler is not None:
+                z = noise_sampler(stage.noise)
+            elif stage.noise is not None and keys is None:
                 dtype = noise_dtype(stage.noise, x, e[0])
                 z = buffers.noise(stage.noise, dtype, generator, keep="z" in stage.slots)
             operands: dict[str, Any] = {"noise": z, "variance": v, "seeds": keys}
@@ -165,6 +172,35 @@ def draw_noise(
     return z
 
 
+def noise_of_the_host(like: Tensor, generator: Generators) -> Tensor:
+    """Noise drawn on the CPU in torch's default dtype, whatever those of `like`: so do some of diffusers."""
+    noise = draw_noise(like.shape, generator, torch.device("cpu"), torch.get_default_dtype())
+    return noise.to(like.device)
+
+
+def langevin(score: Tensor, sample: Tensor, noise: Tensor, snr: float) -> Tensor:
+    """A step of Langevin dynamics (Song et al. 2021, "Score-based generative modeling", algorithm 4).
+
+    y = x + s * score + sqrt(2 * s) * z with s = 2 * (snr * |z| / |score|)², norms being averaged over the
+    batch; the row is made on the device, so that nothing is read back. Where the score is 0, so is s.
+
+    Returns:
+        Like sample, at least fp32.
+    """
+    norms = [torch.linalg.vector_norm(t.flatten(1).double(), dim=1).mean() for t in (noise, score)]
+    step = 2 * (snr * norms[0] / norms[1]) ** 2
+    step = torch.where(norms[1] > 0, step, torch.zeros_like(step))
+    row = torch.zeros(1, ROW, dtype=torch.float64, device=sample.device)
+    row[0, G1], row[0, LO], row[0, HI] = 1.0, -math.inf, math.inf
+    row[0, W + COLUMNS.index("xh")] = 1.0
+    row[0, W + COLUMNS.index("e")] = step
+    row[0, W + COLUMNS.index("z")] = (2 * step).sqrt()
+    wide = torch.promote_types(torch.promote_types(sample.dtype, score.dtype), noise.dtype)
+    place = torch.zeros(1, dtype=torch.int64, device=sample.device)
+    (result,) = scheduler_step(row, sample.to(wide), (score,), noise=noise.to(wide), step=place)
+    return result
+
+
 def joined(images: Sequence[Tensor]) -> Tensor:
     """A batch of images that were made one by one."""
     return torch.cat(list(images))
@@ -270,7 +306,7 @@ def scaled_input(sample: Tensor, divisor: float | Tensor) -> Tensor:
 def flow_step_by_token(
     levels: Tensor, here: Tensor, sample: Tensor, model_output: Tensor, noise: Tensor | None = None
 ) -> Tensor:
-    """A step of a flow model where every token is at a noise level of its own: to the next lower one, or to 0.
+    """A step of a flow model where every token has a noise level of its own: to the next lower one, or to 0.
 
     Without noise the model's output is taken for x0 - noise, the negative of what `step` takes elsewhere: so
     diffusers has it, and the pipelines that use it.

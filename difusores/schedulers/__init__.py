@@ -7,14 +7,18 @@ from difusores.schedulers.consistency import CMStochasticIterativeScheduler, LCM
 from difusores.schedulers.ddim import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler
 from difusores.schedulers.ddpm import DDPMParallelScheduler, DDPMScheduler
 from difusores.schedulers.dpm import (
+    CosineDPMSolverMultistepScheduler,
     DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSDEScheduler,
     DPMSolverSinglestepScheduler,
+    EDMDPMSolverMultistepScheduler,
 )
 from difusores.schedulers.flow import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from difusores.schedulers.multistep import DEISMultistepScheduler, IPNDMScheduler, PNDMScheduler
 from difusores.schedulers.repaint import RePaintScheduler
 from difusores.schedulers.sasolver import SASolverScheduler
+from difusores.schedulers.score import KarrasVeScheduler, ScoreSdeVeScheduler, ScoreSdeVpScheduler
 from difusores.schedulers.sigma import (
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
@@ -29,6 +33,7 @@ from difusores.schedulers.unipc import UniPCMultistepScheduler
 
 __all__ = [
     "CMStochasticIterativeScheduler",
+    "CosineDPMSolverMultistepScheduler",
     "DDIMInverseScheduler",
     "DDIMParallelScheduler",
     "DDIMScheduler",
@@ -37,7 +42,9 @@ __all__ = [
     "DEISMultistepScheduler",
     "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
     "DPMSolverSinglestepScheduler",
+    "EDMDPMSolverMultistepScheduler",
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
@@ -47,6 +54,7 @@ __all__ = [
     "IPNDMScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
+    "KarrasVeScheduler",
     "LCMScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
@@ -54,6 +62,8 @@ __all__ = [
     "SASolverScheduler",
     "SchedulerMixin",
     "SchedulerOutput",
+    "ScoreSdeVeScheduler",
+    "ScoreSdeVpScheduler",
     "TCDScheduler",
     "UnCLIPScheduler",
     "UniPCMultistepScheduler",

@@ -234,6 +234,24 @@ class TableScheduler(SchedulerMixin):
         name = type(self).__name__.removesuffix("Scheduler")
         return Plan(name, tuple(stages), self.config["prediction_type"], tuple(self.betas.tolist()))
 
+    def _times(self) -> list[float]:
+        """`timesteps` as numbers, read from the device only where a caller put another tensor there."""
+        t = self.timesteps
+        tensor, version, values = self.__dict__.get("_host", (None, 0, []))
+        if tensor is not t or version != t._version:
+            values = t.tolist()
+            self.__dict__["_host"] = (t, t._version, values)
+        return values  # type: ignore[no-any-return]
+
+    def _value(self, timestep: float | Tensor) -> float:
+        """A timestep as a number; an element of `timesteps` is known by its address and not read."""
+        if isinstance(timestep, Tensor):
+            t = self.timesteps
+            place, odd = divmod(timestep.data_ptr() - t.data_ptr(), max(t.stride(0), 1) * t.element_size())
+            if odd == 0 and 0 <= place < len(t) and timestep.device == t.device and timestep.ndim == 0:
+                return self._times()[place]
+        return float(timestep)
+
 
 class DiscreteScheduler(TableScheduler):
     """Base of the schedulers whose model is told a training step, and whose step depends on that alone."""
@@ -444,18 +462,22 @@ def _step_by_general_way(
     return scheduler_step(row, sample, (model_output,), slots, outputs=outputs, **operands)
 
 
-def advance_each(cached: Sequence[CachedStage], model_output: Tensor, sample: Tensor) -> Tensor:
-    """The next sample where each image has a stage of its own, none of which draws noise.
+def advance_each(
+    cached: Sequence[CachedStage], model_output: Tensor, sample: Tensor, noise: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The op's outputs where each image has a stage of its own, for which no noise is drawn here.
 
-    cached: one per image, or one for all of them. The result is at least float32, as in diffusers.
+    cached: one per image, or one for all of them. The results are at least float32, as in diffusers.
     """
     wide = torch.promote_types(sample.dtype, torch.float32)
-    sample, model_output = _broadcast(sample.to(wide), model_output)
+    sample, model_output, noise = _broadcast(sample.to(wide), model_output, noise)
     if len(cached) not in (1, len(sample)):
         raise ValueError(f"one timestep or one per image: {len(sample)} images, {len(cached)} timesteps")
     stages = cached if len(cached) == len(sample) else [*cached] * len(sample)
-    images = zip(stages, model_output.split(1), sample.split(1), strict=True)
-    return joined([advance(stage, e, x, None)[0][0] for stage, e, x in images])
+    noises = [None] * len(sample) if noise is None else noise.split(1)
+    images = zip(stages, model_output.split(1), sample.split(1), noises, strict=True)
+    made = [advance(stage, e, x, None, z)[0] for stage, e, x, z in images]
+    return tuple(joined(parts) for parts in zip(*made, strict=True))
 
 
 def _broadcast(sample: Tensor, *others: Tensor | None) -> Any:

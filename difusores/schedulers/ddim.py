@@ -232,9 +232,8 @@ class DDIMParallelScheduler(DDIMScheduler):
             clipped = use_clipped_model_output
             return solvers.ddim(self._alphas(), steps, prediction, use_clipped_model_output=clipped)
 
-        return advance_each(
-            self._cached_each(timesteps, stages, "each", use_clipped_model_output), model_output, sample
-        )
+        cached = self._cached_each(timesteps, stages, "each", use_clipped_model_output)
+        return advance_each(cached, model_output, sample)[0]
 
 
 class DDIMInverseScheduler(DiscreteScheduler):

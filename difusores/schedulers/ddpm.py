@@ -237,4 +237,4 @@ class DDPMParallelScheduler(DDPMScheduler):
         def stages(t: int) -> Iterable[Stage]:
             return solvers.ddpm(self._alphas(), [(t, t - stride)], prediction, noise=False)
 
-        return advance_each(self._cached_each(timesteps, stages, "each"), model_output, sample)
+        return advance_each(self._cached_each(timesteps, stages, "each"), model_output, sample)[0]

@@ -29,12 +29,20 @@ from difusores.solvers.dpm import (
     DPM_ALGORITHMS,
     DPM_TYPES,
     dpm_multistep,
+    dpm_sde,
     dpm_singlestep,
     singlestep_orders,
 )
 from difusores.solvers.flow import flow_euler, flow_heun, flow_renoised
 from difusores.solvers.multistep import deis, ipndm, pndm
 from difusores.solvers.sasolver import sasolver
+from difusores.solvers.score import (
+    karras_ve_churn,
+    karras_ve_correct,
+    karras_ve_step,
+    ve_predictor,
+    vp_predictor,
+)
 from difusores.solvers.sigma import euler, euler_ancestral, heun, kdpm2, kdpm2_ancestral, lms
 from difusores.solvers.unipc import unipc
 
@@ -58,6 +66,7 @@ __all__ = [
     "ddpm_variances",
     "deis",
     "dpm_multistep",
+    "dpm_sde",
     "dpm_singlestep",
     "euler",
     "euler_ancestral",
@@ -67,6 +76,9 @@ __all__ = [
     "forward_process",
     "heun",
     "ipndm",
+    "karras_ve_churn",
+    "karras_ve_correct",
+    "karras_ve_step",
     "kdpm2",
     "kdpm2_ancestral",
     "lcm",
@@ -81,4 +93,6 @@ __all__ = [
     "singlestep_orders",
     "tcd",
     "unipc",
+    "ve_predictor",
+    "vp_predictor",
 ]

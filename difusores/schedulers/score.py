@@ -1,0 +1,402 @@
+"""Schedulers for models that predict the score: the two processes of Song et al. 2021, and KarrasVe.
+
+Pipelines call predictor and corrector by names of their own, and give the levels, so that there is no `plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+
+from difusores import schedules, solvers
+from difusores.configuration import register_to_config
+from difusores.outputs import BaseOutput
+from difusores.plan import Stage
+from difusores.sampling import Generators, draw_noise, langevin, noise_of_the_host
+from difusores.schedulers.base import (
+    MOST_ROWS,
+    CachedStage,
+    SchedulerOutput,
+    TableScheduler,
+    advance,
+    advance_each,
+    cached_stage,
+)
+
+
+@dataclass
+class SdeVeOutput(BaseOutput):
+    """What `ScoreSdeVeScheduler.step_pred` returns.
+
+    Attributes:
+        prev_sample: the next sample, like `sample`.
+        prev_sample_mean: the same before noise was added: the last one is the image.
+    """
+
+    prev_sample: Tensor
+    prev_sample_mean: Tensor
+
+
+@dataclass
+class KarrasVeOutput(BaseOutput):
+    """What `KarrasVeScheduler.step` returns.
+
+    Attributes:
+        prev_sample: the next sample, like `sample_hat`.
+        derivative: dx/dsigma at sigma_hat.
+        pred_original_sample: x0 as predicted at this step.
+    """
+
+    prev_sample: Tensor
+    derivative: Tensor
+    pred_original_sample: Tensor | None = None
+
+
+class _ScoreScheduler(TableScheduler):
+    """Base of the schedulers of this file: rows kept under what they are made of."""
+
+    _compatibles: ClassVar[list[str]] = []
+
+    def _kept(self, key: Any, make: Callable[[], Stage], returned: tuple[str, ...]) -> CachedStage:
+        cached: CachedStage | None = self._rows.get(key)
+        if cached is None:
+            if len(self._rows) >= MOST_ROWS:
+                self._rows.clear()
+            cached = self._rows[key] = cached_stage(make(), returned)
+        return cached
+
+    def _predict(
+        self,
+        timestep: float | Tensor,
+        stage_at: Callable[[float], CachedStage],
+        model_output: Tensor,
+        sample: Tensor,
+        generator: Generators,
+    ) -> tuple[Tensor, ...]:
+        """(next sample, its mean), at least float32 as in diffusers; timestep: one, or one per image."""
+        if self.timesteps is None:
+            raise ValueError("timesteps is None: call set_timesteps before step_pred")
+        noise = draw_noise(sample.shape, generator, sample.device, sample.dtype)
+        if isinstance(timestep, Tensor) and timestep.numel() > 1:
+            stages = [stage_at(t) for t in timestep.tolist()]
+            return advance_each(stages, model_output, sample, noise)
+        sample = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        return advance(stage_at(self._value(timestep)), model_output, sample, None, noise)[0]
+
+
+class ScoreSdeVeScheduler(_ScoreScheduler):
+    """Drop-in for the class of the same name in diffusers 0.42: the variance-exploding process.
+
+    Args:
+        num_train_timesteps: T.
+        snr: signal-to-noise ratio of the corrector's step.
+        sigma_min, sigma_max: lowest and highest noise level.
+        sampling_eps: the last time.
+        correct_steps: how often pipelines correct a step.
+
+    Attributes:
+        timesteps: [steps] float32 from 1 to sampling_eps.
+        sigmas: [steps] their noise levels, which the model is told. discrete_sigmas: [steps] ascending.
+    """
+
+    init_noise_sigma: float
+    sigmas: Tensor
+    discrete_sigmas: Tensor
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 2000,
+        snr: float = 0.15,
+        sigma_min: float = 0.01,
+        sigma_max: float = 1348.0,
+        sampling_eps: float = 1e-5,
+        correct_steps: int = 1,
+    ) -> None:
+        self.init_noise_sigma = sigma_max
+        self.set_timesteps(num_train_timesteps)
+        self.set_sigmas(num_train_timesteps)
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """The model's input: the sample itself."""
+        return sample
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int,
+        sampling_eps: float | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        """Choose how many times there are from 1 to sampling_eps; `device` is where they are put."""
+        last = self.config["sampling_eps"] if sampling_eps is None else sampling_eps
+        self.timesteps = schedules.real_times(num_inference_steps, last).to(device)
+
+    def set_sigmas(
+        self,
+        num_inference_steps: int,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        sampling_eps: float | None = None,
+    ) -> None:
+        """The noise levels of `timesteps`, to be called after `set_timesteps` with the same number.
+
+        Args:
+            num_inference_steps: how many.
+            sigma_min, sigma_max: their range, if not the configuration's.
+            sampling_eps: not used, as in diffusers, since the times are chosen already.
+        """
+        low = self.config["sigma_min"] if sigma_min is None else sigma_min
+        high = self.config["sigma_max"] if sigma_max is None else sigma_max
+        self.discrete_sigmas = schedules.geometric_sigmas(low, high, num_inference_steps)
+        self.sigmas = schedules.sigmas_at(self.timesteps.cpu(), low, high)
+
+    def get_adjacent_sigma(self, timesteps: Tensor, t: Tensor) -> Tensor:
+        """The levels below the places `timesteps` of `discrete_sigmas`, 0 below the first; in t's dtype."""
+        return schedules.levels_below(self.discrete_sigmas, timesteps).to(t.dtype)
+
+    def step_pred(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> SdeVeOutput | tuple[Tensor, ...]:
+        """One step of the predictor, see `difusores.solvers.ve_predictor`.
+
+        Args:
+            model_output: [B, C, ...], the score.
+            timestep: a number or tensor in [0, 1], or [B] of them; an element of `self.timesteps` costs no
+                read.
+            sample: [B, C, ...]. Not changed.
+            generator: source of the noise, drawn at every step; a list draws one image each.
+            return_dict: False returns the tuple (prev_sample, prev_sample_mean).
+        """
+        levels = self.discrete_sigmas
+
+        def stage_at(t: float) -> CachedStage:
+            place = schedules.place_of(t, len(self.timesteps))
+            if not 0 <= place < len(levels):
+                raise IndexError(f"time {t} is outside the {len(levels)} levels of set_sigmas")
+
+            def make() -> Stage:
+                below = float(levels[place - 1]) if place > 0 else 0.0
+                return solvers.ve_predictor(float(levels[place]), below)
+
+            return self._kept((place, levels._version), make, ("y", "d"))
+
+        result = self._predict(timestep, stage_at, model_output, sample, generator)
+        return SdeVeOutput(*result) if return_dict else result
+
+    def step_correct(
+        self,
+        model_output: Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """One step of Langevin dynamics at the same level, of a length that `snr` gives; reads nothing back.
+
+        Args:
+            model_output: [B, C, ...], the score.
+            sample: [B, C, ...]. Not changed.
+            generator: source of the noise, drawn in float32 on the CPU; a list draws one image each.
+            return_dict: False returns the tuple (prev_sample,).
+        """
+        noise = noise_of_the_host(sample, generator)
+        result = langevin(model_output, sample, noise, self.config["snr"])
+        return SchedulerOutput(result) if return_dict else (result,)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor | None, timesteps: Tensor) -> Tensor:
+        """original_samples + sigma * noise; noise None is drawn.
+
+        timesteps: [B] int64, places of `discrete_sigmas`.
+        """
+        if noise is None:
+            noise = draw_noise(original_samples.shape, None, original_samples.device, original_samples.dtype)
+        levels = self.discrete_sigmas[timesteps.to(self.discrete_sigmas.device)]
+        wide = torch.promote_types(original_samples.dtype, torch.float32)
+        return solvers.raise_noise(levels, original_samples.to(wide), noise)
+
+
+class ScoreSdeVpScheduler(_ScoreScheduler):
+    """Drop-in for the class of the same name in diffusers 0.42: the variance-preserving process.
+
+    Args:
+        num_train_timesteps: T.
+        beta_min, beta_max: the process' rate at times 0 and 1.
+        sampling_eps: the last time.
+
+    Attributes:
+        timesteps: [steps] float32 from 1 to sampling_eps; None before `set_timesteps`.
+        sigmas, discrete_sigmas: None.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 2000,
+        beta_min: float = 0.1,
+        beta_max: float = 20,
+        sampling_eps: float = 1e-3,
+    ) -> None:
+        self.sigmas = None
+        self.discrete_sigmas = None
+        self.__dict__["timesteps"] = None
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Choose how many times there are from 1 to sampling_eps; `device` is where they are put."""
+        self.timesteps = schedules.real_times(num_inference_steps, self.config["sampling_eps"]).to(device)
+
+    def step_pred(
+        self, score: Tensor, x: Tensor, t: float | Tensor, generator: Generators = None
+    ) -> tuple[Tensor, ...]:
+        """One step of the predictor: (the next sample, the same before noise was added).
+
+        Args:
+            score: [B, C, ...], the model's output, -std * score.
+            x: [B, C, ...], the sample. Not changed.
+            t: a number or tensor in (0, 1], or [B] of them; an element of `self.timesteps` costs no read.
+            generator: source of the noise, drawn at every step; a list draws one image each.
+
+        Raises:
+            ValueError: `set_timesteps` was not called, or t is 0.
+        """
+        config = self.config
+
+        def stage_at(time: float) -> CachedStage:
+            options = len(self.timesteps), config["beta_min"], config["beta_max"]
+            return self._kept((time, *options), lambda: solvers.vp_predictor(time, *options), ("y", "d"))
+
+        return self._predict(t, stage_at, score, x, generator)
+
+
+class KarrasVeScheduler(_ScoreScheduler):
+    """Drop-in for the class of the same name in diffusers 0.42 (Karras et al. 2022, algorithm 2).
+
+    Args:
+        sigma_min, sigma_max: lowest and highest noise level.
+        s_noise: factor of the noise that is added.
+        s_churn: how much noise, over the whole run.
+        s_min, s_max: levels between which it is added.
+
+    Attributes:
+        timesteps: [steps] int64, descending to 0; None before `set_timesteps`.
+        schedule: [steps] float32, the squares of the noise levels of the timesteps 0, 1, ..., ascending.
+    """
+
+    order = 2
+
+    @register_to_config
+    def __init__(
+        self,
+        sigma_min: float = 0.02,
+        sigma_max: float = 100,
+        s_noise: float = 1.007,
+        s_churn: float = 80,
+        s_min: float = 0.05,
+        s_max: float = 50,
+    ) -> None:
+        self.init_noise_sigma = sigma_max
+        self.num_inference_steps = None
+        self.__dict__["timesteps"] = None
+        self.schedule: Tensor | None = None
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """The model's input: the sample itself."""
+        return sample
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Choose how many steps; `device` is where timesteps and schedule are put."""
+        config = self.config
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = torch.arange(num_inference_steps - 1, -1, -1, device="cpu").to(device)
+        variances = config["sigma_max"] ** 2, config["sigma_min"] ** 2
+        self.schedule = schedules.geometric_variances(*variances, num_inference_steps).to(device)
+
+    def add_noise_to_input(
+        self, sample: Tensor, sigma: Any, generator: Generators = None
+    ) -> tuple[Tensor, Any]:
+        """(the sample raised to sigma_hat, sigma_hat), which is above sigma between s_min and s_max.
+
+        Args:
+            sample: [B, C, ...], at level sigma. Not changed.
+            sigma: a number or 0-dim tensor.
+            generator: source of the noise, drawn in any case, in float32 on the CPU.
+
+        Raises:
+            ValueError: `set_timesteps` was not called.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("num_inference_steps is None: call set_timesteps before add_noise_to_input")
+        config, level = self.config, float(sigma)
+        churns = config["s_min"] <= level <= config["s_max"]
+        gamma = min(config["s_churn"] / self.num_inference_steps, 2**0.5 - 1) if churns else 0.0
+        sigma_hat, s_noise = sigma + gamma * sigma, config["s_noise"]
+        hat = float(sigma_hat)
+        noise = noise_of_the_host(sample, generator)
+        cached = self._kept(
+            ("churn", level, hat, s_noise), lambda: solvers.karras_ve_churn(level, hat, s_noise), ("y",)
+        )
+        wide = torch.promote_types(sample.dtype, noise.dtype)
+        sample = sample.to(wide)
+        (raised,), _ = advance(cached, sample, sample, None, noise.to(wide))
+        return raised, sigma_hat
+
+    def step(
+        self,
+        model_output: Tensor,
+        sigma_hat: Any,
+        sigma_prev: Any,
+        sample_hat: Tensor,
+        return_dict: bool = True,
+    ) -> KarrasVeOutput | tuple[Tensor, ...]:
+        """Euler's step from sigma_hat to sigma_prev.
+
+        Args:
+            model_output: [B, C, ...], such that x0 = sample_hat + sigma_hat * model_output.
+            sigma_hat, sigma_prev: numbers or 0-dim tensors.
+            sample_hat: [B, C, ...]. Not changed.
+            return_dict: False returns the tuple (prev_sample, derivative).
+        """
+        levels = float(sigma_hat), float(sigma_prev)
+        cached = self._kept(levels, lambda: solvers.karras_ve_step(*levels), ("y", "d", "x0"))
+        result, _ = advance(cached, model_output, sample_hat, None)
+        return KarrasVeOutput(*result) if return_dict else result[:2]
+
+    def step_correct(
+        self,
+        model_output: Tensor,
+        sigma_hat: Any,
+        sigma_prev: Any,
+        sample_hat: Tensor,
+        sample_prev: Tensor,
+        derivative: Tensor,
+        return_dict: bool = True,
+    ) -> KarrasVeOutput | tuple[Tensor, ...]:
+        """Heun's correction of a step.
+
+        Args:
+            model_output: [B, C, ...], at sample_prev and sigma_prev.
+            sigma_hat, sigma_prev, sample_hat: as `step` was given them.
+            sample_prev, derivative: what it returned.
+            return_dict: False returns the tuple (prev_sample, derivative).
+        """
+        levels = float(sigma_hat), float(sigma_prev)
+        key = ("correct", *levels)
+        cached = self._kept(key, lambda: solvers.karras_ve_correct(*levels), ("y", "x0"))
+        slots = (sample_hat, derivative)
+        (corrected, x0), _ = advance(cached, model_output, sample_prev, None, slots=slots)
+        return KarrasVeOutput(corrected, derivative, x0) if return_dict else (corrected, derivative)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> NoReturn:
+        """Refused, as in diffusers.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("KarrasVeScheduler only samples")

@@ -1,0 +1,248 @@
+"""The schedulers of score models against diffusers and against diffusers with float64 tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from pairs import all_pairs
+from test_by_timestep import check, drawing_in, generator_of, lift, peer
+from torch import Tensor
+
+import difusores
+
+pytest.importorskip("diffusers")
+
+COMMON: dict[str, list[Any]] = {
+    "steps": [10, 2, 3, 25, 100],
+    "dtype": [torch.float32, torch.float64, torch.float16, torch.bfloat16],
+    "shape": [(3, 4), (2, 3, 5), (2, 3, 4, 5), (1, 2, 3, 4, 5)],
+    "generator": ["one", "list", "global"],
+}
+VE: dict[str, list[Any]] = {
+    "num_train_timesteps": [2000, 500],
+    "snr": [0.15, 0.3],
+    "sigma_min": [0.01, 0.1],
+    "sigma_max": [1348.0, 50.0],
+    "sampling_eps": [1e-5, 1e-3],
+    "set_eps": [None, 0.01],
+    "each": [False, True],
+}
+VP: dict[str, list[Any]] = {
+    "num_train_timesteps": [2000, 500],
+    "beta_min": [0.1, 0.5],
+    "beta_max": [20, 10.0],
+    "sampling_eps": [1e-3, 1e-2],
+    "each": [False, True],
+}
+KARRAS: dict[str, list[Any]] = {
+    "sigma_min": [0.02, 0.1],
+    "sigma_max": [100, 50.0],
+    "s_noise": [1.007, 1.0],
+    "s_churn": [80, 0, 3.0],
+    "s_min": [0.05, 1.0],
+    "s_max": [50, 10.0],
+    "numbers": [False, True],
+}
+
+
+def both(name: str, option: dict[str, Any]) -> tuple[Any, Any]:
+    table = {"ScoreSdeVeScheduler": VE, "ScoreSdeVpScheduler": VP, "KarrasVeScheduler": KARRAS}[name]
+    arguments = {key: option[key] for key in table if key not in ("set_eps", "each", "numbers")}
+    return getattr(difusores, name)(**arguments), peer(name)(**arguments)
+
+
+@contextmanager
+def in_double(whether: bool) -> Iterator[None]:
+    """Where the oracle makes a tensor in the default dtype."""
+    torch.set_default_dtype(torch.float64 if whether else torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def tensors(option: dict[str, Any], index: int, count: int) -> list[Tensor]:
+    values = torch.Generator().manual_seed(index)
+    return [torch.randn(option["shape"], generator=values).to(option["dtype"]) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("index", "option"), list(enumerate(all_pairs(VE | COMMON))))
+def test_the_variance_exploding_process(index: int, option: dict[str, Any]) -> None:
+    name, dtype = "ScoreSdeVeScheduler", option["dtype"]
+    ours, theirs = both(name, option)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(option["steps"], option["set_eps"])
+        scheduler.set_sigmas(option["steps"])
+    for key in ("timesteps", "sigmas", "discrete_sigmas"):
+        assert getattr(ours, key).dtype is getattr(theirs, key).dtype
+        torch.testing.assert_close(getattr(ours, key), getattr(theirs, key), rtol=1e-6, atol=0)
+    ours.discrete_sigmas = theirs.discrete_sigmas
+    oracle = lift(theirs)
+    e, x = tensors(option, index, 2)
+    for i, t in enumerate(ours.timesteps):
+        chosen: Any = t if i % 2 else float(t)
+        if option["each"]:
+            chosen = ours.timesteps[torch.arange(len(x)) * (i + 1) % len(ours.timesteps)]
+
+        def predict(scheduler: Any, wide: torch.dtype, chosen: Any = chosen, i: int = i) -> Any:
+            generator = generator_of(option, len(x), i)
+            return scheduler.step_pred(e.to(wide), chosen, x.to(wide), generator, return_dict=False)
+
+        def correct(scheduler: Any, wide: torch.dtype, i: int = i) -> Any:
+            generator = generator_of(option, len(x), i)
+            return scheduler.step_correct(e.to(wide), x.to(wide), generator, return_dict=False)
+
+        for action, drawn in ((predict, dtype), (correct, torch.float32)):
+            with drawing_in(name, drawn):
+                their = action(theirs, dtype)
+            with drawing_in(name, drawn, torch.float64), in_double(action is correct):
+                exact = action(oracle, torch.float64)
+            check(action(ours, dtype), their, exact, dtype)
+
+
+@pytest.mark.parametrize(("index", "option"), list(enumerate(all_pairs(VP | COMMON))))
+def test_the_variance_preserving_process(index: int, option: dict[str, Any]) -> None:
+    name, dtype = "ScoreSdeVpScheduler", option["dtype"]
+    ours, theirs = both(name, option)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(option["steps"])
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+    e, x = tensors(option, index, 2)
+    for i, t in enumerate(ours.timesteps):
+        chosen = ours.timesteps[torch.arange(len(x)) * (i + 1) % len(ours.timesteps)] if option["each"] else t
+
+        def step(scheduler: Any, wide: torch.dtype, t: Tensor, i: int = i) -> Any:
+            return scheduler.step_pred(e.to(wide), x.to(wide), t, generator_of(option, len(x), i))
+
+        with drawing_in(name, dtype):
+            their, exact = step(theirs, dtype, chosen), step(theirs, torch.float64, chosen.double())
+        check(step(ours, dtype, chosen), their, exact, dtype)
+
+
+@pytest.mark.parametrize(("index", "option"), list(enumerate(all_pairs(KARRAS | COMMON))))
+def test_karras_ve(index: int, option: dict[str, Any]) -> None:
+    name, dtype = "KarrasVeScheduler", option["dtype"]
+    ours, theirs = both(name, option)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(option["steps"])
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+    torch.testing.assert_close(ours.schedule, theirs.schedule, rtol=1e-6, atol=0)
+    e, x, other, slope = tensors(option, index, 4)
+    levels = theirs.schedule.flip(0)
+    for i, (sigma, after) in enumerate(pairwise(levels)):
+        # with tensors, sigma_hat is rounded to float32
+        exactly = option["numbers"] or dtype is torch.float64
+        numbers: list[Any] = [float(sigma), float(after)] if exactly else [sigma, after]
+
+        def churn(scheduler: Any, wide: torch.dtype, level: Any, i: int = i) -> Any:
+            return scheduler.add_noise_to_input(x.to(wide), level, generator_of(option, len(x), i))
+
+        def step(scheduler: Any, wide: torch.dtype, *levels: Any) -> Any:
+            found = scheduler.step(e.to(wide), *levels, x.to(wide))
+            return found.prev_sample, found.derivative, found.pred_original_sample
+
+        def correct(scheduler: Any, wide: torch.dtype, *levels: Any) -> Any:
+            given = (t.to(wide) for t in (x, other, slope))
+            found = scheduler.step_correct(e.to(wide), *levels, *given)
+            return found.prev_sample, found.derivative, found.pred_original_sample
+
+        with drawing_in(name, torch.float32):
+            their, hat = churn(theirs, dtype, numbers[0])
+        with drawing_in(name, torch.float32, torch.float64):
+            exact, _ = churn(theirs, torch.float64, float(sigma))
+        mine, our_hat = churn(ours, dtype, numbers[0])
+        assert type(our_hat) is type(hat) and float(our_hat) == pytest.approx(float(hat))
+        check((mine,), (their,), (exact,), dtype)
+        for action in (step, correct):
+            exact = action(theirs, torch.float64, float(sigma), float(after))
+            check(action(ours, dtype, *numbers), action(theirs, dtype, *numbers), exact, dtype)
+
+
+def test_tuples_are_short() -> None:
+    x = torch.ones(1, 2, 3)
+    karras = difusores.KarrasVeScheduler()
+    full = karras.step(x, 3.0, 2.0, x)
+    assert [
+        torch.equal(*p)
+        for p in zip(karras.step(x, 3.0, 2.0, x, return_dict=False), full.values(), strict=False)
+    ]
+    assert len(karras.step(x, 3.0, 2.0, x, return_dict=False)) == 2
+    assert len(karras.step_correct(x, 3.0, 2.0, x, x, x, return_dict=False)) == 2
+    ve = difusores.ScoreSdeVeScheduler()
+    assert list(ve.step_pred(x, 0.5, x)) == ["prev_sample", "prev_sample_mean"]
+    assert list(ve.step_correct(x, x)) == ["prev_sample"]
+
+
+def test_a_step_to_zero_has_a_slope() -> None:
+    """diffusers divides 0 by 0."""
+    x = torch.ones(1, 2, 3)
+    for package in (difusores.KarrasVeScheduler, peer("KarrasVeScheduler")):
+        result = package().step_correct(2 * x, 0.02, 0.0, x, x, -2 * x).prev_sample
+        if package is difusores.KarrasVeScheduler:
+            torch.testing.assert_close(result, x + 0.04)
+        else:
+            assert result.isnan().all()
+
+
+def test_a_score_of_zero_moves_nothing() -> None:
+    """diffusers divides by its norm."""
+    x = torch.ones(1, 2, 3)
+    ours, theirs = difusores.ScoreSdeVeScheduler(), peer("ScoreSdeVeScheduler")()
+    assert torch.equal(ours.step_correct(0 * x, x).prev_sample, x)
+    assert not theirs.step_correct(0 * x, x).prev_sample.isfinite().any()
+
+
+def test_what_score_schedulers_refuse() -> None:
+    x = torch.zeros(1, 2, 3)
+    vp, karras = difusores.ScoreSdeVpScheduler(), difusores.KarrasVeScheduler()
+    with pytest.raises(ValueError, match="call set_timesteps before step_pred"):
+        vp.step_pred(x, x, torch.tensor(0.5))
+    with pytest.raises(ValueError, match="call set_timesteps before add_noise_to_input"):
+        karras.add_noise_to_input(x, 3.0)
+    with pytest.raises(NotImplementedError):
+        karras.add_noise(x, x, torch.tensor([0]))
+    vp.set_timesteps(10)
+    with pytest.raises(ValueError, match="t must be above 0"):
+        vp.step_pred(x, x, torch.tensor(0.0))
+    ve = difusores.ScoreSdeVeScheduler()
+    with pytest.raises(IndexError, match=r"time 1\.5 is outside"):
+        ve.step_pred(x, 1.5, x)
+    for scheduler in (ve, vp):
+        with pytest.raises(ValueError, match="at least 1, got 0"):
+            scheduler.set_timesteps(0)
+    karras.set_timesteps(1)
+    assert karras.schedule is not None and karras.schedule.tolist() == [10000.0]
+
+
+def test_the_training_side_of_the_variance_exploding_process() -> None:
+    x, noise = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    ours, theirs = difusores.ScoreSdeVeScheduler(), peer("ScoreSdeVeScheduler")()
+    places = torch.tensor([0, 1999])
+    for dtype in (torch.float32, torch.float16):
+        results = [s.add_noise(x.to(dtype), noise.to(dtype), places) for s in (ours, theirs)]
+        assert results[0].dtype is results[1].dtype
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    torch.manual_seed(0)
+    expected = theirs.add_noise(x, None, places)
+    torch.manual_seed(0)
+    torch.testing.assert_close(ours.add_noise(x, None, places), expected, rtol=1e-5, atol=1e-5)
+    t = torch.tensor([0.0, 1.0])
+    torch.testing.assert_close(ours.get_adjacent_sigma(places, t), theirs.get_adjacent_sigma(places, t))
+
+
+def test_the_predictor_follows_the_marginals_of_gaussian_data() -> None:
+    """Data of deviation 1: the sample at every level has the deviation sqrt(1 + sigma²)."""
+    ve = difusores.ScoreSdeVeScheduler(sigma_max=50.0)
+    ve.set_timesteps(400)
+    ve.set_sigmas(400)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 20000, generator=generator) * math.sqrt(1 + 50.0**2)
+    for t, sigma in zip(ve.timesteps, ve.discrete_sigmas.flip(0), strict=True):
+        x = ve.step_pred(-x / (1 + float(sigma) ** 2), t, x, generator).prev_sample
+    assert float(x.std()) == pytest.approx(1.0, rel=0.03)
