@@ -41,13 +41,13 @@ class _DPMSolverScheduler(LogSnrScheduler):
     _foreign = FOREIGN
 
     def _initialize(self) -> None:
+        super()._initialize()
         config = self.config
         if not config["algorithm_type"].endswith("++") and config.get("final_sigmas_type") == "zero":
             raise ValueError(
                 f"algorithm_type {config['algorithm_type']!r} cannot reach sigma = 0: it needs "
                 "final_sigmas_type='sigma_min', got 'zero'"
             )
-        super()._initialize()
 
     def _noise_dtype(self) -> str | None:
         """In which dtype the classes of diffusers draw that do not compute in float32."""

@@ -199,6 +199,9 @@ class LogSnrScheduler(IndexedScheduler):
             raise ValueError("num_inference_steps is None: call set_timesteps before step")
         if self.config.get("variance_type") in ("learned", "learned_range"):
             (model_output,), _ = split_output(model_output, sample.shape, False)
+        if self.upcast and self.config["prediction_type"] != "sample":
+            # the result has the dtype of what the sample and the output are combined to
+            model_output = model_output.to(torch.promote_types(sample.dtype, model_output.dtype))
         if variance_noise is not None:
             variance_noise = variance_noise.to(model_output.device)
         result = self._take(model_output, timestep, sample, generator, variance_noise, **options)
