@@ -22,6 +22,9 @@ from pairs import all_pairs
 from torch import Tensor
 
 import difusores
+from difusores import solvers
+from difusores.ops.scheduler_step import COLUMNS, MODE, W
+from difusores.solvers import Prediction
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -635,3 +638,40 @@ def test_what_edm_refuses() -> None:
     other.set_timesteps(4)
     with pytest.raises(ValueError, match="'epsilon' or 'v_prediction', got 'sample'"):
         other.step(x, other.timesteps[0], x)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_edm_reads_the_model_at_the_level_that_churn_leads_to(kind: str) -> None:
+    x, e = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)).unbind()
+    results = []
+    for package in (difusores, diffusers):
+        scheduler = package.EDMEulerScheduler(prediction_type=kind)
+        scheduler.set_timesteps(5)
+        t = scheduler.timesteps[3]
+        scheduler.scale_model_input(x, t)
+        generator = torch.Generator().manual_seed(1)
+        results.append(scheduler.step(e, t, x, s_churn=100.0, generator=generator, return_dict=False))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_what_draws_no_noise() -> None:
+    stages = difusores.TCDScheduler().plan(4, eta=0.0).stages
+    assert all(stage.noise is None and stage.row[W + COLUMNS.index("z")] == 0 for stage in stages)
+    for kind in ("learned", "learned_range"):
+        (stage,) = solvers.ddpm([0.9, 0.5], [(1, 0)], Prediction(), variance_type=kind, noise=False)
+        assert stage.noise is None and stage.row[MODE] == 0 and stage.row[W + COLUMNS.index("z")] == 0
+
+
+def test_edm_gives_back_the_image_that_it_was_given() -> None:
+    x, known = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)).unbind()
+    results = []
+    for package in (difusores, diffusers):
+        scheduler = package.EDMEulerScheduler()
+        scheduler.set_timesteps(5)
+        t = scheduler.timesteps[3]
+        scheduler.scale_model_input(x, t)
+        results.append(scheduler.step(x.half(), t, x, pred_original_sample=known))
+    assert results[0].pred_original_sample is known
+    assert results[0].prev_sample.dtype is results[1].prev_sample.dtype is torch.float16
+    torch.testing.assert_close(results[0].prev_sample, results[1].prev_sample, rtol=1e-3, atol=1e-3)

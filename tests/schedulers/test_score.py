@@ -164,6 +164,18 @@ def test_karras_ve(index: int, option: dict[str, Any]) -> None:
             check(action(ours, dtype, *numbers), action(theirs, dtype, *numbers), exact, dtype)
 
 
+def test_places_are_found_in_float32() -> None:
+    """The product of this time and 365 is below 364, and 364 in float32."""
+    ours, theirs = difusores.ScoreSdeVeScheduler(), peer("ScoreSdeVeScheduler")()
+    x = torch.ones(1, 2, 3)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(366)
+        scheduler.set_sigmas(366)
+    t = next(float(t) for t in ours.timesteps if float(t) == 0.9972602725028992)
+    means = [s.step_pred(x, t, x).prev_sample_mean for s in (ours, theirs)]
+    torch.testing.assert_close(*means, rtol=1e-4, atol=0)
+
+
 def test_tuples_are_short() -> None:
     x = torch.ones(1, 2, 3)
     karras = difusores.KarrasVeScheduler()
