@@ -29,10 +29,12 @@ class Noise(NamedTuple):
         draws: draws taken from the generator; the last one is z.
         dtype: "float32" and so on; None is that of the model's output, "promoted" what that and the sample's
             promote to.
+        span: of which part of a Brownian path z is the increment, as two noise levels.
     """
 
     draws: int = 1
     dtype: str | None = None
+    span: tuple[float, float] | None = None
 
 
 class Threshold(NamedTuple):
@@ -58,6 +60,7 @@ class Stage:
         noise: None draws nothing.
         threshold: None clamps x0 to the row's limits.
         slots: names from BINDINGS that slots 0, 1, ... hold afterwards.
+        calls_model: False where the row reads no model output, and none is asked for.
     """
 
     time: float
@@ -66,6 +69,7 @@ class Stage:
     noise: Noise | None = None
     threshold: Threshold | None = None
     slots: tuple[str, ...] = ()
+    calls_model: bool = True
 
     def __post_init__(self) -> None:
         if len(self.row) != ROW:
@@ -106,6 +110,10 @@ def make_row(
         for name, weight in weights.items():
             row[W + 9 * k + COLUMNS.index(name)] = weight
     return tuple(map(float, row))
+
+
+def _noise(draws: int, dtype: str | None, span: Sequence[float] | None) -> Noise:
+    return Noise(draws, dtype, None if span is None else (span[0], span[1]))
 
 
 def format_row(row: Sequence[float]) -> str:
@@ -211,9 +219,10 @@ class Plan:
                     time=stage["time"],
                     row=tuple(map(float, stage["row"])),
                     c_in=stage["c_in"],
-                    noise=None if stage["noise"] is None else Noise(*stage["noise"]),
+                    noise=None if stage["noise"] is None else _noise(*stage["noise"]),
                     threshold=None if stage["threshold"] is None else Threshold(*stage["threshold"]),
                     slots=tuple(stage["slots"]),
+                    calls_model=stage["calls_model"],
                 )
                 for stage in content.pop("stages")
             ]

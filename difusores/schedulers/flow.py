@@ -147,17 +147,11 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
         config = self.config
         if config["use_dynamic_shifting"] and mu is None:
             raise ValueError("use_dynamic_shifting=True needs mu, what the levels are shifted by")
-        counts = {
-            "num_inference_steps": num_inference_steps,
-            "sigmas": None if sigmas is None else len(sigmas),
-            "timesteps": None if timesteps is None else len(timesteps),
-        }
-        given = {name: count for name, count in counts.items() if count is not None}
-        if len(set(given.values())) != 1:
-            got = ", ".join(f"{name} of {count}" for name, count in given.items()) or "none of them"
-            raise ValueError(
-                f"num_inference_steps, sigmas and timesteps must agree on the number of steps, got {got}"
-            )
+        _must_agree(
+            num_inference_steps=num_inference_steps,
+            sigmas=None if sigmas is None else len(sigmas),
+            timesteps=None if timesteps is None else len(timesteps),
+        )
         told = None if timesteps is None else np.array([float(t) for t in timesteps], dtype=np.float32)
         if sigmas is not None:
             levels: Array = np.array([float(sigma) for sigma in sigmas], dtype=np.float32)
@@ -284,6 +278,13 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
             result = (flow_step_by_token(self.sigmas, here, sample, model_output, noise),)
             run.index = index + 1
         return SchedulerOutput(*result) if return_dict else result
+
+
+def _must_agree(**counts: int | None) -> None:
+    given = {name: count for name, count in counts.items() if count is not None}
+    if len(set(given.values())) != 1:
+        got = ", ".join(f"{name} of {count}" for name, count in given.items()) or "none of them"
+        raise ValueError(f"{', '.join(counts)} must agree on the number of steps, got {got}")
 
 
 class FlowMatchHeunDiscreteScheduler(FlowScheduler):

@@ -58,10 +58,15 @@ def euler_ancestral(
         yield _stage(times[i], sigma, row, Noise())
 
 
-def ancestral_levels(sigma: float, after: float) -> tuple[float, float]:
-    """(up, down): noise of deviation `up` on a sample at `down` = after² / sigma gives one at `after`."""
+def ancestral_levels(sigma: float, after: float, eta: float = 1.0) -> tuple[float, float]:
+    """(up, down): noise of deviation `up` on a sample at `down` gives one at `after`.
+
+    eta: share of the noise that comes with down = after² / sigma, and no more than all of `after`.
+    """
     ratio = after / sigma
-    return after * math.sqrt(max(1 - ratio * ratio, 0.0)), after * ratio
+    lost = max(1 - ratio * ratio, 0.0)
+    left = (1 - eta) * (1 + eta) + (eta * ratio) ** 2  # 1 - eta² * lost, without cancellation
+    return after * min(eta * math.sqrt(lost), 1.0), after * math.sqrt(max(left, 0.0)) if eta else after
 
 
 def lms(
