@@ -85,7 +85,7 @@ class LogSnrScheduler(IndexedScheduler):
     def _last_timestep(self) -> int:
         """T, or the training step from which on lambda is below lambda_min_clipped."""
         clipped = self.config.get("lambda_min_clipped", -math.inf)
-        return len(self) - int((self.lambda_t < clipped).sum())
+        return sum(value >= clipped for value in self.lambda_t.tolist())
 
     def _levels(
         self,

@@ -23,6 +23,7 @@ SHAPE = (2, 3, 4, 4)
 ALLOCATES = {"aten::empty_like", "aten::empty", "aten::empty_strided", "aten::new_empty"}
 # Why a class, or a method of it, is not one op.
 EXEMPT = {
+    "CosineDPMSolverMultistepScheduler": "its noise is a Brownian path, built by torchsde",
     "DPMSolverSDEScheduler": "its noise is a Brownian path, built by torchsde",
     "KarrasVeScheduler": "its step takes the levels as arguments",
     "RePaintScheduler": "a mask decides which pixels are kept",
@@ -60,6 +61,7 @@ ALLOWED = frozenset(
         "inference_mode",
         "int32",
         "int64",
+        "linspace",
         "long",
         "no_grad",
         "promote_types",
