@@ -1,13 +1,14 @@
 """`step()` of every scheduler beside diffusers' in the same run, and beside what the memory allows.
 
-    python benchmarks/bench_schedulers.py [--scheduler NAME …] [--shape small|large] [--threads N] [--seconds S]
-        [--json FILE]
+    python benchmarks/bench_schedulers.py [--scheduler NAME …] [--shape small|large] [--threads N]
+        [--seconds S] [--json FILE]
 
-A contestant runs all its steps one after another on the same tensors; the figures are medians of a step. Before
-anything is timed, both libraries run from the same generator and have to agree; a wrong result is not timed. The
-noise is then drawn in advance on both sides, so that no draw is in the figures. Contestants take turns in random
-order. `limit`: the bytes that our steps read and write (the operands that their rows name, and their outputs) at
-the speed of `clone` of a tensor of that shape. At small shapes that is the cost of calling PyTorch, not of memory.
+A contestant runs all its steps one after another on the same tensors; the figures are medians of a step.
+Before anything is timed, both libraries run from the same generator and have to agree; a wrong result is not
+timed. The noise is then drawn in advance on both sides, so that no draw is in the figures. Contestants take
+turns in random order. `limit`: the bytes that our steps read and write (the operands that their rows name,
+and their outputs) at the speed of `clone` of a tensor of that shape. At small shapes that is the cost of
+calling PyTorch, not of memory.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ def interleave(
     Every round calls each contestant in random order, all of them equally often: once, or as often as the
     slowest one fits into `BLOCK`. So a machine that drifts slows all alike, and all find the caches alike:
     called twice in a row, a fast one would find its own data there and a slow one not.
-    There are as many rounds as fit into `seconds`, at least 7. `prepare` names what is done, untimed, before each
-    call; then a round calls each contestant once.
+    There are as many rounds as fit into `seconds`, at least 7. `prepare` names what is done, untimed, before
+    each call; then a round calls each contestant once.
     """
     prepare = prepare or {}
     slowest = BLOCK if prepare else 1e-7

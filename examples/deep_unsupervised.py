@@ -20,13 +20,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from difusores import UNet2DModel, schedules
+from difusores import UNet2DModel
 from difusores.processes import BinomialProcess, GaussianProcess, independent_pixel_bits
 from difusores.training.data import load_mnist
 from difusores.training.ema import EMA
 
 SIDE, BATCH, STEPS = 28, 48, {"binomial": 100, "gaussian": 250}
 TERMS = 40  # of the bound that are computed; they stand for all
+LOG_SNR = (12.4, -9.0)  # of the first and the last step
 LEARNING_RATE, WARM_UP, DECAY = 1.5e-3, 100, 0.995
 
 
@@ -41,6 +42,15 @@ def network() -> UNet2DModel:
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         norm_num_groups=8,
     )
+
+
+def betas(steps: int) -> Tensor:
+    """Noise from a quarter of a grey level up, evenly in the logarithm of the signal-to-noise ratio.
+
+    The bound then weighs the error of the predicted noise alike at every step, as the loss does.
+    """
+    share = torch.linspace(*LOG_SNR, steps, dtype=torch.float64).sigmoid()
+    return 1 - share / torch.cat([torch.ones(1, dtype=torch.float64), share[:-1]])
 
 
 def grid(images: Tensor, columns: int = 12) -> Image.Image:
@@ -71,7 +81,7 @@ def main() -> None:
     model = network()
     averaged = EMA(model, DECAY)
     steps = STEPS[args.kind]
-    gaussian = GaussianProcess(schedules.betas("squaredcos_cap_v2", steps, 0.0, 0.0))
+    gaussian = GaussianProcess(betas(steps))
     process = BinomialProcess(steps=steps) if binary else gaussian
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     start, step = time.monotonic(), 0

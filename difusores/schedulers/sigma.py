@@ -620,6 +620,7 @@ class EDMScheduler(SigmaScheduler):
     """Base of the schedulers whose model is preconditioned for data of deviation sigma_data."""
 
     _compatibles: ClassVar[list[str]] = []
+
     def _initialize(self) -> None:
         self.is_scale_input_called = False
         self.num_inference_steps = None
