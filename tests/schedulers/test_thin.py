@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import difusores
+from difusores import native
 from difusores.schedulers import base
 
 FOLDER = Path(base.__file__).parent
@@ -128,6 +129,7 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.skipif(native.status("cpu") is not None, reason=native.status("cpu") or "")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_is_one_op(name: str) -> None:
     scheduler = getattr(difusores, name)()
