@@ -320,16 +320,16 @@ pybind11::dict build_info() {
     return info;
 }
 
-// The arithmetic alone of group_norm_silu over `elements` elements and torch's threads: its statistics and its act,
-// each from L1 to L1 in the dtype's own loads and stores.
-void group_norm_silu_floor(const std::string& dtype, int64_t elements) {
+// The arithmetic alone of group_norm_silu over `elements` elements and torch's threads: its act and, if asked, its
+// statistics, each from L1 to L1 in the dtype's own loads and stores.
+void group_norm_silu_floor(const std::string& dtype, int64_t elements, bool statistics) {
     constexpr int64_t n = 4096;
     const DType type = dtype == "float32" ? DType::f32 : dtype == "bfloat16" ? DType::bf16 : DType::f16;
     if (type == DType::f16 && dtype != "float16")
         throw pybind11::value_error("group_norm_silu_floor: dtype is float32, bfloat16 or float16, got " + dtype);
-    torch::stable::parallel_for(0, (elements + n - 1) / n, kGrain / n, [type](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, (elements + n - 1) / n, kGrain / n, [type, statistics](int64_t begin, int64_t end) {
         std::vector<float> x(n), y(n);  // zeros, whichever the dtype
-        g_kernels->group_norm_silu_floor(type, x.data(), y.data(), n, end - begin);
+        g_kernels->group_norm_silu_floor(type, x.data(), y.data(), n, end - begin, statistics);
     });
 }
 

@@ -81,8 +81,8 @@ constexpr int64_t kStepBlock = 1024;
     void group_norm_silu_apply(const GroupNormSiluArgs&, int64_t begin, int64_t end);   \
     /* tasks: images * blocks of kStepBlock elements */                                 \
     void scheduler_step(const SchedulerStepArgs&, int64_t begin, int64_t end);          \
-    /* micro-benchmark: statistics and act of one row of n elements, `repeats` times */ \
-    void group_norm_silu_floor(DType, const void*, void*, int64_t n, int64_t repeats);  \
+    /* micro-benchmark: act, and statistics if asked, of a row of n, `repeats` times */ \
+    void group_norm_silu_floor(DType, const void*, void*, int64_t n, int64_t, bool);    \
     }
 DIFUSORES_DECLARE_KERNELS(base)
 DIFUSORES_DECLARE_KERNELS(avx2)
