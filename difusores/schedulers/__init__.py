@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from difusores.schedulers.base import SchedulerMixin, SchedulerOutput
+from difusores.schedulers.brownian import CosineDPMSolverMultistepScheduler, DPMSolverSDEScheduler
 from difusores.schedulers.consistency import CMStochasticIterativeScheduler, LCMScheduler, TCDScheduler
 from difusores.schedulers.ddim import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler
 from difusores.schedulers.ddpm import DDPMParallelScheduler, DDPMScheduler
 from difusores.schedulers.dpm import (
-    CosineDPMSolverMultistepScheduler,
     DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
-    DPMSolverSDEScheduler,
     DPMSolverSinglestepScheduler,
-    EDMDPMSolverMultistepScheduler,
 )
+from difusores.schedulers.edm import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from difusores.schedulers.flow import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from difusores.schedulers.multistep import DEISMultistepScheduler, IPNDMScheduler, PNDMScheduler
 from difusores.schedulers.repaint import RePaintScheduler
 from difusores.schedulers.sasolver import SASolverScheduler
 from difusores.schedulers.score import KarrasVeScheduler, ScoreSdeVeScheduler, ScoreSdeVpScheduler
 from difusores.schedulers.sigma import (
-    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+)
+from difusores.schedulers.twostage import (
     HeunDiscreteScheduler,
     KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
-    LMSDiscreteScheduler,
 )
 from difusores.schedulers.unclip import UnCLIPScheduler
 from difusores.schedulers.unipc import UniPCMultistepScheduler
