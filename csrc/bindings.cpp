@@ -1,5 +1,6 @@
 // CPU: check the tensors, fill the argument structs, run the kernels over torch's threads. Written against libtorch's
-// stable ABI, so that one build serves every torch from 2.10 on. pybind11 carries what is not a tensor op.
+// stable ABI, so that one build serves every torch from 2.10 on. pybind11 carries what is not a tensor op. A small
+// scheduler step also has a way around torch's dispatcher, through DLPack's C exchange table.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -20,6 +21,7 @@
 #include <tuple>
 #include <vector>
 
+#include "dlpack.h"
 #include "kernels.h"
 
 namespace difusores {
@@ -56,14 +58,15 @@ DType dtype_of(const Tensor& t, const char* name) {
 
 // Large fresh memory costs a page fault for every 4 KB, several times the price of writing it; huge pages are 512 times
 // fewer. A hint: where the kernel refuses it, nothing changes.
-void want_huge_pages(const Tensor& t) {
+void want_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
     constexpr uintptr_t kPage = 2 << 20;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + kPage - 1) / kPage * kPage;
-    const uintptr_t end = reinterpret_cast<uintptr_t>(t.data_ptr()) + t.numel() * t.element_size();
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+    const uintptr_t end = reinterpret_cast<uintptr_t>(data) + bytes;
     if (end >= begin + 4 * kPage) madvise(reinterpret_cast<void*>(begin), (end - begin) / kPage * kPage, MADV_HUGEPAGE);
 #endif
 }
+void want_huge_pages(const Tensor& t) { want_huge_pages(t.data_ptr(), t.numel() * t.element_size()); }
 
 // A new tensor of x's dtype on the CPU. torch::stable::empty_like looks its op up by name at every call, which takes
 // longer than a small norm.
@@ -180,6 +183,7 @@ struct Shape {
         STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &first_stride));
         sizes = first_size, strides = first_stride;
     }
+    explicit Shape(const dlpack::Tensor& t) : sizes(t.shape), strides(t.strides), dim(t.ndim) {}
     // Whether an image of this is laid out as one of the other: every operand is one run of memory in the same order.
     bool same_image(const Shape& other) const {
         if (dim != other.dim) return false;
@@ -242,6 +246,16 @@ void check_row(const SchedulerStepArgs& a) {
                         ", which was not given");
 }
 
+// A team of threads costs more than a small step: 64 blocks are about 20 microseconds of one thread.
+bool is_small(const SchedulerStepArgs& a) { return a.batch * ((a.inner + kStepBlock - 1) / kStepBlock) < 64; }
+
+void run_step(const SchedulerStepArgs& a) {
+    const int64_t blocks = (a.inner + kStepBlock - 1) / kStepBlock;
+    const auto work = [&](int64_t begin, int64_t end) { g_kernels->scheduler_step(a, begin, end); };
+    if (is_small(a)) return work(0, a.batch * blocks);
+    torch::stable::parallel_for(0, a.batch * blocks, kGrain / kStepBlock, work);
+}
+
 void scheduler_step(Tensor row, OptionalTensor step, Tensor sample, Tensor e1, OptionalTensor e2, OptionalTensor e3,
                     OptionalTensor noise, OptionalTensor variance, OptionalTensor threshold, OptionalTensor s0,
                     OptionalTensor s1, OptionalTensor s2, OptionalTensor s3, OptionalTensor s4, OptionalTensor seeds,
@@ -291,12 +305,134 @@ void scheduler_step(Tensor row, OptionalTensor step, Tensor sample, Tensor e1, O
     a.m = result_of(m, shape, inner, "m", true);
     a.batch = batch, a.inner = inner;
     check_row(a);
-    const int64_t blocks = (inner + kStepBlock - 1) / kStepBlock;
-    const auto work = [&](int64_t begin, int64_t end) { g_kernels->scheduler_step(a, begin, end); };
-    // A team of threads costs more than a small step: 64 blocks are about 20 microseconds of one thread.
-    if (batch * blocks < 64) return work(0, batch * blocks);
-    torch::stable::parallel_for(0, batch * blocks, kGrain / kStepBlock, work);
+    run_step(a);
 }
+
+// --- scheduler_step around the dispatcher ---
+
+// Asked for once: DLPack's table of torch.Tensor (nullptr where this torch has none), and torch.empty_like.
+const dlpack::ExchangeAPI* g_exchange = nullptr;
+PyTypeObject* g_tensor = nullptr;
+PyObject* g_empty_like = nullptr;
+
+void find_exchange() {
+    const pybind11::module_ torch = pybind11::module_::import("torch");
+    const pybind11::object tensor = torch.attr("Tensor");
+    if (!pybind11::hasattr(tensor, "__dlpack_c_exchange_api__")) return;
+    const pybind11::object capsule = tensor.attr("__dlpack_c_exchange_api__");
+    const auto* table =
+        static_cast<const dlpack::ExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (!table) throw pybind11::error_already_set();
+    if (table->major != dlpack::kMajorVersion || !table->dltensor_from_py_object_no_sync) return;
+    g_empty_like = pybind11::object(torch.attr("empty_like")).release().ptr();
+    g_tensor = reinterpret_cast<PyTypeObject*>(pybind11::object(tensor).release().ptr());
+    g_exchange = table;
+}
+
+// A plain dense tensor on the CPU that autograd does not follow, or false.
+bool look(PyObject* object, bool records, dlpack::Tensor& t) {
+    static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+    static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+    if (Py_TYPE(object) != g_tensor) return false;
+    if (records) {
+        PyObject* const answer = PyObject_GetAttr(object, requires_grad);
+        Py_XDECREF(answer);
+        if (answer != Py_False) return false;
+    }
+    PyObject* const negative = PyObject_CallMethodNoArgs(object, is_neg);
+    Py_XDECREF(negative);
+    return negative == Py_False && !g_exchange->dltensor_from_py_object_no_sync(object, &t) &&
+           t.device_type == dlpack::kCPU && t.ndim >= 1 && t.type_lanes == 1;
+}
+
+bool kernel_dtype(const dlpack::Tensor& t, DType& dtype) {
+    if (t.type_code == dlpack::kFloat && t.type_bits == 32) dtype = DType::f32;
+    else if (t.type_code == dlpack::kFloat && t.type_bits == 16) dtype = DType::f16;
+    else if (t.type_code == dlpack::kBfloat && t.type_bits == 16) dtype = DType::bf16;
+    else return false;
+    return true;
+}
+
+void* data(const dlpack::Tensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
+
+// An operand (None: absent) of the sample's shape and per-image strides, or false.
+bool look_operand(PyObject* object, bool records, const Shape& sample, Operand& operand) {
+    if (object == Py_None) return true;
+    dlpack::Tensor t;
+    if (!look(object, records, t) || !kernel_dtype(t, operand.dtype)) return false;
+    const Shape shape(t);
+    if (!shape.same_image(sample) || shape.sizes[0] != sample.sizes[0]) return false;
+    operand.ptr = data(t), operand.batch_stride = shape.strides[0];
+    return true;
+}
+
+// plain_step(row, sample, model_output, noise, slots, places): new tensors like sample, one for each of places, which
+// number y, d, u, x0; None where the call is not as plain as that, an exception of the kernel's included. The caller
+// has seen to it that nobody watches: no mode, no transform, no tracing.
+PyObject* plain_step(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    if (count != 6 || !PyTuple_Check(given[4]) || !PyTuple_Check(given[5])) {
+        PyErr_SetString(PyExc_TypeError, "plain_step(row, sample, model_output, noise, slots, places)");
+        return nullptr;
+    }
+    const auto otherwise = [] {
+        PyErr_Clear();
+        Py_RETURN_NONE;
+    };
+    if (!g_exchange || given[2] == Py_None) return otherwise();
+    const bool records = aoti_torch_grad_mode_is_enabled();
+    dlpack::Tensor row, sample;
+    SchedulerStepArgs a{};
+    if (!look(given[0], false, row) || row.type_code != dlpack::kFloat || row.type_bits != 64 || row.ndim != 1 ||
+        row.shape[0] != 40 || row.strides[0] != 1 || !look(given[1], records, sample) ||
+        !kernel_dtype(sample, a.sample.dtype))
+        return otherwise();
+    const Shape shape(sample);
+    a.batch = shape.sizes[0], a.inner = 1;
+    for (int64_t d = 1; d < shape.dim; ++d) a.inner *= shape.sizes[d];
+    const Py_ssize_t slots = PyTuple_GET_SIZE(given[4]), outputs = PyTuple_GET_SIZE(given[5]);
+    if (a.batch * a.inner == 0 || !shape.dense_image(a.inner) || slots > 5) return otherwise();
+    a.row = static_cast<const double*>(data(row));
+    a.sample.ptr = data(sample), a.sample.batch_stride = shape.strides[0];
+    if (!look_operand(given[2], records, shape, a.e[0]) || a.e[0].dtype != a.sample.dtype ||
+        !look_operand(given[3], records, shape, a.noise))
+        return otherwise();
+    for (Py_ssize_t k = 0; k < slots; ++k)
+        if (!look_operand(PyTuple_GET_ITEM(given[4], k), records, shape, a.slots[k])) return otherwise();
+    PyObject* const made = PyTuple_New(outputs);
+    if (!made) return nullptr;
+    const auto drop = [&] {
+        Py_DECREF(made);
+        return otherwise();
+    };
+    Result* const results[4] = {&a.y, &a.d, &a.u, &a.x0};
+    for (Py_ssize_t k = 0; k < outputs; ++k) {
+        const long place = PyLong_AsLong(PyTuple_GET_ITEM(given[5], k));
+        PyObject* const output = PyObject_CallOneArg(g_empty_like, given[1]);
+        if (!output) return drop();
+        PyTuple_SET_ITEM(made, k, output);
+        dlpack::Tensor t;
+        if (place < 0 || place > 3 || g_exchange->dltensor_from_py_object_no_sync(output, &t) ||
+            !Shape(t).same_image(shape) || (a.batch > 1 && t.strides[0] != a.inner))
+            return drop();
+        want_huge_pages(data(t), a.batch * a.inner * (t.type_bits / 8));
+        *results[place] = {data(t), a.sample.dtype, 1};
+    }
+    try {
+        check_row(a);
+        if (is_small(a)) {
+            run_step(a);
+        } else {
+            const pybind11::gil_scoped_release release;
+            run_step(a);
+        }
+    } catch (const std::exception&) {
+        return drop();
+    }
+    return made;
+}
+
+PyMethodDef g_plain_step = {"plain_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_step)),
+                            METH_FASTCALL, nullptr};
 
 // --- the module ---
 
@@ -343,6 +479,9 @@ STABLE_TORCH_LIBRARY_IMPL(difusores, CPU, m) {
 
 PYBIND11_MODULE(_C, m) {
     difusores::load_kernels();
+    difusores::find_exchange();
     m.def("build_info", &difusores::build_info);
+    m.add_object("plain_step",
+                 pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&difusores::g_plain_step, nullptr)));
     m.def("group_norm_silu_floor", &difusores::group_norm_silu_floor);
 }

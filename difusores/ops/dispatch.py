@@ -166,6 +166,17 @@ def below_autograd(op: Callable[..., Any], *call: Any) -> Any:
         return op(*call)
 
 
+def unwatched() -> bool:
+    """Whether a call on plain CPU tensors may go to the CPU kernel unseen by PyTorch's dispatcher.
+
+    No tracing, mode, transform or profiler would miss it, and nobody asked for another backend.
+    """
+    if torch.compiler.is_compiling() or wanted() not in (None, "cpu") or transformed():
+        return False
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    return not (modes or torch._C._autograd._profiler_enabled())
+
+
 def straight_to_cpu(*tensors: torch.Tensor | None) -> bool:
     """Whether a call may go to the CPU kernel unseen, whose own checks cost less than Python's.
 

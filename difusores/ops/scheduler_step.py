@@ -13,13 +13,16 @@ a list of such rows (docs/design.md derives it); `difusores.solvers` writes them
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from difusores.ops.dispatch import LIBRARY, choose, needs_grad, register, straight_to_cpu
+from difusores import native
+from difusores.ops.dispatch import LIBRARY, choose, needs_grad, register, straight_to_cpu, unwatched
 
 G1, G2, G3, R, PX, PE, LO, HI, NU0, NU1, MODE, CIN = range(12)
 """Positions in a row before W."""
@@ -382,34 +385,36 @@ def plain_step(
     row: Tensor,
     sample: Tensor,
     model_output: Tensor,
-    slots: Sequence[Tensor | None],
+    slots: tuple[Tensor, ...],
     noise: Tensor | None,
-    places: Sequence[int],
+    places: tuple[int, ...],
 ) -> tuple[Tensor, ...] | None:
     """`scheduler_step` for one model output and new tensors, by the shortest way to the CPU kernel.
+
+    It goes around PyTorch's dispatcher, which would take longer than the kernel at the size of a latent.
 
     Args:
         row, sample, model_output, slots, noise: as there.
         places: of the outputs in OUTPUTS, without "m".
 
     Returns:
-        The outputs, or None where the CPU kernel does not take the call.
+        The outputs, or None where this way is not open: somebody watches, or the tensors are not plain ones
+        on the CPU, of one shape and with the model output in the sample's dtype.
     """
-    if sample.dtype not in _KERNEL_DTYPES or not straight_to_cpu(sample, model_output, noise, *slots):
+    if not unwatched():
         return None
-    s0, s1, s2, s3, s4 = (*slots, *_NO_SLOTS[len(slots) :]) if slots else _NO_SLOTS
-    outputs: list[Tensor | None] = [None] * 5
-    results = []
-    for place in places:
-        outputs[place] = t = torch.empty_like(sample)
-        results.append(t)
-    y, d, u, x0, m = outputs
-    e, none = model_output, None
-    try:
-        _OP(row, none, sample, e, none, none, noise, none, none, s0, s1, s2, s3, s4, none, y, d, u, x0, m)
-    except RuntimeError:
-        return None  # the kernel refused: `scheduler_step` finds another way or the words for it
-    return tuple(results)
+    shortest = _shortest()
+    return None if shortest is None else shortest(row, sample, model_output, noise, slots, places)
+
+
+@functools.cache
+def _shortest() -> Callable[..., Any] | None:
+    """The kernel without the dispatcher, if the CPU module is there."""
+    if native.status("cpu") is not None:
+        return None
+    from difusores import _C
+
+    return _C.plain_step  # type: ignore[no-any-return]
 
 
 def _general(

@@ -420,19 +420,17 @@ def advance(
     if learned:
         shape = torch.Size((len(model_output), *sample.shape[1:]))
         (model_output,), variance = split_output(model_output, shape, learned)
-    if model_output.dtype is not sample.dtype and not upcast:
-        sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
     if draw is not None and noise is None:
         dtype = noise_dtype(draw, sample, model_output)
         for _ in range(draw.draws):
             noise = draw_noise(model_output.shape, generator, model_output.device, dtype)
-    if model_output.shape != sample.shape or (noise is not None and noise.shape != sample.shape):
-        sample, model_output, noise, variance = _broadcast(sample, model_output, noise, variance)
     results = None
-    plain = variance is None and threshold is None and sample.dtype is model_output.dtype
-    if plain and (not upcast or sample.dtype is torch.float32):
+    if variance is None and threshold is None and (not upcast or sample.dtype is torch.float32):
         results = plain_step(row, sample, model_output, slots, noise, targets)
     if results is None:
+        if model_output.dtype is not sample.dtype and not upcast:
+            sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
+        sample, model_output, noise, variance = _broadcast(sample, model_output, noise, variance)
         results = _step_by_general_way(cached, sample, model_output, slots, noise, variance, upcast)
     if not places:
         return results, ()
@@ -483,6 +481,8 @@ def advance_each(
 def _broadcast(sample: Tensor, *others: Tensor | None) -> Any:
     """All at one shape: a sample, model output or noise of batch 1 goes with every batch, as in diffusers."""
     given = [t for t in (sample, *others) if t is not None]
+    if all(t.shape == sample.shape for t in given):
+        return [sample, *others]
     try:
         shape = torch.broadcast_shapes(*(t.shape for t in given))
     except RuntimeError as error:

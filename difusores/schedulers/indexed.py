@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from operator import is_not
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -65,6 +64,19 @@ class IndexedScheduler(TableScheduler):
         return self._run.index
 
     @property
+    def _step_index(self) -> int | None:
+        """`step_index`, which pipelines of diffusers assign where they take a step twice."""
+        return self._run.index
+
+    @_step_index.setter
+    def _step_index(self, index: int | None) -> None:
+        run = self._run
+        if index is None or run.index is None or index < run.begin:
+            run = self.__dict__["_run"] = Run()
+            run.begin = index or 0
+        run.index = index
+
+    @property
     def begin_index(self) -> int | None:
         """The index of the first step, if `set_begin_index` gave it."""
         return self._begin_index
@@ -89,7 +101,12 @@ class IndexedScheduler(TableScheduler):
         return places[min(1, len(places) - 1)]
 
     def _start(self, timestep: float | Tensor) -> int:
-        index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+        index = self._begin_index
+        if index is None:
+            # the first element itself begins the run, even where rounding made the second one equal
+            t = self.timesteps
+            first = isinstance(timestep, Tensor) and timestep.ndim == 0 and timestep.data_ptr() == t.data_ptr()
+            index = 0 if first else self.index_for_timestep(timestep)
         self._run.index = self._run.begin = index
         return index
 
@@ -124,10 +141,18 @@ class IndexedScheduler(TableScheduler):
         """
         run = self._run
         index = self._start(timestep) if run.index is None else run.index
-        levels = self._levels_table()
-        key = (self._rows, levels, levels._version, self.timesteps, self.timesteps._version)
-        if run.options != options or any(map(is_not, run.key, key)):
-            run.key, run.options, run.stages = key, options, self._rows_from(run.begin, options)
+        rows, levels, times = self._rows, self._levels_table(), self.timesteps
+        known_rows, known_levels, levels_version, known_times, times_version = run.key
+        if (
+            known_rows is not rows
+            or known_levels is not levels
+            or known_times is not times
+            or levels_version != levels._version
+            or times_version != times._version
+            or run.options != options
+        ):
+            run.key = (rows, levels, levels._version, times, times._version)
+            run.options, run.stages = options, self._rows_from(run.begin, options)
         stages = run.stages
         if index - run.begin >= len(stages):
             raise IndexError(f"the run is over: it has {len(self.timesteps)} timesteps; call set_timesteps")

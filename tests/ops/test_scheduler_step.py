@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import difusores
 from difusores import ops
 from difusores.ops import dispatch
 from difusores.ops.scheduler_step import (
@@ -27,6 +31,7 @@ from difusores.ops.scheduler_step import (
     W,
     philox_integers,
     philox_normal,
+    plain_step,
 )
 
 OP = "scheduler_step"
@@ -329,6 +334,95 @@ def test_philox_integers() -> None:
     assert len(set(bits.flatten().tolist())) > 7990, "other seeds and counters, other numbers"
     z = philox_normal(torch.tensor([3]), (1, 200_000), 0, torch.float64)
     assert abs(z.mean()) < 0.01 and abs(z.var() - 1) < 0.02 and abs((z**4).mean() - 3) < 0.1
+
+
+@pytest.fixture
+def plain() -> dict[str, Any]:
+    given = operands((2, 3, 5, 7), torch.float32, 1)
+    return {
+        "row": row(columns="111101000"),
+        "sample": given["sample"],
+        "model_output": given["model_outputs"][0].contiguous(),
+        "slots": tuple(given["slots"][:2]),
+        "noise": given["noise"],
+        "places": (0, 3, 1),
+    }
+
+
+def by_dispatcher(plain: dict[str, Any]) -> tuple[Tensor, ...]:
+    names = [OUTPUTS[place] for place in plain["places"]]
+    given = {name: plain[name] for name in ("row", "sample", "slots", "noise")}
+    return ops.scheduler_step(**given, model_outputs=(plain["model_output"],), outputs=names)
+
+
+@pytest.mark.skipif(not KERNEL, reason=dispatch.status("cpu") or "")
+@pytest.mark.parametrize("shape", [(1,), (2, 3), (1, 4, 8, 8), (3, 2, 5, 7), (2, 4, 128, 128)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_shortest_way_gives_the_same_bits(plain: dict[str, Any], shape: Any, dtype: torch.dtype) -> None:
+    for name in ("sample", "model_output", "noise"):
+        plain[name] = torch.randn(shape).to(dtype)
+    plain["slots"] = (torch.randn(shape).to(dtype), torch.randn(shape))
+    for last in (False, True) if len(shape) == 4 else (False,):
+        if last:
+            for name in ("sample", "model_output", "noise"):
+                plain[name] = plain[name].to(memory_format=torch.channels_last)
+            plain["slots"] = tuple(t.to(memory_format=torch.channels_last) for t in plain["slots"])
+        results = plain_step(**plain)
+        assert results is not None
+        for ours, expected in zip(results, by_dispatcher(plain), strict=True):
+            assert ours.dtype is expected.dtype and ours.stride() == expected.stride()
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.skipif(not KERNEL, reason=dispatch.status("cpu") or "")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sample": torch.randn(2, 3, 5, 7).double()},
+        {"model_output": torch.randn(2, 3, 5, 7).bfloat16()},
+        {"model_output": torch.randn(1, 3, 5, 7)},
+        {"model_output": torch.randn(2, 3, 7, 5).mT},
+        {"model_output": torch.randn(2, 3, 5, 7).requires_grad_()},
+        {"model_output": torch._neg_view(torch.randn(2, 3, 5, 7))},
+        {"model_output": torch.nn.Parameter(torch.randn(2, 3, 5, 7), requires_grad=False)},
+        {"model_output": torch.empty(2, 3, 5, 7, device="meta")},
+        {"model_output": torch.randn(2, 3, 5, 7).to_sparse()},
+        {"model_output": None},
+        {"noise": None},
+        {"slots": ()},
+        {"row": torch.zeros(ROW)},
+        {"row": torch.zeros(ROW - 1, dtype=torch.float64)},
+        {"row": torch.zeros(2 * ROW, dtype=torch.float64)[::2]},
+        {"places": (4,)},
+        {"places": (-1,)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_shortest_way_leaves_what_is_not_plain(plain: dict[str, Any], change: dict[str, Any]) -> None:
+    assert plain_step(**(plain | change)) is None
+
+
+@pytest.mark.skipif(not KERNEL, reason=dispatch.status("cpu") or "")
+def test_the_shortest_way_hides_from_nobody(plain: dict[str, Any]) -> None:
+    assert plain_step(**plain) is not None
+    with TorchDispatchMode():
+        assert plain_step(**plain) is None
+    with TorchFunctionMode():
+        assert plain_step(**plain) is None
+    with torch.autograd.profiler.profile():
+        assert plain_step(**plain) is None
+    with difusores.use_backend("reference"):
+        assert plain_step(**plain) is None
+    with forward_ad.dual_level():
+        assert plain_step(**plain) is None
+    seen = []
+
+    def transformed(sample: Tensor) -> Tensor:
+        seen.append(plain_step(**(plain | {"sample": sample})))
+        return sample
+
+    torch.func.vmap(transformed)(plain["sample"][None])
+    assert seen == [None]
 
 
 def test_gradients_go_through_the_reference() -> None:
