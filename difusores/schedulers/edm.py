@@ -61,6 +61,11 @@ class EDMScheduler(SigmaScheduler):
         """c_in * sample."""
         return scaled_input(sample, schedules.with_data(sigma, self._data))
 
+    def _get_conditioning_c_in(self, sigma: Any) -> Any:
+        """c_in itself, which pipelines of diffusers read."""
+        one: Any = 1.0
+        return scaled_input(one, schedules.with_data(sigma, self._data))
+
     def precondition_noise(self, sigma: float | Tensor) -> Tensor:
         """What the model is told at a noise level."""
         if not isinstance(sigma, Tensor):

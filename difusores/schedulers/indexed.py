@@ -104,9 +104,9 @@ class IndexedScheduler(TableScheduler):
         index = self._begin_index
         if index is None:
             # the first element itself begins the run, even where rounding made the second one equal
-            t = self.timesteps
-            first = isinstance(timestep, Tensor) and timestep.ndim == 0 and timestep.data_ptr() == t.data_ptr()
-            index = 0 if first else self.index_for_timestep(timestep)
+            first = self.timesteps.data_ptr()
+            is_first = isinstance(timestep, Tensor) and timestep.ndim == 0 and timestep.data_ptr() == first
+            index = 0 if is_first else self.index_for_timestep(timestep)
         self._run.index = self._run.begin = index
         return index
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from difusores.plan import Noise, Stage, make_row
 from difusores.solvers.common import Preconditioned, Prediction
+from difusores.solvers.exponential import distinct
 from difusores.solvers.sigma import ancestral_levels
 
 DPM_ALGORITHMS = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
@@ -60,8 +61,7 @@ def dpm_multistep(
         elif left == 2 and few:
             this = min(this, 2)
         past = [logarithms[i - k] for k in range(this)]
-        while len(set(past)) < len(past):  # equal timesteps: a difference over no distance says nothing
-            past.pop()
+        past = past[: distinct(past)]
         names = ["m", "s0", "s1"][: len(past)]
         h = logarithms[i + 1] - past[0]
         slopes = _backward_differences(past, h, names)

@@ -20,6 +20,14 @@ def exponential_moments(rate: float, count: int) -> list[float]:
     return found
 
 
+def distinct(places: Sequence[float]) -> int:
+    """How many of the first places differ: a grid of many steps repeats timesteps, of which one is enough."""
+    count = 0
+    while count < len(places) and places[count] not in places[:count]:
+        count += 1
+    return count
+
+
 def lagrange_exponentials(nodes: Sequence[float], length: float, rate: float) -> list[float]:
     """The integrals from 0 to length of ℓ(w) e^(rate w), one for each node, where ℓ is 1 and 0 at the others.
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difusores.plan import Stage, make_row
 from difusores.solvers.common import Prediction
 from difusores.solvers.discrete import signal_share
-from difusores.solvers.exponential import lagrange_exponentials
+from difusores.solvers.exponential import distinct, lagrange_exponentials
 
 ADAMS_BASHFORTH = (
     (1.0,),
@@ -153,6 +153,7 @@ def deis(
         count = min(order, i - begin + 1, left)
         (alpha, sigma), (after, _) = levels[i : i + 2]
         nodes = [logarithms[i - k] - logarithms[i] for k in range(count)]
+        nodes = nodes[: distinct(nodes)]
         length = logarithms[i + 1] - logarithms[i]
         weights = [after * sigma / alpha * w for w in lagrange_exponentials(nodes, length, 1.0)]
         slope = {"e": 1.0}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from difusores.plan import Noise, Stage, make_row
 from difusores.solvers.common import Prediction
-from difusores.solvers.exponential import lagrange_exponentials
+from difusores.solvers.exponential import distinct, lagrange_exponentials
 
 
 def sasolver(
@@ -54,10 +54,11 @@ def sasolver(
         rate = 1 + excess
         h = lambdas[i + 1] - lambdas[i]
         nodes = [lambdas[i + 1] - lambdas[place] for place in places]
+        nodes = nodes[: distinct(nodes)]
         if not predict_x0:
             return [-rate * sigma * w for w in lagrange_exponentials(nodes, h, 1.0)]
         found = [rate * alpha * w for w in lagrange_exponentials(nodes, h, -rate)]
-        if len(places) == 2 and h != 0:
+        if len(nodes) == 2 and h != 0:
             change = h * h / 2 - (h * rate + math.expm1(-rate * h)) / rate**2
             change *= rate * alpha / (lambdas[places[0]] - lambdas[places[1]])
             found = [found[0] + change, found[1] - change]

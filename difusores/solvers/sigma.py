@@ -63,8 +63,8 @@ def ancestral_levels(sigma: float, after: float, eta: float = 1.0) -> tuple[floa
 
     eta: share of the noise that comes with down = after² / sigma, and no more than all of `after`.
     """
-    ratio = after / sigma
-    lost = max(1 - ratio * ratio, 0.0)
+    ratio = min(after / sigma, 1.0)  # some grids rise at their first step, where no noise can be added
+    lost = 1 - ratio * ratio
     left = (1 - eta) * (1 + eta) + (eta * ratio) ** 2  # 1 - eta² * lost, without cancellation
     return after * min(eta * math.sqrt(lost), 1.0), after * math.sqrt(max(left, 0.0)) if eta else after
 

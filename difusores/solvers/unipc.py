@@ -13,7 +13,7 @@ import numpy as np
 
 from difusores.plan import Stage, make_row
 from difusores.solvers.common import Prediction
-from difusores.solvers.exponential import exponential_moments
+from difusores.solvers.exponential import distinct, exponential_moments
 
 Weights = Mapping[str, float]
 MOST_SLOTS = 5
@@ -70,8 +70,10 @@ def unipc(
             return dict(x)
         rate, scale, ratio = (-h, a_next, s_next / s) if predict_x0 else (h, s_next, a_next / a)
         terms = [(ratio, x), (-scale * math.expm1(rate), here)]
-        nodes = [(lambdas[i - k] - lambdas[i]) / h for k in range(1, orders[i])]
-        others = list(history[1 : orders[i]])
+        past = [lambdas[i - k] for k in range(orders[i])]
+        count = distinct(past)
+        nodes = [(place - lambdas[i]) / h for place in past[1:count]]
+        others = list(history[1:count])
         if after is not None:
             nodes.append(1.0)
             others.append(after)
