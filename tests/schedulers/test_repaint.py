@@ -23,7 +23,7 @@ FACTORS: dict[str, list[Any]] = {
     "trained_betas": [None, np.linspace(0.001, 0.02, 1000, dtype=np.float32)],
     "eta": [0.0, 0.5, 1.0],
     "clip_sample": [True, False],
-    "steps": [10, 1, 25, 250],
+    "steps": [10, 1, 2, 5, 25, 50, 1000],
     "jump_length": [10, 1, 3],
     "jump_n_sample": [10, 1, 2],
     "dtype": [torch.float32, torch.float64, torch.float16, torch.bfloat16],
