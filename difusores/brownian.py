@@ -3,9 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+DIGITS = 6
+"""Decimal places to which levels are told apart."""
+
+
+class BrownianPath(NamedTuple):
+    """Which Brownian path the noise of a run is of.
+
+    Attributes:
+        lowest, highest: the range of levels, on which the path depends.
+        seed: one for the whole batch, or one per image. None: the initial seeds of the run's generators, or
+            without any one that is drawn from torch's global generator.
+    """
+
+    lowest: float
+    highest: float
+    seed: int | tuple[int, ...] | None = None
+
+    def begin(
+        self, like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
+    ) -> BrownianNoise:
+        """The path itself; arguments and Raises: as `BrownianNoise`."""
+        seed: int | Sequence[int] | None = self.seed
+        if seed is None and isinstance(generator, torch.Generator):
+            seed = generator.initial_seed()
+        elif seed is None and isinstance(generator, Sequence):
+            seed = [one.initial_seed() for one in generator]
+        return BrownianNoise(like, self.lowest, self.highest, seed)
 
 
 class BrownianNoise:
@@ -37,7 +66,8 @@ class BrownianNoise:
         seeds = list(seed) if isinstance(seed, Sequence) else [seed]
         if self.batched and len(seeds) != len(like):
             raise ValueError(f"one seed per image: {len(like)} images, {len(seeds)} seeds")
-        ends = sorted(torch.tensor([lowest, highest], dtype=torch.float32, device="cpu").unbind())
+        ends = sorted(torch.tensor([lowest, highest], dtype=torch.float32, device="cpu").tolist())
+        self.ends = [round(end, DIGITS) for end in ends]
         self.paths = [
             torchsde.BrownianInterval(
                 t0=ends[0],
@@ -46,27 +76,30 @@ class BrownianNoise:
                 dtype=like.dtype,
                 device=like.device,
                 entropy=one,
-                tol=1e-6,
+                tol=10.0**-DIGITS,
                 pool_size=24,
                 halfway_tree=True,
             )
             for one in seeds
         ]
 
-    def __call__(self, start: Tensor, end: Tensor) -> Tensor:
-        """Standard normal noise of the step from one noise level, 0-dim float32, to another."""
+    def __call__(self, start: float | Tensor, end: float | Tensor) -> Tensor:
+        """Standard normal noise of the step from one noise level to another, in float32."""
+        start, end = (torch.as_tensor(v, dtype=torch.float32, device="cpu") for v in (start, end))
         low, high, sign = (start, end, 1.0) if start < end else (end, start, -1.0)
-        increments = torch.stack([path(low, high) for path in self.paths]) * sign
+        # torchsde rounds its ends, warns of levels that lie beyond them then, and takes the ends
+        asked = [min(max(float(level), self.ends[0]), self.ends[1]) for level in (low, high)]
+        increments = torch.stack([path(*asked) for path in self.paths]) * sign
         noise = increments / (end - start).abs().sqrt()
         return noise if self.batched else noise[0]
 
 
-def brownian_levels(level: Tensor, after: Tensor, halfway: bool) -> tuple[Tensor, Tensor]:
+def brownian_span(level: float, after: float, halfway: bool) -> tuple[float, float]:
     """`level`, and `after` or the geometric mean of the two, as diffusers rounds them on the way to noise.
 
     In float32, through logarithms: noise at the exact levels differs by more than rounding errors.
     """
-    start, end = level.log().neg(), after.log().neg()
+    start, end = torch.tensor([level, after], dtype=torch.float32, device="cpu").log().neg().unbind()
     if halfway:
         end = start + (end - start) * 0.5
-    return start.neg().exp(), end.neg().exp()
+    return float(start.neg().exp()), float(end.neg().exp())

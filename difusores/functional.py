@@ -249,7 +249,7 @@ def _relative_error(high: Tensor, low: Tensor, previous: Tensor, rtol: float, at
     return float(torch.linalg.vector_norm((low - high) / allowed) / math.sqrt(high.numel()))
 
 
-def _drawn(noise_sampler: NoiseSampler, noise: Noise) -> Tensor:
+def _drawn(noise_sampler: NoiseSampler, noise: Noise, _: torch.dtype | None = None) -> Tensor:
     if noise.span is None:
         raise ValueError("this solver's noise is not of a Brownian path: use a generator")
     return noise_sampler(*noise.span)

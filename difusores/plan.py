@@ -10,11 +10,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from difusores.brownian import BrownianNoise, BrownianPath
 from difusores.ops.scheduler_step import CIN, COLUMNS, DRAW, G1, HI, LO, MODE, NU0, NU1, PE, PX, ROW, R, W
 from difusores.sampling import Callback, Generators, Model, philox_keys, sample
 
@@ -27,8 +30,8 @@ class Noise(NamedTuple):
 
     Attributes:
         draws: draws taken from the generator; the last one is z.
-        dtype: "float32" and so on; None is that of the model's output, "promoted" what that and the sample's
-            promote to.
+        dtype: "float32" and so on; None is that of the model's output, "sample" that of the sample,
+            "promoted" what the two promote to.
         span: of which part of a Brownian path z is the increment, as two noise levels.
     """
 
@@ -116,6 +119,10 @@ def _noise(draws: int, dtype: str | None, span: Sequence[float] | None) -> Noise
     return Noise(draws, dtype, None if span is None else (span[0], span[1]))
 
 
+def _path(lowest: float, highest: float, seed: int | Sequence[int] | None) -> BrownianPath:
+    return BrownianPath(lowest, highest, tuple(seed) if isinstance(seed, Sequence) else seed)
+
+
 def format_row(row: Sequence[float]) -> str:
     """A row as equations, for people."""
 
@@ -151,6 +158,8 @@ class Plan:
         betas: the training schedule that the rows are made for.
         continuous: whether times are real numbers (the model is told float32) or training steps (int64).
         init_noise_sigma: standard deviation of the first sample.
+        path: the Brownian path that `span` of the stages' noise refers to. None: each noise is drawn on its
+            own, spans or none.
     """
 
     sampler: str
@@ -159,10 +168,14 @@ class Plan:
     betas: tuple[float, ...]
     continuous: bool = False
     init_noise_sigma: float = 1.0
+    path: BrownianPath | None = None
 
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("a plan needs at least one stage")
+        noises = [stage.noise for stage in self.stages if stage.noise is not None]
+        if self.path is not None and any(noise.span is None for noise in noises):
+            raise ValueError("every noise of a plan with a Brownian path needs a span of it")
         c_in = [*(stage.c_in for stage in self.stages[1:]), 1.0]
         completed = []
         for i, stage in enumerate(self.stages):
@@ -177,12 +190,16 @@ class Plan:
     def __str__(self) -> str:
         time = "continuous" if self.continuous else "discrete"
         lines = [f"{self.sampler}: {len(self)} stages, predicts {self.prediction_type}, {time} time"]
+        if self.path is not None:
+            lines[0] += f", noise of a Brownian path over [{self.path.lowest:g}, {self.path.highest:g}]"
         for i, stage in enumerate(self.stages):
             line = f"{i:4d}  t = {stage.time:<10.6g} {format_row(stage.row)}"
             if stage.threshold is not None:
                 line += f"; threshold at quantile {stage.threshold.ratio:g} <= {stage.threshold.largest:g}"
             if stage.noise is not None:
                 line += f"; draws {stage.noise.draws}"
+                if stage.noise.span is not None:
+                    line += " from {:g} to {:g}".format(*stage.noise.span)
             if stage.slots:
                 line += f"; slots <- {', '.join(stage.slots)}"
             lines.append(line)
@@ -226,7 +243,11 @@ class Plan:
                 )
                 for stage in content.pop("stages")
             ]
-            return cls(**{**content, "stages": tuple(stages), "betas": tuple(content["betas"])})
+            path = content.pop("path", None)
+            return cls(
+                **{**content, "stages": tuple(stages), "betas": tuple(content["betas"])},
+                path=None if path is None else _path(*path),
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this JSON is not a plan: {error!r}") from error
 
@@ -249,11 +270,13 @@ class Plan:
                 x, in `model_dtype`, repeated for guidance. time: a 0-dim tensor on x's device. output: like
                 input, or with twice the channels (the second half is the learned variance, or not used).
             x: [B, C, ...], fp32, bf16, fp16 or fp64, of standard deviation `init_noise_sigma`. Not changed.
-            generator: source of the noise: one, one per image, or None for the global one.
+            generator: source of the noise: one, one per image, or None for the global one. Where the plan has
+                a Brownian `path`, their initial seeds are the path's, unless it has its own.
             callback: callback(stage, time, sample) after each stage; may return another sample. The one it is
                 given is overwritten later: clone it to keep it.
             noise: "torch" draws as diffusers draws; "philox" makes the noise inside the op from `seeds`,
-                independent of batch, device and backend.
+                independent of batch, device and backend. It needs no torchsde: the increments of a Brownian
+                path are independent, which is refused where a plan asks for parts that overlap.
             seeds: [B] integers, one per image, for "philox" alone.
             guidance: up to three weights. The input is repeated that often along the batch, and the outputs
                 are combined with these weights inside the op: (w, 1 - w) for conditional and unconditional.
@@ -263,15 +286,39 @@ class Plan:
             The last sample, a new tensor like x.
 
         Raises:
+            ImportError: the noise is of a Brownian path, and torchsde is missing.
             ValueError: an option that is not one of the above, or shapes that do not fit.
         """
+        keys = philox_keys(noise, seeds, generator, x)
+        if keys is not None and self.path is not None and self._spans_overlap():
+            raise ValueError(
+                "noise='philox' draws independent noise, and this plan's is of parts of a Brownian path that "
+                "overlap"
+            )
+        path = self.path
+
+        @cache
+        def begun(dtype: torch.dtype) -> BrownianNoise:
+            assert path is not None
+            return path.begin(torch.empty_like(x, dtype=dtype), generator)
+
+        def of_path(noise: Noise, dtype: torch.dtype) -> Tensor:
+            assert noise.span is not None
+            return begun(dtype)(*noise.span)
+
         return sample(
             self,
             model,
             x,
             generator=generator,
             callback=callback,
-            keys=philox_keys(noise, seeds, generator, x),
+            keys=keys,
             weights=(1.0,) if guidance is None else tuple(guidance),
             model_dtype=model_dtype or x.dtype,
+            noise_sampler=None if path is None else of_path,
         )
+
+    def _spans_overlap(self) -> bool:
+        noises = [stage.noise for stage in self.stages if stage.noise is not None]
+        spans = sorted(sorted(noise.span) for noise in noises if noise.span is not None)
+        return any(high > low for (_, high), (low, _) in pairwise(spans))

@@ -34,12 +34,12 @@ def sample(
     keys: Tensor | None,
     weights: tuple[float, ...],
     model_dtype: torch.dtype,
-    noise_sampler: Callable[[Noise], Tensor] | None = None,
+    noise_sampler: Callable[[Noise, torch.dtype], Tensor] | None = None,
 ) -> Tensor:
     """The loop behind `Plan.run`.
 
     keys: [B] int64 for noise made inside the op, or None. weights: of guidance, (1.0,) for none.
-    noise_sampler: gives z in place of the generator.
+    noise_sampler: gives z, of the dtype it is told or like x, in place of the generator.
     """
     if not 1 <= len(weights) <= 3:
         raise ValueError(f"guidance takes one to three weights, got {len(weights)}")
@@ -56,11 +56,12 @@ def sample(
             if stage.calls_model:
                 e, v = split_output(model(given, times[i]), x.shape, stage.row[MODE] != 0, len(weights))
             z = None
-            if stage.noise is not None and noise_sampler is not None:
-                z = noise_sampler(stage.noise)
-            elif stage.noise is not None and keys is None:
+            if stage.noise is not None and keys is None:
                 dtype = noise_dtype(stage.noise, x, e[0])
-                z = buffers.noise(stage.noise, dtype, generator, keep="z" in stage.slots)
+                if noise_sampler is not None:
+                    z = noise_sampler(stage.noise, dtype)
+                else:
+                    z = buffers.noise(stage.noise, dtype, generator, keep="z" in stage.slots)
             operands: dict[str, Any] = {"noise": z, "variance": v, "seeds": keys}
             if stage.threshold is not None:
                 (x0,) = scheduler_step(rows[i], x, e, slots, outputs=("x0",), **operands)
@@ -137,6 +138,8 @@ def noise_dtype(noise: Noise, sample: Tensor, model_output: Tensor) -> torch.dty
     """The dtype in which a stage's noise is drawn."""
     if noise.dtype is None:
         return model_output.dtype
+    if noise.dtype == "sample":
+        return sample.dtype
     if noise.dtype == "promoted":
         return torch.promote_types(sample.dtype, model_output.dtype)
     return getattr(torch, noise.dtype)  # type: ignore[no-any-return]

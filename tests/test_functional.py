@@ -18,6 +18,7 @@ from torch import Tensor
 
 import difusores
 from difusores import functional, solvers
+from difusores.brownian import BrownianNoise
 from difusores.plan import Plan
 from difusores.solvers.kdiffusion import DENOISER_SOLVERS
 
@@ -568,6 +569,18 @@ def test_the_noise_sampler_is_asked_for_spans() -> None:
     spans.clear()
     difusores.sample(nonlinear, x, [20.0, 5.0, 1.0, 0.0], "euler", noise_sampler=noise, s_churn=0.3)
     assert spans == [pytest.approx(span) for span in [(20, 22), (5, 5.5), (1, 1.1)]]
+
+
+def test_noise_of_one_brownian_path() -> None:
+    """The path that the schedulers take: two grids then end close to each other."""
+    pytest.importorskip("torchsde", reason="Brownian noise is torchsde's")
+    x = TOP * randn(2, 3)
+    results = []
+    for n, seed in ((200, 1), (400, 1), (400, 2)):
+        noise = BrownianNoise(x, BOTTOM, TOP, seed)
+        results.append(difusores.sample(gaussian, x, grid(n), "dpmpp_sde", noise_sampler=noise))
+    same, other = ((result - results[1]).abs().max() for result in (results[0], results[2]))
+    assert same < other / 5, (same, other)
 
 
 def test_churn_is_one_stage_in_front_and_a_column_of_the_rows() -> None:

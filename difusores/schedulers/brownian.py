@@ -2,23 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from difusores import schedules, solvers
-from difusores.brownian import BrownianNoise, brownian_levels
+from difusores.brownian import BrownianPath, brownian_span
 from difusores.configuration import register_to_config
-from difusores.plan import Plan, Stage
-from difusores.sampling import Generators
+from difusores.plan import Noise, Plan, Stage
+from difusores.sampling import Generators, noise_dtype
 from difusores.schedulers.base import PredictedSchedulerOutput, SchedulerOutput
 from difusores.schedulers.edm import EDMMultistepScheduler
 from difusores.schedulers.twostage import MidpointScheduler
 from difusores.schedules import SigmaGrid
+
+
+def _with_spans(stages: Iterable[Stage], spans: Iterable[tuple[float, float]], dtype: str) -> Iterator[Stage]:
+    """The stages with noise of these parts of a Brownian path, and without where there are no more."""
+    parts = iter(spans)
+    for stage in stages:
+        span = next(parts, None)
+        yield replace(stage, noise=None if span is None else Noise(dtype=dtype, span=span))
+
+
+def _next_noise(
+    scheduler: Any,
+    timestep: float | Tensor,
+    sample: Tensor,
+    model_output: Tensor,
+    generator: Generators = None,
+    **options: Any,
+) -> Tensor | None:
+    """The noise of the stage that `step` carries out next; the first one begins the path."""
+    run = scheduler._run
+    index = scheduler._start(timestep) if run.index is None else run.index
+    stages = scheduler._rows_from(run.begin, options)[index - run.begin :]
+    if not stages or stages[0].noise is None:
+        return None
+    if scheduler.noise_sampler is None:
+        dtype = noise_dtype(stages[0].noise, sample, model_output)
+        path = scheduler._path(scheduler.sigmas.tolist())
+        scheduler.__dict__["noise_sampler"] = path.begin(torch.empty_like(sample, dtype=dtype), generator)
+    noise: Tensor = scheduler.noise_sampler(*stages[0].noise.span)
+    return noise
 
 
 class CosineDPMSolverMultistepScheduler(EDMMultistepScheduler):
@@ -54,6 +84,17 @@ class CosineDPMSolverMultistepScheduler(EDMMultistepScheduler):
         super()._restart()
         self.__dict__["noise_sampler"] = None
 
+    def _path(self, sigmas: Sequence[float]) -> BrownianPath:
+        return BrownianPath(self.config["sigma_min"], self.config["sigma_max"])
+
+    def plan(self, num_inference_steps: int, *, begin: int = 0) -> Plan:
+        """The run from step `begin` on as an immutable plan."""
+        return replace(super().plan(num_inference_steps, begin=begin), path=self._path(()))
+
+    def _stages(self, grid: SigmaGrid, begin: int, **options: Any) -> Iterable[Stage]:
+        spans = [span for span in pairwise(grid.sigmas[begin:]) if span[1] > 0]
+        return _with_spans(super()._stages(grid, begin, **options), spans, "promoted")
+
     def precondition_noise(self, sigma: float | Tensor) -> Tensor:
         """What the model is told at a noise level."""
         if not isinstance(sigma, Tensor):
@@ -72,27 +113,8 @@ class CosineDPMSolverMultistepScheduler(EDMMultistepScheduler):
 
         The generator, or each of a list, is not drawn from: its initial seed is that of the Brownian path.
         """
-        if self._run.index is None:
-            self._start(timestep)
-        if self.noise_sampler is None:
-            seed: int | list[int] | None = None
-            if isinstance(generator, torch.Generator):
-                seed = generator.initial_seed()
-            elif generator is not None:
-                seed = [one.initial_seed() for one in generator]
-            like = torch.empty_like(sample, dtype=torch.promote_types(sample.dtype, model_output.dtype))
-            ends = self.config["sigma_min"], self.config["sigma_max"]
-            self.__dict__["noise_sampler"] = BrownianNoise(like, *ends, seed)
-        noise = self._noise()
+        noise = _next_noise(self, timestep, sample, model_output, generator)
         return self._advance(model_output, timestep, sample, return_dict, noise=noise)
-
-    def _noise(self) -> Tensor | None:
-        """The noise of the next step."""
-        here = self._run.index or 0
-        if here + 1 >= len(self.sigmas):
-            return None
-        noise: Tensor = self.noise_sampler(self.sigmas[here], self.sigmas[here + 1])
-        return noise
 
 
 @dataclass
@@ -110,7 +132,8 @@ class DPMSolverSDEScheduler(MidpointScheduler):
         beta_start, beta_end, beta_schedule, trained_betas: see `difusores.schedules.betas`.
         prediction_type: "epsilon" or "v_prediction".
         use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: see `difusores.schedules.sigma_grid`.
-        noise_sampler_seed: of the Brownian path; None draws one from torch's global generator.
+        noise_sampler_seed: of the Brownian path, one or one per image. None: one that is drawn from torch's
+            global generator; a plan that is run with a generator takes the seed of that.
         timestep_spacing, steps_offset: see `difusores.schedules.timesteps`.
 
     Attributes:
@@ -132,7 +155,7 @@ class DPMSolverSDEScheduler(MidpointScheduler):
         use_karras_sigmas: bool = False,
         use_exponential_sigmas: bool = False,
         use_beta_sigmas: bool = False,
-        noise_sampler_seed: int | None = None,
+        noise_sampler_seed: int | Sequence[int] | None = None,
         timestep_spacing: str = "linspace",
         steps_offset: int = 0,
     ) -> None:
@@ -151,15 +174,23 @@ class DPMSolverSDEScheduler(MidpointScheduler):
         pairs = chain.from_iterable(zip(between, times[1:], strict=True))
         return SigmaGrid((times[0], *pairs), doubled.sigmas)
 
+    def _path(self, sigmas: Sequence[float]) -> BrownianPath:
+        levels, seed = [sigma for sigma in sigmas if sigma > 0], self.noise_sampler_seed
+        return BrownianPath(min(levels), max(levels), tuple(seed) if isinstance(seed, Sequence) else seed)
+
     def plan(self, num_inference_steps: int, *, begin: int = 0, s_noise: float = 1.0) -> Plan:
-        """The run from timestep index `begin` on as an immutable plan, whose noise is not a path."""
-        return self._plan_at(self._grid(num_inference_steps, None), begin, s_noise=s_noise)
+        """The run from timestep index `begin` on as an immutable plan."""
+        grid = self._grid(num_inference_steps, None)
+        return replace(self._plan_at(grid, begin, s_noise=s_noise), path=self._path(grid.sigmas))
 
     def _stages(self, grid: SigmaGrid, begin: int, **options: Any) -> Iterable[Stage]:
         times, sigmas, first = self._single(grid, begin)
         middles = schedules.middle_sigmas(sigmas, ancestral=False)
         pairs = list(zip(grid.timesteps[1::2], middles, strict=True))
-        return solvers.dpm_sde(times, sigmas, self._prediction(), middles=pairs, begin=first, **options)
+        stages = solvers.dpm_sde(times, sigmas, self._prediction(), middles=pairs, begin=first, **options)
+        steps = [step for step in pairwise(sigmas[first:]) if step[1] > 0]
+        spans = [brownian_span(*step, halfway) for step in steps for halfway in (True, False)]
+        return _with_spans(stages, spans, "sample")
 
     def step(
         self,
@@ -175,21 +206,6 @@ class DPMSolverSDEScheduler(MidpointScheduler):
             model_output, timestep, sample, return_dict: as `EulerDiscreteScheduler.step`.
             s_noise: factor of the noise.
         """
-        if self._run.index is None:
-            self._start(timestep)
-        if self.noise_sampler is None:
-            positive = [sigma for sigma in self.sigmas.tolist() if sigma > 0]
-            seed = self.noise_sampler_seed
-            self.__dict__["noise_sampler"] = BrownianNoise(sample, min(positive), max(positive), seed)
-        result = self._take(model_output, timestep, sample, None, self._noise(), s_noise=s_noise)
+        noise = _next_noise(self, timestep, sample, model_output, s_noise=s_noise)
+        result = self._take(model_output, timestep, sample, None, noise, s_noise=s_noise)
         return DPMSolverSDESchedulerOutput(*result) if return_dict else result
-
-    def _noise(self) -> Tensor | None:
-        """The noise of the next model call, from where the step begins to where the call leads."""
-        index, first = self._run.index or 0, self.state_in_first_order
-        start = index if first else index - 1
-        if start + 1 >= len(self.sigmas) or self.sigmas[start + 1] == 0:
-            return None
-        levels = brownian_levels(self.sigmas[start], self.sigmas[start + 1], halfway=first)
-        noise: Tensor = self.noise_sampler(*levels)
-        return noise

@@ -6,6 +6,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -299,6 +300,7 @@ def test_without_torchsde_the_missing_package_is_named(monkeypatch: pytest.Monke
         scheduler.step(e, scheduler.timesteps[0], x)
 
 
+@pytest.mark.filterwarnings("ignore:Should have t")  # of levels that diffusers asks for
 @pytest.mark.parametrize("seed", [7, [7, 8]])
 def test_brownian_noise_is_that_of_diffusers(seed: Any) -> None:
     pytest.importorskip("torchsde", reason="Brownian noise is torchsde's")
@@ -309,11 +311,17 @@ def test_brownian_noise_is_that_of_diffusers(seed: Any) -> None:
     levels = torch.tensor([10.0, 7.0, 3.0, 0.5, 0.1])
     for start, end in ((0, 1), (1, 3), (0, 3), (3, 4), (4, 2)):
         assert torch.equal(ours(levels[start], levels[end]), theirs(levels[start], levels[end]))
+    # ends that torchsde rounds inwards, and levels beyond them
+    ends = 0.0291675366461277, 25.1461181640625
+    ours, theirs = BrownianNoise(x, *ends, seed), BrownianTreeNoiseSampler(x, *ends, seed)
+    for start, end in pairwise(torch.tensor([30.0, ends[1], 7.0, ends[0], 0.0])):
+        assert torch.equal(ours(float(start), float(end)), theirs(start, end))
     if isinstance(seed, list):
         with pytest.raises(ValueError, match="one seed per image: 2 images, 3 seeds"):
             BrownianNoise(x, 0.1, 10.0, [1, 2, 3])
 
 
+@pytest.mark.filterwarnings("ignore:Should have t")  # of levels that diffusers asks for
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", BROWNIAN)
 def test_whole_runs_with_brownian_noise(name: str, dtype: torch.dtype) -> None:

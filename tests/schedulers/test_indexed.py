@@ -357,7 +357,7 @@ def test_agrees_with_diffusers(name: str, index: int, option: dict[str, Any]) ->
         # the noise is drawn in the model output's dtype
         with (
             mock.patch("difusores.schedulers.base.draw_noise", drawn(dtype)),
-            mock.patch("difusores.schedulers.brownian.BrownianNoise", path(dtype)),
+            mock.patch("difusores.brownian.BrownianNoise", path(dtype)),
         ):
             mine = step(ours, option, e, t, x, i)
         with their_noise(name, dtype):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import json
+import sys
+from dataclasses import replace
 from threading import Barrier, Thread
 from typing import Any
 
@@ -11,8 +15,7 @@ import torch
 from torch import Tensor
 
 import difusores
-from difusores.plan import Plan
-from difusores.schedulers import SchedulerMixin
+from difusores.plan import Noise, Plan, Stage
 
 SHAPE = (2, 3, 4, 4)
 STEPS = 7
@@ -22,13 +25,23 @@ NAMES = [
     if name.endswith("Scheduler") and hasattr(getattr(difusores.schedulers, name), "plan")
 ]
 
+# Options without which there is no plan, or whose loop has noise that no generator decides.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "DPMSolverSDEScheduler": {"noise_sampler_seed": 8},
+}
+BROWNIAN = ["CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"]
+
+
+def made(name: str) -> Any:
+    return getattr(difusores, name)(**OPTIONS.get(name, {}))
+
 
 def model(x: Tensor, t: Tensor) -> Tensor:
     return torch.tanh(x * (0.5 + torch.as_tensor(t, dtype=torch.float64).float() / 2000))
 
 
-def by_hand(scheduler: Any, x: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+def by_hand(scheduler: Any, x: Tensor, seed: int | None) -> Tensor:
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     known = inspect.signature(scheduler.step).parameters
     options: dict[str, Any] = {"generator": generator} if "generator" in known else {}
     for i, t in enumerate(scheduler.timesteps):
@@ -44,13 +57,9 @@ def first(scheduler: Any) -> Tensor:
     return noise * scheduler.plan(STEPS).init_noise_sigma
 
 
-# In `step` their noise is of a Brownian path, in a plan it is drawn like that of all others.
-BROWNIAN = {"CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"}
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in BROWNIAN])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_plan_gives_the_images_of_the_loop(name: str) -> None:
-    scheduler = getattr(difusores, name)()
+    scheduler = made(name)
     scheduler.set_timesteps(STEPS)
     plan = scheduler.plan(STEPS)
     assert len(plan) == len(scheduler.timesteps)
@@ -65,17 +74,45 @@ def test_a_plan_gives_the_images_of_the_loop(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plan_is_a_value(name: str) -> None:
-    cls = getattr(difusores, name)
-    plan = cls().plan(STEPS)
-    assert plan == cls().plan(STEPS) and hash(plan) == hash(cls().plan(STEPS))
-    assert plan != cls().plan(STEPS + 1)
-    assert Plan.from_json(plan.to_json()) == plan
+    plan, again = made(name).plan(STEPS), made(name).plan(STEPS)
+    assert plan == again and hash(plan) == hash(again) and len({plan, again}) == 1
+    # the bits, where == takes -0 for 0 and 1 for True
+    assert plan.to_json() == again.to_json() and repr(plan) == repr(again)
+    assert torch.equal(plan.table().view(torch.int64), again.table().view(torch.int64))
+    assert plan != made(name).plan(STEPS + 1)
+    read = Plan.from_json(plan.to_json())
+    assert read == plan and hash(read) == hash(plan) and read.to_json() == plan.to_json()
+    json.loads(plan.to_json(), parse_constant=pytest.fail)  # NaN and Infinity are not JSON
     assert len(str(plan).splitlines()) == len(plan) + 1
+    for row, stage in zip(str(plan).splitlines()[1:], plan.stages, strict=True):
+        assert f"t = {stage.time:<10.6g}" in row and ("draws" in row) == (stage.noise is not None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_of_a_plan_can_be_changed(name: str) -> None:
+    plan = made(name).plan(STEPS)
+    before = plan.to_json()
+    for value in (plan, *plan.stages):
+        for field in dataclasses.fields(value):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(value, field.name, None)
+            assert_immutable(getattr(value, field.name))
+    plan.table().zero_()
+    plan.run(model, first(made(name)), generator=torch.Generator().manual_seed(0))
+    assert plan.to_json() == before
+
+
+def assert_immutable(value: Any) -> None:
+    if isinstance(value, tuple):
+        for part in value:
+            assert_immutable(part)
+    else:
+        assert value is None or type(value) in (bool, int, float, str, Stage), type(value)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_threads_share_a_plan(name: str) -> None:
-    scheduler = getattr(difusores, name)()
+    scheduler = made(name)
     plan, x = scheduler.plan(STEPS), first(scheduler)
     alone = [plan.run(model, x, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6)]
     together: dict[int, Tensor] = {}
@@ -95,7 +132,91 @@ def test_threads_share_a_plan(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_saved_scheduler_makes_the_same_plan(name: str, tmp_path: Any) -> None:
-    cls: type[SchedulerMixin] = getattr(difusores, name)
-    scheduler: Any = cls()
+    scheduler = made(name)
     scheduler.save_pretrained(tmp_path)
-    assert cls.from_pretrained(tmp_path).plan(STEPS) == scheduler.plan(STEPS)
+    read = type(scheduler).from_pretrained(tmp_path).plan(STEPS)
+    assert read == scheduler.plan(STEPS) and read.to_json() == scheduler.plan(STEPS).to_json()
+
+
+class TestBrownianPaths:
+    @pytest.fixture(params=BROWNIAN)
+    def scheduler(self, request: pytest.FixtureRequest) -> Any:
+        pytest.importorskip("torchsde", reason="Brownian noise is torchsde's")
+        return made(request.param)
+
+    def test_a_run_begun_late_follows_the_path_of_the_loop(self, scheduler: Any) -> None:
+        scheduler.set_timesteps(STEPS)
+        x, begin = first(scheduler) / 10, 4
+        scheduler.set_begin_index(begin)
+        generators = [torch.Generator().manual_seed(k) for k in (1, 2)]
+        known = inspect.signature(scheduler.step).parameters
+        options = {"generator": generators} if "generator" in known else {}
+        for t in scheduler.timesteps[begin:]:
+            x = scheduler.step(model(scheduler.scale_model_input(x, t), t), t, x, **options)[0]
+        ours = scheduler.plan(STEPS, begin=begin).run(model, first(scheduler) / 10, generator=generators)
+        torch.testing.assert_close(ours, x, rtol=1e-5, atol=1e-5)
+
+    def test_the_seed_is_the_generators_or_the_global_one(self, scheduler: Any) -> None:
+        scheduler = type(scheduler)()
+        plan, x = scheduler.plan(STEPS), first(scheduler)
+        assert plan.path is not None and plan.path.seed is None
+
+        def run(seed: int) -> Tensor:
+            return plan.run(model, x, generator=torch.Generator().manual_seed(seed))
+
+        assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+        scheduler.set_timesteps(STEPS)
+        torch.manual_seed(5)
+        expected = by_hand(scheduler, x, None)
+        torch.manual_seed(5)
+        torch.testing.assert_close(plan.run(model, x), expected, rtol=1e-5, atol=1e-5)
+        both = plan.run(model, x, generator=[torch.Generator().manual_seed(k) for k in (1, 2)])
+        alone = plan.run(model, x[1:], generator=[torch.Generator().manual_seed(2)])
+        torch.testing.assert_close(both[1:], alone)
+        with pytest.raises(ValueError, match="2 images, 3 seeds"):
+            plan.run(model, x, generator=[torch.Generator()] * 3)
+
+    def test_two_grids_follow_one_path(self, scheduler: Any) -> None:
+        """Seeds apart the images differ by the noise, steps apart by less: the path is the same."""
+        plans = [scheduler.plan(steps) for steps in (200, 400)]
+        x = first(scheduler)
+        plans = [replace(plan, path=plan.path._replace(seed=None)) for plan in plans]
+        results = [
+            plan.run(lambda x, t: 0 * x, x, generator=torch.Generator().manual_seed(seed))
+            for plan, seed in ((plans[0], 1), (plans[1], 1), (plans[1], 2))
+        ]
+        same, other = ((result - results[1]).std() for result in (results[0], results[2]))
+        assert same < other / 5, (same, other)
+
+    def test_independent_noise_only_where_it_is_exact(self, scheduler: Any) -> None:
+        plan, x = scheduler.plan(STEPS), first(scheduler)
+        if type(scheduler).__name__ == "DPMSolverSDEScheduler":
+            with pytest.raises(ValueError, match="parts of a Brownian path that overlap"):
+                plan.run(model, x, noise="philox", seeds=[1, 2])
+            return
+        together = plan.run(model, x, noise="philox", seeds=[1, 2])
+        alone = plan.run(model, x[1:], noise="philox", seeds=[2])
+        assert torch.equal(together[1:], alone)
+
+    def test_torchsde_has_nothing_to_warn_of(self, scheduler: Any, recwarn: pytest.WarningsRecorder) -> None:
+        for steps in (*range(1, 20), 200):
+            noise = scheduler.plan(steps).path.begin(torch.zeros(1, 1))
+            for stage in scheduler.plan(steps).stages:
+                if stage.noise is not None:
+                    assert noise(*stage.noise.span).isfinite().all()
+        assert [str(w.message) for w in recwarn if "Should have" in str(w.message)] == []
+
+    def test_without_torchsde_the_missing_package_is_named(
+        self, scheduler: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "torchsde", None)
+        with pytest.raises(ImportError, match="pip install torchsde"):
+            scheduler.plan(STEPS).run(model, first(scheduler))
+
+    def test_a_path_needs_spans(self, scheduler: Any) -> None:
+        plan = scheduler.plan(STEPS)
+        assert "noise of a Brownian path over" in str(plan) and " from " in str(plan)
+        stages = tuple(replace(stage, noise=Noise()) for stage in plan.stages)
+        with pytest.raises(ValueError, match="needs a span"):
+            replace(plan, stages=stages)
+        assert len(replace(plan, stages=stages, path=None)) == len(plan)
