@@ -267,11 +267,24 @@ class EulerDiscreteScheduler(SigmaScheduler):
         return solvers.euler(*grid, self._prediction(), begin=begin, **options)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What a "v_prediction" model predicts, sqrt(a) * noise - sqrt(1 - a) * sample."""
-        if not isinstance(timesteps, Tensor) or timesteps.is_floating_point():
-            raise ValueError(f"get_velocity takes a tensor of training steps, integers; got {timesteps!r}")
-        table = self.alphas_cumprod.to(sample.device).double()
-        return solvers.forward_process(table, sample, noise, timesteps, velocity=True)
+        """What a "v_prediction" model predicts, sqrt(a) * noise - sqrt(1 - a) * sample.
+
+        Args:
+            sample, noise: [B, ...].
+            timesteps: [B], training steps as integers, or elements of `self.timesteps` as real numbers.
+
+        Raises:
+            ValueError: a number and no tensor.
+        """
+        if not isinstance(timesteps, Tensor):
+            raise ValueError(f"get_velocity takes a tensor of timesteps, got {timesteps!r}")
+        if not timesteps.is_floating_point():
+            table = self.alphas_cumprod.to(sample.device).double()
+            return solvers.forward_process(table, sample, noise, timesteps, velocity=True)
+        levels = self.sigmas[[self.index_for_timestep(t) for t in timesteps]].tolist()
+        scales = [1 / math.sqrt(level * level + 1) for level in levels]
+        weights = [(-level * scale, scale) for level, scale in zip(levels, scales, strict=True)]
+        return solvers.mix(weights, sample, noise)
 
     def step(
         self,

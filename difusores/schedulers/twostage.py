@@ -102,7 +102,7 @@ class HeunDiscreteScheduler(_TwoStageScheduler):
             ValueError: not exactly one of the two, or timesteps beside use_*_sigmas.
         """
         self._set(self._grid(num_inference_steps, num_train_timesteps, timesteps), device)
-        self.num_inference_steps = num_inference_steps or len(timesteps or ())
+        self.num_inference_steps = num_inference_steps if timesteps is None else len(timesteps)
 
     def plan(
         self,

@@ -117,6 +117,14 @@ class UniPCMultistepScheduler(LogSnrScheduler):
             last=last,
         )
 
+    def time_shift(self, mu: float, sigma: float, t: Any) -> Any:
+        """Levels t (array or tensor) shifted by `mu`, as time_shift_type says; sigma: a power."""
+        return schedules.time_shifted(t, mu, self.config["time_shift_type"], sigma)
+
+    def stretch_shift_to_terminal(self, t: Any) -> Any:
+        """Levels t (array or tensor) stretched to end at the configuration's shift_terminal."""
+        return schedules.stretched(t, self.config["shift_terminal"])
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,

@@ -74,6 +74,17 @@ def test_unipc_for_flow_models(options: dict[str, Any], arguments: dict[str, Any
     assert ours.plan(**arguments).stages[-1].time == ours.timesteps[-1]
 
 
+def test_unipc_shifts_and_stretches_levels_on_demand() -> None:
+    levels = torch.tensor([1.0, 0.6, 0.2])
+    for kind in ("exponential", "linear"):
+        options = {**FLOW, "time_shift_type": kind, "shift_terminal": 0.1}
+        ours, theirs = pair("UniPCMultistepScheduler", **options)
+        torch.testing.assert_close(ours.time_shift(0.7, 2.0, levels), theirs.time_shift(0.7, 2.0, levels))
+        torch.testing.assert_close(
+            ours.stretch_shift_to_terminal(levels), theirs.stretch_shift_to_terminal(levels)
+        )
+
+
 def test_deis_takes_the_shift_of_a_run() -> None:
     ours, theirs = pair("DEISMultistepScheduler", **FLOW, use_dynamic_shifting=True, solver_order=3)
     for scheduler in (ours, theirs):
