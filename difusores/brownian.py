@@ -89,8 +89,12 @@ class BrownianNoise:
         low, high, sign = (start, end, 1.0) if start < end else (end, start, -1.0)
         # torchsde rounds its ends, warns of levels that lie beyond them then, and takes the ends
         asked = [min(max(float(level), self.ends[0]), self.ends[1]) for level in (low, high)]
+        length = (end - start).abs()
+        if round(asked[0], DIGITS) == round(asked[1], DIGITS):
+            # a step of no length, which torchsde would halve without end, has no noise
+            asked[1], length = asked[0], length.clamp(min=1)
         increments = torch.stack([path(*asked) for path in self.paths]) * sign
-        noise = increments / (end - start).abs().sqrt()
+        noise = increments / length.sqrt()
         return noise if self.batched else noise[0]
 
 

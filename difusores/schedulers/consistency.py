@@ -472,8 +472,10 @@ class CMStochasticIterativeScheduler(SigmaScheduler):
             return_dict: False returns the tuple (prev_sample,).
 
         Raises:
-            ValueError: timestep is an integer.
+            ValueError: timestep is an integer, or `set_timesteps` was not called.
         """
         refuse_integers(self, timestep)
+        if self.num_inference_steps is None:
+            raise ValueError("num_inference_steps is None: call set_timesteps before step")
         result: Any = self._step(model_output, timestep, sample, False, generator)
         return CMStochasticIterativeSchedulerOutput(*result) if return_dict else result

@@ -258,9 +258,11 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
             return_dict: False returns the tuple (prev_sample,).
 
         Raises:
-            ValueError: timestep is an integer, or s_churn is not 0.
+            ValueError: timestep is an integer, s_churn is not 0, or `set_timesteps` was not called.
         """
         refuse_integers(self, timestep)
+        if self.num_inference_steps is None:
+            raise ValueError("num_inference_steps is None: call set_timesteps before step")
         if s_churn:
             raise ValueError(
                 f"{type(self).__name__} adds no churn, got s_churn={s_churn}: noise comes with "

@@ -82,7 +82,12 @@ def singlestep_orders(steps: int, order: int, lower_order_final: bool, ends_at_z
     Args:
         lower_order_final: the last run is shorter; else it is cut, if `order` does not divide `steps`.
         ends_at_zero: the last step has order 1.
+
+    Raises:
+        ValueError: another order than 1, 2 or 3.
     """
+    if order not in (1, 2, 3):
+        raise ValueError(f"solver_order must be 1, 2 or 3, got {order}")
     orders = [i % order + 1 for i in range(steps)]
     if (lower_order_final and order > 1 and orders[-1] == order) or ends_at_zero:
         orders[-1] = 1

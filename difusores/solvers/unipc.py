@@ -46,8 +46,10 @@ def unipc(
         disable_corrector: steps whose prediction is not corrected.
 
     Raises:
-        ValueError: an order that needs more than the five slots, or one above 1 at sigma = 0.
+        ValueError: an order below 1, one that needs more than the five slots, or one above 1 at sigma = 0.
     """
+    if order < 1:
+        raise ValueError(f"solver_order must be at least 1, got {order}")
     last = len(times) - 1
     lambdas = [math.log(alpha) - math.log(sigma) if sigma > 0 else math.inf for alpha, sigma in levels]
     orders = [
