@@ -154,7 +154,8 @@ class Plan:
         sampler: its name, for people.
         stages: in order. Each row is completed with the next stage's c_in and the number of its own noise
             draw (from 1; 0 is left for the initial sample).
-        prediction_type: what the model has to predict: "epsilon", "sample" or "v_prediction".
+        prediction_type: what the model has to predict: one of `PREDICTION_TYPES` of the solvers, "score", or
+            "-epsilon", the negative of the noise.
         betas: the training schedule that the rows are made for.
         continuous: whether times are real numbers (the model is told float32) or training steps (int64).
         init_noise_sigma: standard deviation of the first sample.

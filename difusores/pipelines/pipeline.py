@@ -234,6 +234,26 @@ def follows_plan(scheduler: Any) -> bool:
     return all(getattr(f, "__module__", "").startswith("difusores.schedulers.") for f in functions)
 
 
+def step_accepts_generator(scheduler: Any) -> bool:
+    """Whether `scheduler.step` takes a generator beside (model_output, timestep, sample).
+
+    Raises:
+        ValueError: it needs other arguments, or there is none.
+    """
+    name, step = type(scheduler).__name__, getattr(scheduler, "step", None)
+    if step is None:
+        raise ValueError(f"{name} has no step(model_output, timestep, sample): write its own loop")
+    parameters = inspect.signature(step).parameters
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in parameters.values() if p.default is p.empty and p.kind not in variable]
+    if len(needed) > 3:
+        raise ValueError(
+            f"{name}.step needs {', '.join(needed)}, and this pipeline has a model output, a timestep and a "
+            "sample: write its own loop"
+        )
+    return "generator" in parameters or any(p.kind is variable[1] for p in parameters.values())
+
+
 def _library_and_class(component: object) -> tuple[str | None, str | None]:
     """An entry of model_index.json; "diffusers" stands for this package too, so that both read it."""
     if component is None:

@@ -9,7 +9,7 @@ import torch
 
 from difusores.models.unet_2d import UNet2DModel
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
-from difusores.pipelines.pipeline import DiffusionPipeline, follows_plan
+from difusores.pipelines.pipeline import DiffusionPipeline, follows_plan, step_accepts_generator
 from difusores.sampling import Callback, Generators, draw_noise
 from difusores.schedulers import DDIMScheduler
 
@@ -44,6 +44,7 @@ class UNetPipeline(DiffusionPipeline):
         """options: of the scheduler's `plan` and `step`. The other arguments are those of `DDPMPipeline`."""
         check_output_type(output_type)
         scheduler, plan = self.scheduler, None
+        takes_generator = step_accepts_generator(scheduler)
         if follows_plan(scheduler):
             plan = scheduler.plan(num_inference_steps, **options)
         else:
@@ -79,7 +80,8 @@ class UNetPipeline(DiffusionPipeline):
             noise = draw_noise(shape, generator, self.device, self.unet.dtype)
             noise *= getattr(scheduler, "init_noise_sigma", 1.0) if plan is None else plan.init_noise_sigma
             if plan is None:
-                options = {**options, "generator": generator}
+                if takes_generator:
+                    options = {**options, "generator": generator}
                 image = self._steps(scheduler, noise, inputs, guidance, after_step, options)
             else:
                 image = plan.run(

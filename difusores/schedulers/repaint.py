@@ -29,6 +29,8 @@ class RePaintSchedulerOutput(SchedulerOutput):
 class RePaintScheduler(DiscreteScheduler):
     """Drop-in for the class of the same name in diffusers 0.42.
 
+    There is no `plan`: a mask decides what of two samples is kept, and no row of coefficients says that.
+
     Args:
         num_train_timesteps: T.
         beta_start, beta_end, beta_schedule, trained_betas: see `difusores.schedules.betas`.

@@ -1,12 +1,13 @@
 """Schedulers for models that predict the score: the two processes of Song et al. 2021, and KarrasVe.
 
-Pipelines call predictor and corrector by names of their own, and give the levels, so that there is no `plan`.
+Predictor and corrector have names and arguments of their own, in which the caller's loop gives the levels;
+`plan` is that loop as one value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from difusores import schedules, solvers
 from difusores.configuration import register_to_config
 from difusores.outputs import BaseOutput
-from difusores.plan import Stage
+from difusores.plan import Plan, Stage
 from difusores.sampling import Generators, draw_noise, langevin, noise_of_the_host
 from difusores.schedulers.base import (
     MOST_ROWS,
@@ -158,6 +159,43 @@ class ScoreSdeVeScheduler(_ScoreScheduler):
         """The levels below the places `timesteps` of `discrete_sigmas`, 0 below the first; in t's dtype."""
         return schedules.levels_below(self.discrete_sigmas, timesteps).to(t.dtype)
 
+    def plan(
+        self,
+        num_inference_steps: int,
+        *,
+        sampling_eps: float | None = None,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        begin: int = 0,
+    ) -> Plan:
+        """The run of the predictor from step `begin` on as an immutable plan, the last step without noise.
+
+        The model is told the noise level, as `sigmas` has it. Arguments as `set_timesteps` and `set_sigmas`.
+
+        Raises:
+            ValueError: correct_steps is not 0: how far the corrector goes follows from norms of the score and
+                of the noise, and a row is known before them.
+        """
+        config = self.config
+        if config["correct_steps"]:
+            raise ValueError(
+                f"correct_steps={config['correct_steps']} has no plan: how far the corrector goes follows "
+                "from the sample; use step_correct and step_pred, or correct_steps=0"
+            )
+        low = config["sigma_min"] if sigma_min is None else sigma_min
+        high = config["sigma_max"] if sigma_max is None else sigma_max
+        last = config["sampling_eps"] if sampling_eps is None else sampling_eps
+        times = schedules.real_times(num_inference_steps, last)
+        levels = [0.0, *schedules.geometric_sigmas(low, high, num_inference_steps).tolist()]
+        told = schedules.sigmas_at(times, low, high).tolist()
+        places = [schedules.place_of(t, num_inference_steps) for t in times.tolist()]
+        stages = solvers.ended(
+            replace(solvers.ve_predictor(levels[place + 1], levels[place]), time=sigma)
+            for place, sigma in list(zip(places, told, strict=True))[begin:]
+        )
+        first = told[begin] if begin else config["sigma_max"]
+        return Plan("ScoreSdeVe", tuple(stages), "score", (), continuous=True, init_noise_sigma=first)
+
     def step_pred(
         self,
         model_output: Tensor,
@@ -252,6 +290,17 @@ class ScoreSdeVpScheduler(_ScoreScheduler):
         """Choose how many times there are from 1 to sampling_eps; `device` is where they are put."""
         self.timesteps = schedules.real_times(num_inference_steps, self.config["sampling_eps"]).to(device)
 
+    def plan(self, num_inference_steps: int, *, begin: int = 0) -> Plan:
+        """The run from step `begin` on as an immutable plan, the last step without noise.
+
+        The model is told the time, as `timesteps` has it.
+        """
+        config = self.config
+        times = schedules.real_times(num_inference_steps, config["sampling_eps"]).tolist()
+        options = num_inference_steps, config["beta_min"], config["beta_max"]
+        stages = solvers.ended(solvers.vp_predictor(t, *options) for t in times[begin:])
+        return Plan("ScoreSdeVp", tuple(stages), "epsilon", (), continuous=True)
+
     def step_pred(
         self, score: Tensor, x: Tensor, t: float | Tensor, generator: Generators = None
     ) -> tuple[Tensor, ...]:
@@ -306,17 +355,48 @@ class KarrasVeScheduler(_ScoreScheduler):
         self.__dict__["timesteps"] = None
         self.schedule: Tensor | None = None
 
+    def __len__(self) -> int:
+        raise TypeError("KarrasVeScheduler has no length: it knows no training steps")
+
+    def __bool__(self) -> bool:
+        return True
+
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """The model's input: the sample itself."""
         return sample
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Choose how many steps; `device` is where timesteps and schedule are put."""
-        config = self.config
         self.num_inference_steps = num_inference_steps
         self.timesteps = torch.arange(num_inference_steps - 1, -1, -1, device="cpu").to(device)
-        variances = config["sigma_max"] ** 2, config["sigma_min"] ** 2
-        self.schedule = schedules.geometric_variances(*variances, num_inference_steps).to(device)
+        self.schedule = self._schedule(num_inference_steps).to(device)
+
+    def _schedule(self, num_inference_steps: int) -> Tensor:
+        variances = self.config["sigma_max"] ** 2, self.config["sigma_min"] ** 2
+        return schedules.geometric_variances(*variances, num_inference_steps)
+
+    def _gamma(self, level: float, steps: int) -> float:
+        """By what part of itself noise raises a level."""
+        config = self.config
+        churns = config["s_min"] <= level <= config["s_max"]
+        return float(min(config["s_churn"] / steps, 2**0.5 - 1)) if churns else 0.0
+
+    def plan(self, num_inference_steps: int, *, begin: int = 0) -> Plan:
+        """The run from step `begin` on as an immutable plan, one stage with noise and two with calls a step.
+
+        The model is told the level, and predicts what `step` takes: x0 = x + level * output. As in diffusers'
+        pipeline the elements of `schedule` are the levels.
+
+        Raises:
+            ValueError: fewer steps than one.
+        """
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        levels = self._schedule(num_inference_steps).flip(0).tolist()[begin:]
+        hats = [level * (1 + self._gamma(level, num_inference_steps)) for level in levels]
+        stages = solvers.karras_ve(levels, hats, self.config["s_noise"])
+        first = levels[0] if begin else float(self.init_noise_sigma)
+        return Plan("KarrasVe", tuple(stages), "-epsilon", (), continuous=True, init_noise_sigma=first)
 
     def add_noise_to_input(
         self, sample: Tensor, sigma: Any, generator: Generators = None
@@ -333,10 +413,8 @@ class KarrasVeScheduler(_ScoreScheduler):
         """
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps is None: call set_timesteps before add_noise_to_input")
-        config, level = self.config, float(sigma)
-        churns = config["s_min"] <= level <= config["s_max"]
-        gamma = min(config["s_churn"] / self.num_inference_steps, 2**0.5 - 1) if churns else 0.0
-        sigma_hat, s_noise = sigma + gamma * sigma, config["s_noise"]
+        level, s_noise = float(sigma), self.config["s_noise"]
+        sigma_hat = sigma + self._gamma(level, self.num_inference_steps) * sigma
         hat = float(sigma_hat)
         noise = noise_of_the_host(sample, generator)
         cached = self._kept(

@@ -37,6 +37,8 @@ from difusores.solvers.flow import flow_euler, flow_heun, flow_renoised
 from difusores.solvers.multistep import deis, ipndm, pndm
 from difusores.solvers.sasolver import sasolver
 from difusores.solvers.score import (
+    ended,
+    karras_ve,
     karras_ve_churn,
     karras_ve_correct,
     karras_ve_step,
@@ -68,6 +70,7 @@ __all__ = [
     "dpm_multistep",
     "dpm_sde",
     "dpm_singlestep",
+    "ended",
     "euler",
     "euler_ancestral",
     "flow_euler",
@@ -76,6 +79,7 @@ __all__ = [
     "forward_process",
     "heun",
     "ipndm",
+    "karras_ve",
     "karras_ve_churn",
     "karras_ve_correct",
     "karras_ve_step",

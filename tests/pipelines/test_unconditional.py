@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import runpy
 import subprocess
@@ -15,7 +16,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from difusores import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+import difusores
+from difusores import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    HeunDiscreteScheduler,
+    UNet2DModel,
+)
 
 CONFIG: dict[str, Any] = {
     "sample_size": 8,
@@ -122,6 +131,69 @@ def test_threads_get_the_images_that_they_get_alone(kind: Any) -> None:
         thread.join()
     for one, other in zip(alone, together, strict=True):
         assert np.array_equal(one, other)
+
+
+ALL = [name for name in difusores.schedulers.__all__ if name.endswith("Scheduler")]
+OWN_LOOPS = {"KarrasVeScheduler", "RePaintScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler"}
+
+
+def with_scheduler(name: str) -> Any:
+    if name in ("CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"):
+        pytest.importorskip("torchsde", reason="Brownian noise is torchsde's")
+    # its `step` takes no generator
+    options = {"noise_sampler_seed": 0} if name == "DPMSolverSDEScheduler" else {}
+    return build(DDPMPipeline, getattr(difusores, name)(**options))
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in OWN_LOOPS])
+def test_every_scheduler_gives_the_images_of_the_loop_in_each_thread(name: str) -> None:
+    pipeline, scheduler, generator = with_scheduler(name), with_scheduler(name).scheduler, seeded()
+    options: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent"}
+    known = inspect.signature(scheduler.step).parameters
+    given: dict[str, Any] = {"generator": generator} if "generator" in known else {}
+    with torch.no_grad():
+        x = torch.randn(2, 3, 8, 8, generator=generator)
+        scheduler.set_timesteps(4)
+        x = x * scheduler.plan(4).init_noise_sigma
+        for i, t in enumerate(scheduler.timesteps):
+            if "prev_timestep" in known:
+                given["prev_timestep"] = scheduler.timesteps[i + 1] if i < 3 else None
+            scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            x = scheduler.step(pipeline.unet(scaled, t).sample, t, x, **given).prev_sample
+    alone = [sample(pipeline, seed, **options) for seed in (0, 1)]
+    torch.testing.assert_close(alone[0], x, rtol=1e-4, atol=1e-5 * float(x.abs().max()))
+    together: dict[int, Any] = {}
+    barrier = threading.Barrier(2)
+
+    def work(seed: int) -> None:
+        barrier.wait()
+        together[seed] = sample(pipeline, seed, **options)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(together[seed], alone[seed]) for seed in (0, 1))
+
+
+@pytest.mark.parametrize("name", sorted(OWN_LOOPS))
+def test_schedulers_with_a_loop_of_their_own_are_refused(name: str) -> None:
+    words = {
+        "KarrasVeScheduler": "step needs model_output, sigma_hat, sigma_prev, sample_hat",
+        "RePaintScheduler": "step needs .*, original_image, mask",
+    }
+    with pytest.raises(ValueError, match=f"{name}.*{words.get(name, 'has no step')}.*write its own loop"):
+        sample(build(DDPMPipeline, getattr(difusores, name)()))
+
+
+def test_a_step_without_noise_is_given_no_generator() -> None:
+    class SameSteps(HeunDiscreteScheduler):
+        def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
+            return super().step(model_output, timestep, sample, return_dict)
+
+    images = [sample(build(DDPMPipeline, kind())) for kind in (HeunDiscreteScheduler, SameSteps)]
+    assert np.abs(images[0] - images[1]).max() < 1e-4
 
 
 class HalfSteps(DDIMScheduler):

@@ -28,7 +28,9 @@ NAMES = [
 # Options without which there is no plan, or whose loop has noise that no generator decides.
 OPTIONS: dict[str, dict[str, Any]] = {
     "DPMSolverSDEScheduler": {"noise_sampler_seed": 8},
+    "ScoreSdeVeScheduler": {"correct_steps": 0},
 }
+SCORE = ["KarrasVeScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler"]
 BROWNIAN = ["CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"]
 
 
@@ -57,7 +59,7 @@ def first(scheduler: Any) -> Tensor:
     return noise * scheduler.plan(STEPS).init_noise_sigma
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in SCORE])
 def test_a_plan_gives_the_images_of_the_loop(name: str) -> None:
     scheduler = made(name)
     scheduler.set_timesteps(STEPS)
@@ -136,6 +138,73 @@ def test_a_saved_scheduler_makes_the_same_plan(name: str, tmp_path: Any) -> None
     scheduler.save_pretrained(tmp_path)
     read = type(scheduler).from_pretrained(tmp_path).plan(STEPS)
     assert read == scheduler.plan(STEPS) and read.to_json() == scheduler.plan(STEPS).to_json()
+
+
+def predicted(scheduler: Any, x: Tensor, generator: torch.Generator, begin: int) -> Tensor:
+    """The loop of diffusers' ScoreSdeVePipeline, without its corrector; that for ScoreSdeVp is the same."""
+    mean, levels = x, scheduler.sigmas
+    for i, t in list(enumerate(scheduler.timesteps))[begin:]:
+        if levels is None:
+            x, mean = scheduler.step_pred(model(x, t), x, t, generator)
+        else:
+            x, mean = scheduler.step_pred(model(x, levels[i]), t, x, generator, return_dict=False)
+    return mean
+
+
+def corrected(scheduler: Any, x: Tensor, generator: torch.Generator, begin: int) -> Tensor:
+    """The loop of diffusers' KarrasVePipeline."""
+    for t in scheduler.timesteps[begin:]:
+        sigma, after = scheduler.schedule[t], scheduler.schedule[t - 1] if t > 0 else 0
+        raised, hat = scheduler.add_noise_to_input(x, sigma, generator)
+        step = scheduler.step(model(raised, hat), hat, after, raised)
+        x = step.prev_sample
+        if after != 0:
+            slope = step.derivative
+            x = scheduler.step_correct(model(x, after), hat, after, raised, x, slope).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("begin", [0, 3])
+@pytest.mark.parametrize("steps", [1, 2, STEPS])
+@pytest.mark.parametrize("name", SCORE)
+def test_the_plan_of_a_score_model_gives_the_images_of_its_loop(name: str, steps: int, begin: int) -> None:
+    if begin >= steps:
+        begin = steps - 1
+    scheduler = made(name)
+    scheduler.set_timesteps(steps)
+    if name == "ScoreSdeVeScheduler":
+        scheduler.set_sigmas(steps)
+    loop = corrected if name == "KarrasVeScheduler" else predicted
+    plan = scheduler.plan(steps, begin=begin)
+    if begin == 0:
+        assert plan.init_noise_sigma == scheduler.config.get("sigma_max", 1.0)
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3)) * plan.init_noise_sigma
+    generators = [torch.Generator().manual_seed(4) for _ in range(2)]
+    with torch.no_grad():
+        expected = loop(scheduler, x, generators[0], begin)
+    result = plan.run(model, x, generator=generators[1])
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=2e-6 * float(x.abs().max()))
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
+def test_the_range_of_a_score_models_plan_may_be_given() -> None:
+    scheduler = made("ScoreSdeVeScheduler")
+    scheduler.set_timesteps(STEPS, 0.01)
+    scheduler.set_sigmas(STEPS, 0.1, 20.0)
+    plan = scheduler.plan(STEPS, sampling_eps=0.01, sigma_min=0.1, sigma_max=20.0)
+    x = 20 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    expected = predicted(scheduler, x, torch.Generator().manual_seed(4), 0)
+    result = plan.run(model, x, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_runs_that_are_no_list_of_rows_have_no_plan() -> None:
+    with pytest.raises(ValueError, match="correct_steps=1 has no plan: how far the corrector goes"):
+        difusores.ScoreSdeVeScheduler().plan(STEPS)
+    assert not hasattr(difusores.RePaintScheduler, "plan")
+    for name in SCORE:
+        with pytest.raises(ValueError, match="num_inference_steps must be at least 1, got 0"):
+            made(name).plan(0)
 
 
 class TestBrownianPaths:

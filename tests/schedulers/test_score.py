@@ -235,6 +235,9 @@ def test_what_score_schedulers_refuse() -> None:
     for scheduler in (ve, vp):
         with pytest.raises(ValueError, match="at least 1, got 0"):
             scheduler.set_timesteps(0)
+    with pytest.raises(TypeError, match="knows no training steps"):
+        len(karras)
+    assert karras
     karras.set_timesteps(1)
     assert karras.schedule is not None and karras.schedule.tolist() == [10000.0]
 
