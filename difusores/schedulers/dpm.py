@@ -46,8 +46,23 @@ class _DPMSolverScheduler(LogSnrScheduler):
             )
 
     def _noise_dtype(self) -> str | None:
-        """In which dtype the classes of diffusers draw that do not compute in float32."""
+        """In which dtype noise is drawn, see `Noise`; here as where diffusers does not compute in float32."""
         return None if self.config["prediction_type"] == "sample" else "promoted"
+
+    def _stages(self, grid: SigmaGrid, begin: int, **options: Any) -> Iterable[Stage]:
+        config = self.config
+        return solvers.dpm_multistep(
+            grid.timesteps,
+            self._signal_noise(grid.sigmas),
+            self._prediction(),
+            begin=begin,
+            order=config["solver_order"],
+            algorithm=config["algorithm_type"],
+            solver_type=config["solver_type"],
+            lower_order_final=config["lower_order_final"],
+            euler_at_final=config["euler_at_final"],
+            noise_dtype=self._noise_dtype(),
+        )
 
 
 class DPMSolverMultistepScheduler(_DPMSolverScheduler):
@@ -139,19 +154,8 @@ class DPMSolverMultistepScheduler(_DPMSolverScheduler):
         """The run from step `begin` on as an immutable plan; arguments as `set_timesteps`."""
         return self._plan_at(self._levels(num_inference_steps, timesteps, mu, self._end()), begin)
 
-    def _stages(self, grid: SigmaGrid, begin: int, **options: Any) -> Iterable[Stage]:
-        config = self.config
-        return solvers.dpm_multistep(
-            grid.timesteps,
-            self._signal_noise(grid.sigmas),
-            self._prediction(),
-            begin=begin,
-            order=config["solver_order"],
-            algorithm=config["algorithm_type"],
-            solver_type=config["solver_type"],
-            lower_order_final=config["lower_order_final"],
-            euler_at_final=config["euler_at_final"],
-        )
+    def _noise_dtype(self) -> str | None:
+        return "float32"
 
     def step(
         self,
@@ -242,21 +246,6 @@ class DPMSolverMultistepInverseScheduler(_DPMSolverScheduler):
     def plan(self, num_inference_steps: int, *, begin: int = 0) -> Plan:
         """The run from step `begin` on as an immutable plan."""
         return self._plan_at(self._ascending_levels(num_inference_steps), begin)
-
-    def _stages(self, grid: SigmaGrid, begin: int, **options: Any) -> Iterable[Stage]:
-        config = self.config
-        return solvers.dpm_multistep(
-            grid.timesteps,
-            self._signal_noise(grid.sigmas),
-            self._prediction(),
-            begin=begin,
-            order=config["solver_order"],
-            algorithm=config["algorithm_type"],
-            solver_type=config["solver_type"],
-            lower_order_final=config["lower_order_final"],
-            euler_at_final=config["euler_at_final"],
-            noise_dtype=self._noise_dtype(),
-        )
 
     def step(
         self,

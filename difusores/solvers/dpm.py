@@ -69,7 +69,10 @@ def dpm_multistep(
         y = _update(algorithm, solver_type, levels[i], levels[i + 1], h, slopes)
         kept = () if left == 1 else (held, "s0", "s1")[: min(order - 1, i - begin + 1)]
         row = make_row(
-            prediction.x0(*levels[i]), _put(y, model), d if held in kept else None, clip=prediction.limits
+            _x0_term(algorithm, prediction, *levels[i]),
+            _put(y, model),
+            d if held in kept else None,
+            clip=prediction.limits,
         )
         drawn = Noise(dtype=noise_dtype) if algorithm.startswith("sde") else None
         c_in = prediction.c_in(levels[i][1]) if isinstance(prediction, Preconditioned) else 1.0
@@ -131,7 +134,10 @@ def dpm_singlestep(
         if i + 1 < len(times) and orders[i + 1] > 1:
             kept = (held, "x") if order == 1 else (held, "s0", "s1")
         row = make_row(
-            prediction.x0(*levels[i]), _put(y, model), d if held in kept else None, clip=prediction.limits
+            _x0_term(algorithm, prediction, *levels[i]),
+            _put(y, model),
+            d if held in kept else None,
+            clip=prediction.limits,
         )
         drawn = Noise(dtype=noise_dtype) if algorithm.startswith("sde") else None
         yield Stage(times[i], row, noise=drawn, threshold=prediction.threshold, slots=kept)
@@ -197,6 +203,17 @@ def _model_term(
     return epsilon, "d", epsilon
 
 
+def _x0_term(algorithm: str, prediction: Prediction, alpha: float, sigma: float) -> tuple[float, float]:
+    """(p_x, p_e); where the noise is integrated, of the x0 that goes with it.
+
+    The two differ for velocities at flow levels alone, where alpha² + sigma² is not 1.
+    """
+    if algorithm.endswith("++") or prediction.kind != "v_prediction":
+        return prediction.x0(alpha, sigma)
+    epsilon = prediction.epsilon(alpha, sigma)
+    return (1 - sigma * epsilon["xh"]) / alpha, -sigma * epsilon["e"] / alpha
+
+
 def _put(weights: Mapping[str, float], model: Mapping[str, float]) -> dict[str, float]:
     """`weights` with "m" written out."""
     y = {name: weight for name, weight in weights.items() if name != "m"}
@@ -230,9 +247,10 @@ def _forward_differences(
 ) -> list[dict[str, float]]:
     """m where a step begins and its derivatives over h, from m at `distances` from there, newest first."""
     first = {name: float(name == names[-1]) for name in names}
-    if not distances or 0.0 in distances or len(set(distances)) < len(distances):
+    used = distances[:1] if solver_type == "midpoint" else distances
+    if not used or 0.0 in used or distinct(used) < len(used):
         return [first]
-    if len(distances) == 1 or solver_type == "midpoint":
+    if len(used) == 1:
         far = h / distances[0]
         return [first, {names[0]: far, names[-1]: -far}]
     r0, r1 = (distance / h for distance in distances)
