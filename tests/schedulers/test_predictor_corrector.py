@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from typing import Any
 
 import numpy as np
@@ -123,23 +122,6 @@ def test_attributes_that_are_assigned_count() -> None:
     assert not torch.equal(results[0][1], results[2][1])
 
 
-@pytest.mark.parametrize("solver_type", ["bh1", "bh2"])
-@pytest.mark.parametrize("predict_x0", [True, False])
-def test_the_last_step_of_unipc_to_zero_is_the_limit(solver_type: str, predict_x0: bool) -> None:
-    """To sigma = 0 the first order says: x0. diffusers divides 0 by 0 for bh1 and for predicted noise."""
-    options = {"solver_type": solver_type, "predict_x0": predict_x0, "disable_corrector": [8]}
-    ours, theirs = pair("UniPCMultistepScheduler", **options)
-    x, e = tensors()
-    for scheduler in (ours, theirs):
-        scheduler.set_timesteps(10)
-        scheduler.set_begin_index(9)
-    t = ours.timesteps[-1]
-    mine, their = (s.step(e, t, x).prev_sample for s in (ours, theirs))
-    sigma = float(ours.sigmas[9])
-    torch.testing.assert_close(mine, x * math.sqrt(sigma**2 + 1) - sigma * e, rtol=1e-12, atol=1e-12)
-    assert their.isfinite().all() == (solver_type == "bh2" and predict_x0)
-
-
 def test_unipc_of_high_order_without_the_corrector() -> None:
     ours, theirs = pair("UniPCMultistepScheduler", solver_order=6, disable_corrector=list(range(12)))
     for scheduler in (ours, theirs):
@@ -247,32 +229,3 @@ def test_a_plan_samples_like_the_steps(name: str) -> None:
         x = scheduler.step(x * 0.3 + float(t) / 1000, t, x, **drawn).prev_sample
     result = scheduler.plan(8).run(lambda x, t: x * 0.3 + float(t) / 1000, start, generator=generators[1])
     torch.testing.assert_close(result, x, rtol=1e-12, atol=1e-12)
-
-
-def test_sasolver_limits_predicted_noise_through_x0() -> None:
-    """diffusers looks its levels up at no timestep here, and fails."""
-    options = {"algorithm_type": "noise_prediction", "thresholding": True, "sample_max_value": 1.0}
-    ours, theirs = pair("SASolverScheduler", **options)
-    x, e = tensors()
-    for scheduler in (ours, theirs):
-        scheduler.set_timesteps(10)
-    with pytest.raises(RuntimeError):
-        theirs.step(e, theirs.timesteps[0], x)
-    scheduler = SASolverScheduler(**options, tau_func=lambda t: 0.0)
-    scheduler.set_timesteps(10)
-    previous = scheduler.step(e, scheduler.timesteps[0], x).prev_sample
-    (a, s), (b, r) = scheduler._signal_noise(scheduler.sigmas[:2].tolist())
-    x0 = ((x - s * e) / a).clamp(-1, 1)
-    torch.testing.assert_close(previous, b * x0 + r * (x - a * x0) / s, rtol=1e-9, atol=1e-9)
-
-
-def test_sasolver_leaves_a_learned_variance_out() -> None:
-    """diffusers draws noise for the variance's channels too, and fails."""
-    x, e = tensors()
-    results = []
-    for variance_type, output in ((None, e), ("learned_range", torch.cat([e, e], dim=1))):
-        scheduler = SASolverScheduler(variance_type=variance_type)
-        scheduler.set_timesteps(10)
-        generator = torch.Generator().manual_seed(0)
-        results.append(scheduler.step(output, scheduler.timesteps[4], x, generator=generator).prev_sample)
-    assert torch.equal(*results)
