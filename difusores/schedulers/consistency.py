@@ -475,7 +475,7 @@ class CMStochasticIterativeScheduler(SigmaScheduler):
             ValueError: timestep is an integer, or `set_timesteps` was not called.
         """
         refuse_integers(self, timestep)
-        if self.num_inference_steps is None:
+        if self.num_inference_steps is None and not self.custom_timesteps:
             raise ValueError("num_inference_steps is None: call set_timesteps before step")
         result: Any = self._step(model_output, timestep, sample, False, generator)
         return CMStochasticIterativeSchedulerOutput(*result) if return_dict else result

@@ -177,27 +177,6 @@ class DDIMParallelScheduler(DDIMScheduler):
 
     _output = DDIMParallelSchedulerOutput
 
-    @register_to_config
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: Any = None,
-        clip_sample: bool = True,
-        set_alpha_to_one: bool = True,
-        steps_offset: int = 0,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "leading",
-        rescale_betas_zero_snr: bool = False,
-    ) -> None:
-        self._initialize()
-
     def _get_variance(self, timestep: int, prev_timestep: int | None = None) -> Tensor:
         before = timestep - self._stride() if prev_timestep is None else prev_timestep
         return super()._get_variance(timestep, before)
