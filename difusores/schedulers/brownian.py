@@ -176,7 +176,9 @@ class DPMSolverSDEScheduler(MidpointScheduler):
 
     def _path(self, sigmas: Sequence[float]) -> BrownianPath:
         levels, seed = [sigma for sigma in sigmas if sigma > 0], self.noise_sampler_seed
-        return BrownianPath(min(levels), max(levels), tuple(seed) if isinstance(seed, Sequence) else seed)
+        if seed is not None:  # numpy's integers are not JSON
+            seed = tuple(map(int, seed)) if isinstance(seed, Sequence) else int(seed)
+        return BrownianPath(min(levels), max(levels), seed)
 
     def plan(self, num_inference_steps: int, *, begin: int = 0, s_noise: float = 1.0) -> Plan:
         """The run from timestep index `begin` on as an immutable plan."""

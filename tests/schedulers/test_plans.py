@@ -10,6 +10,7 @@ from dataclasses import replace
 from threading import Barrier, Thread
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -244,6 +245,15 @@ class TestBrownianPaths:
         torch.testing.assert_close(both[1:], alone)
         with pytest.raises(ValueError, match="2 images, 3 seeds"):
             plan.run(model, x, generator=[torch.Generator()] * 3)
+
+    @pytest.mark.parametrize("seed", [np.int64(5), [np.int64(5), 6], 5])
+    def test_seeds_of_every_kind_are_saved(self, seed: Any) -> None:
+        pytest.importorskip("torchsde", reason="Brownian noise is torchsde's")
+        scheduler = difusores.DPMSolverSDEScheduler(noise_sampler_seed=seed)
+        scheduler.set_timesteps(STEPS)
+        plan, x = scheduler.plan(STEPS), first(scheduler)
+        assert Plan.from_json(plan.to_json()) == plan and hash(plan) == hash(scheduler.plan(STEPS))
+        torch.testing.assert_close(plan.run(model, x), by_hand(scheduler, x, 0), rtol=1e-5, atol=1e-5)
 
     def test_two_grids_follow_one_path(self, scheduler: Any) -> None:
         """Seeds apart the images differ by the noise, steps apart by less: the path is the same."""
