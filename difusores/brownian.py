@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,9 @@ class BrownianNoise:
         seeds = list(seed) if isinstance(seed, Sequence) else [seed]
         if self.batched and len(seeds) != len(like):
             raise ValueError(f"one seed per image: {len(like)} images, {len(seeds)} seeds")
+        # of no memory but one number
+        shape_and_kind = torch.empty((), dtype=like.dtype, device=like.device).expand(like.shape)
+        self.made_of = shape_and_kind, lowest, highest, seed
         ends = sorted(torch.tensor([lowest, highest], dtype=torch.float32, device="cpu").tolist())
         self.ends = [round(end, DIGITS) for end in ends]
         self.paths = [
@@ -82,6 +85,10 @@ class BrownianNoise:
             )
             for one in seeds
         ]
+
+    def __reduce__(self) -> tuple[type[BrownianNoise], tuple[Any, ...]]:
+        # torchsde's trees cannot be copied; the same seeds grow the same ones
+        return type(self), self.made_of
 
     def __call__(self, start: float | Tensor, end: float | Tensor) -> Tensor:
         """Standard normal noise of the step from one noise level to another, in float32."""
