@@ -7,7 +7,7 @@ First solvers in noise levels, on N(MEAN, DEVIATION²): D(x, sigma) = (DEVIATION
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,15 @@ from difusores.schedulers.sigma import SigmaScheduler
 
 MEAN, DEVIATION = 0.3, 0.5
 HIGH, LOW = 8.0, 0.05
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Many small operations: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def output(x: Tensor, sigma: Tensor, kind: str) -> Tensor:
