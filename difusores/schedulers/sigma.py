@@ -186,6 +186,10 @@ class EulerDiscreteScheduler(SigmaScheduler):
 
     def _tells_levels(self) -> bool:
         config = self.config
+        if config["timestep_type"] not in ("discrete", "continuous"):
+            raise ValueError(
+                f"timestep_type must be 'discrete' or 'continuous', got {config['timestep_type']!r}"
+            )
         return (config["timestep_type"], config["prediction_type"]) == ("continuous", "v_prediction")
 
     def _with_levels_as_times(self, sigmas: tuple[float, ...]) -> SigmaGrid:

@@ -171,6 +171,8 @@ class MidpointScheduler(_TwoStageScheduler):
         if self.state_in_first_order:
             return super().scale_model_input(sample, timestep)
         index = self._run.index or 0
+        if index >= len(self.timesteps):
+            raise IndexError(f"the run is over: it has {len(self.timesteps)} timesteps; call set_timesteps")
         grid = SigmaGrid(tuple(self._times()), tuple(self.sigmas.tolist()))
         sigmas = self._single(grid, 0)[1]
         middle = schedules.middle_sigmas(sigmas, ancestral=self.ancestral)[index // 2]

@@ -190,6 +190,8 @@ def _check(order: int, algorithm: str, solver_type: str) -> None:
 
 def _log_snr(level: tuple[float, float]) -> float:
     alpha, sigma = level
+    if alpha == 0:
+        raise ValueError("DPM-Solver cannot begin at a zero signal-to-noise ratio: lambda is infinite there")
     return math.inf if sigma == 0 else math.log(alpha) - math.log(sigma)
 
 

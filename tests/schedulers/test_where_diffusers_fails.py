@@ -92,9 +92,7 @@ def loop(steps: int = 20, beyond: int = 0, last: bool = False) -> Call:
         scheduler.set_timesteps(steps)
         x = before = tensors()[0]
         for t in [*scheduler.timesteps, *[scheduler.timesteps[-1]] * beyond]:
-            # at a place that is none only the step is asked
-            if scheduler.step_index is None or scheduler.step_index < len(scheduler.timesteps):
-                scaled(scheduler, x, t)
+            scaled(scheduler, x, t)
             before, x = x, scheduler.step(torch.tanh(x), t, x, return_dict=False)[0]
         return x - before if last else x
 
@@ -299,6 +297,31 @@ CASES = [
         UnboundLocalError,
         "solver_order must be .*got 0",
     ),
+    Case("orders that there are none of", "LMSDiscrete", {}, one_step(order=9), None, "from 1 to 6, got 9"),
+    Case(
+        "orders that there are none of",
+        "SASolver",
+        {"predictor_order": 5},
+        one_step(),
+        None,
+        "predictor_order must be .*got 5",
+    ),
+    Case(
+        "orders that there are none of",
+        "SASolver",
+        {"corrector_order": 0},
+        loop(),
+        AssertionError,
+        "corrector_order must be .*got 0",
+    ),
+    Case(
+        "second order to sigma = 0",
+        "UniPCMultistep",
+        {"lower_order_final": False},
+        loop(),
+        NAN,
+        "no finite step to sigma = 0",
+    ),
     # Noise.
     Case(
         "the root of a logarithm",
@@ -475,6 +498,46 @@ CASES = [
         one_step(18),
         NotImplementedError,
         lambda _: tensors()[1],
+    ),
+    Case(
+        "no signal in the betas",
+        "EulerDiscrete LMSDiscrete KDPM2Discrete UniPCMultistep DPMSolverMultistep",
+        {"trained_betas": [0.1, 0.1, 1.0], "num_train_timesteps": 3, "timestep_spacing": "trailing"},
+        one_step(steps=3),
+        NAN,
+        "not finite|zero signal-to-noise ratio",
+    ),
+    Case(
+        "times of no kind",
+        "EulerDiscrete",
+        {"timestep_type": "whole"},
+        one_step(),
+        None,
+        "timestep_type must be .*got 'whole'",
+    ),
+    Case(
+        "levels for their places",
+        "EDMEuler",
+        {},
+        lambda s: s.set_timesteps(sigmas=torch.tensor([80.0, 1.0])),
+        None,
+        "sigmas are places of levels",
+    ),
+    Case(
+        "an end at pure noise",
+        "FlowMatchEulerDiscrete",
+        {"shift_terminal": 1.0},
+        grid(4),
+        None,
+        "shift_terminal must lie from 0 to below 1",
+    ),
+    Case(
+        "jumps over nothing",
+        "RePaint",
+        {},
+        grid(10, jump_length=0),
+        ValueError,
+        "jump_length must be at least 1",
     ),
     # Places.
     Case("beyond the end", INDEXED, {}, loop(3, beyond=1), IndexError, "the run is over: it has 3 timesteps"),
