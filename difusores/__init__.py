@@ -13,8 +13,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from difusores.functional import sample as sample
+    from difusores.models import AutoencoderKL as AutoencoderKL
     from difusores.models import ModelMixin as ModelMixin
+    from difusores.models import UNet2DConditionModel as UNet2DConditionModel
     from difusores.models import UNet2DModel as UNet2DModel
+    from difusores.models import VQModel as VQModel
     from difusores.ops import use_backend as use_backend
     from difusores.pipelines import DDIMPipeline as DDIMPipeline
     from difusores.pipelines import DDPMPipeline as DDPMPipeline
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
 
 # Public name -> the module that defines it. The imports above tell type checkers the same (tested).
 _PUBLIC = {
+    "AutoencoderKL": "difusores.models",
     "CMStochasticIterativeScheduler": "difusores.schedulers",
     "CosineDPMSolverMultistepScheduler": "difusores.schedulers",
     "DDIMInverseScheduler": "difusores.schedulers",
@@ -92,9 +96,11 @@ _PUBLIC = {
     "ScoreSdeVeScheduler": "difusores.schedulers",
     "ScoreSdeVpScheduler": "difusores.schedulers",
     "TCDScheduler": "difusores.schedulers",
+    "UNet2DConditionModel": "difusores.models",
     "UNet2DModel": "difusores.models",
     "UnCLIPScheduler": "difusores.schedulers",
     "UniPCMultistepScheduler": "difusores.schedulers",
+    "VQModel": "difusores.models",
     "sample": "difusores.functional",
     "use_backend": "difusores.ops",
 }

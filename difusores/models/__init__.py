@@ -1,6 +1,16 @@
 """Models: plain torch modules that call the package's ops."""
 
+from difusores.models.autoencoder import AutoencoderKL, VQModel
 from difusores.models.modeling import ModelMixin
 from difusores.models.unet_2d import UNet2DModel, UNet2DOutput
+from difusores.models.unet_2d_condition import UNet2DConditionModel, UNet2DConditionOutput
 
-__all__ = ["ModelMixin", "UNet2DModel", "UNet2DOutput"]
+__all__ = [
+    "AutoencoderKL",
+    "ModelMixin",
+    "UNet2DConditionModel",
+    "UNet2DConditionOutput",
+    "UNet2DModel",
+    "UNet2DOutput",
+    "VQModel",
+]

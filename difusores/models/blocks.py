@@ -5,16 +5,23 @@ Layouts and `temb` as in `layers`. Module names are those of diffusers, so that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from difusores.models.layers import Attention, BlockOptions, Downsample2D, ResnetBlock2D, Upsample2D
+from difusores.models.transformer import NO_CONTEXT, Context
+
+Attend = Callable[[int], nn.Module]
+"""Makes the attention of a layer: width -> module(image, context) -> image of the same shape."""
 
 
 class DownBlock2D(nn.Module):
-    """Residual blocks, each followed by attention if `head_dim` is given, then a halving of height and width.
+    """Residual blocks, each followed by attention if `attend` is given, then a halving of height and width.
 
     Args:
+        attend: makes the attentions.
         downsample: "conv", "resnet" or None.
         padding: of the convolution that halves.
     """
@@ -25,13 +32,13 @@ class DownBlock2D(nn.Module):
         out_channels: int,
         options: BlockOptions,
         num_layers: int = 1,
-        head_dim: int | None = None,
+        attend: Attend | None = None,
         downsample: str | None = "conv",
         padding: int = 1,
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * (num_layers - 1)
-        self.attentions = _attentions(num_layers, out_channels, head_dim, options)
+        self.attentions = _attentions(num_layers, out_channels, attend)
         self.resnets = nn.ModuleList(ResnetBlock2D(width, out_channels, options) for width in widths)
         self.downsamplers: nn.ModuleList | None = None
         if downsample == "resnet":
@@ -42,14 +49,23 @@ class DownBlock2D(nn.Module):
             self.downsamplers = nn.ModuleList([Downsample2D(out_channels, padding)])
 
     def forward(
-        self, x: torch.Tensor, temb: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        temb: torch.Tensor | None = None,
+        context: Context = NO_CONTEXT,
+        residual: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Returns the output and, for the way up, what every layer gave."""
+        """Returns the output and, for the way up, what every layer gave.
+
+        residual: added to what the last layer gives, before the halving.
+        """
         states = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, temb)
             if self.attentions is not None:
-                x = self.attentions[i](x)
+                x = self.attentions[i](x, context)
+            if residual is not None and i == len(self.resnets) - 1:
+                x = x + residual
             states.append(x)
         for downsampler in self.downsamplers or ():
             x = downsampler(x, temb)
@@ -62,7 +78,8 @@ class UpBlock2D(nn.Module):
 
     Args:
         in_channels: width of the input from below.
-        skip_channels: widths of the states of the way down, in the order in which they are read.
+        skip_channels: widths of the states of the way down, in the order in which they are read; 0: none.
+        attend: makes the attentions.
         upsample: "conv", "resnet" or None.
     """
 
@@ -72,12 +89,13 @@ class UpBlock2D(nn.Module):
         skip_channels: list[int],
         out_channels: int,
         options: BlockOptions,
-        head_dim: int | None = None,
+        attend: Attend | None = None,
         upsample: str | None = "conv",
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * (len(skip_channels) - 1)
-        self.attentions = _attentions(len(skip_channels), out_channels, head_dim, options)
+        self.attentions = _attentions(len(skip_channels), out_channels, attend)
+        self.reads_states = [width > 0 for width in skip_channels]
         self.resnets = nn.ModuleList(
             ResnetBlock2D(width + skip, out_channels, options)
             for width, skip in zip(widths, skip_channels, strict=True)
@@ -91,57 +109,68 @@ class UpBlock2D(nn.Module):
             self.upsamplers = nn.ModuleList([Upsample2D(out_channels)])
 
     def forward(
-        self, x: torch.Tensor, states: list[torch.Tensor], temb: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        states: list[torch.Tensor],
+        temb: torch.Tensor | None = None,
+        context: Context = NO_CONTEXT,
     ) -> torch.Tensor:
         """Takes its states off the end of the list."""
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat((x, states.pop()), dim=1), temb)
+            if self.reads_states[i]:
+                x = torch.cat((x, states.pop()), dim=1)
+            x = resnet(x, temb)
             if self.attentions is not None:
-                x = self.attentions[i](x)
+                x = self.attentions[i](x, context)
+        size = states[-1].shape[2:] if states else None  # odd ones do not come back by doubling
         for upsampler in self.upsamplers or ():
-            x = upsampler(x, temb)
+            x = upsampler(x, temb, size)
         return x
 
 
-def _attentions(
-    count: int, channels: int, head_dim: int | None, options: BlockOptions
-) -> nn.ModuleList | None:
-    if head_dim is None:
-        return None
-    return nn.ModuleList(Attention(channels, head_dim, options.groups, options.eps) for _ in range(count))
+def _attentions(count: int, channels: int, attend: Attend | None) -> nn.ModuleList | None:
+    return None if attend is None else nn.ModuleList(attend(channels) for _ in range(count))
+
+
+def image_attention(
+    head_dim: int | None, groups: int | None, eps: float, output_scale_factor: float = 1.0
+) -> Attend:
+    """Self-attention over the pixels; head_dim None is one head."""
+    return lambda channels: Attention(channels, head_dim or channels, groups, eps, output_scale_factor)
 
 
 class UNetMidBlock2D(nn.Module):
-    """Two residual blocks with attention between them.
+    """Residual blocks with attention between them.
 
     Args:
-        head_dim: width of an attention head; None for no attention.
-        attention_groups: of the attention's normalisation; None for none.
-        output_scale_factor: the sums in all three are divided by it.
+        attend: makes the attentions; None for none.
+        output_scale_factor: the sums in the residual blocks are divided by it.
+        num_layers: residual blocks after the first one.
     """
 
     def __init__(
         self,
         channels: int,
         options: BlockOptions,
-        head_dim: int | None,
-        attention_groups: int | None,
+        attend: Attend | None,
         output_scale_factor: float = 1.0,
+        num_layers: int = 1,
     ) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList()
-        if head_dim is not None:
-            self.attentions.append(
-                Attention(channels, head_dim, attention_groups, options.eps, output_scale_factor)
-            )
+        self.attentions = nn.ModuleList(
+            [] if attend is None else (attend(channels) for _ in range(num_layers))
+        )
         self.resnets = nn.ModuleList(
             ResnetBlock2D(channels, channels, options, output_scale_factor=output_scale_factor)
-            for _ in range(2)
+            for _ in range(num_layers + 1)
         )
 
-    def forward(self, x: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, temb: torch.Tensor | None = None, context: Context = NO_CONTEXT
+    ) -> torch.Tensor:
         x = self.resnets[0](x, temb)
-        for attend in self.attentions:
-            x = attend(x)
-        out: torch.Tensor = self.resnets[1](x, temb)
-        return out
+        for i, resnet in enumerate(self.resnets[1:]):
+            if self.attentions:
+                x = self.attentions[i](x, context)
+            x = resnet(x, temb)
+        return x

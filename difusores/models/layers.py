@@ -94,6 +94,13 @@ class Downsample2D(nn.Module):
         return out
 
 
+def double(x: torch.Tensor, size: torch.Size | None = None) -> torch.Tensor:
+    """Height and width doubled by repetition, or brought to `size`."""
+    if size is None:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    return F.interpolate(x, size=tuple(size), mode="nearest")
+
+
 class Upsample2D(nn.Module):
     """Double height and width by repetition, then a convolution."""
 
@@ -101,8 +108,11 @@ class Upsample2D(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
-        out: torch.Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(
+        self, x: torch.Tensor, temb: torch.Tensor | None = None, size: torch.Size | None = None
+    ) -> torch.Tensor:
+        """size: height and width, where they are not twice those of x (odd ones on the way down)."""
+        out: torch.Tensor = self.conv(double(x, size))
         return out
 
 
@@ -138,9 +148,9 @@ class ResnetBlock2D(nn.Module):
         self.nonlinearity = activation(options.act_fn)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def _resample(self, x: torch.Tensor) -> torch.Tensor:
+    def _resample(self, x: torch.Tensor, size: torch.Size | None) -> torch.Tensor:
         if self.resample == "up":
-            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+            return double(x, size)
         return F.avg_pool2d(x, 2) if self.resample == "down" else x
 
     def _second_norm(self, hidden: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
@@ -158,10 +168,13 @@ class ResnetBlock2D(nn.Module):
             out = self.norm2(hidden, add=embedding)
         return out
 
-    def forward(self, x: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
-        hidden = self.conv1(self._resample(self.norm1(x)))
+    def forward(
+        self, x: torch.Tensor, temb: torch.Tensor | None = None, size: torch.Size | None = None
+    ) -> torch.Tensor:
+        """size: see `Upsample2D`."""
+        hidden = self.conv1(self._resample(self.norm1(x), size))
         hidden = self.conv2(self.dropout(self._second_norm(hidden, temb)))
-        shortcut = self._resample(x)
+        shortcut = self._resample(x, size)
         if self.conv_shortcut is not None:
             shortcut = self.conv_shortcut(shortcut)
         return _add(shortcut, hidden, self.output_scale_factor)
@@ -194,7 +207,8 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(channels, inner)
         self.to_out = nn.ModuleList([nn.Linear(inner, channels), nn.Dropout(0.0)])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: object = None) -> torch.Tensor:
+        """x: [N, C, H, W]; `context` is not looked at: transformers stand in the same place."""
         hidden = x if self.group_norm is None else self.group_norm(x)
         # [N, HW, C]; of NCHW one copy here saves three in the projections
         tokens = hidden.flatten(2).transpose(1, 2).contiguous()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from difusores.configuration import FrozenDict, register_to_config
-from difusores.models.blocks import DownBlock2D, UNetMidBlock2D, UpBlock2D
+from difusores.models.blocks import Attend, DownBlock2D, UNetMidBlock2D, UpBlock2D, image_attention
 from difusores.models.embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
 from difusores.models.layers import BlockOptions, GroupNormAct
 from difusores.models.modeling import ModelMixin
@@ -118,6 +118,7 @@ class UNet2DModel(ModelMixin):
             scale_shift=resnet_time_scale_shift == "scale_shift",
         )
 
+        attend = image_attention(attention_head_dim, norm_num_groups, norm_eps)
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self._build_embeddings(self.config, widths[0], time_embedding_dim or 4 * widths[0])
         self.down_blocks = nn.ModuleList()
@@ -127,7 +128,7 @@ class UNet2DModel(ModelMixin):
                 widths[i],
                 options,
                 num_layers=layers_per_block,
-                head_dim=(attention_head_dim or widths[i]) if kind == "AttnDownBlock2D" else None,
+                attend=attend if kind == "AttnDownBlock2D" else None,
                 downsample=_resampling(kind, downsample_type) if i < len(widths) - 1 else None,
                 padding=downsample_padding,
             )
@@ -139,7 +140,7 @@ class UNet2DModel(ModelMixin):
                 [widths[i]] * layers_per_block + [widths[max(i - 1, 0)]],
                 widths[i],
                 options,
-                head_dim=(attention_head_dim or widths[i]) if kind == "AttnUpBlock2D" else None,
+                attend=attend if kind == "AttnUpBlock2D" else None,
                 upsample=_resampling(kind, upsample_type) if i > 0 else None,
             )
             self.up_blocks.append(up_block)
@@ -148,10 +149,12 @@ class UNet2DModel(ModelMixin):
             attention_groups = attn_norm_num_groups
             if attention_groups is None and not options.scale_shift:
                 attention_groups = norm_num_groups
-            head_dim = (attention_head_dim or widths[-1]) if add_attention else None
-            self.mid_block = UNetMidBlock2D(
-                widths[-1], options, head_dim, attention_groups, mid_block_scale_factor
-            )
+            mid_attend: Attend | None = None
+            if add_attention:
+                mid_attend = image_attention(
+                    attention_head_dim, attention_groups, norm_eps, mid_block_scale_factor
+                )
+            self.mid_block = UNetMidBlock2D(widths[-1], options, mid_attend, mid_block_scale_factor)
         self.conv_norm_out = GroupNormAct(norm_num_groups, widths[0], norm_eps)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
