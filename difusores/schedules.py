@@ -48,10 +48,15 @@ def betas(
 
     Raises:
         NotImplementedError: unknown schedule.
+        ValueError: not T trained_betas.
     """
     if trained_betas is not None:
         # as_tensor may share memory with the caller's array
         table = torch.as_tensor(trained_betas, dtype=torch.float32, device="cpu").detach().clone()
+        if table.shape != (num_train_timesteps,):
+            raise ValueError(
+                f"trained_betas has {table.numel()} values, and num_train_timesteps is {num_train_timesteps}"
+            )
     elif schedule == "linear":
         table = _linspace(beta_start, beta_end, num_train_timesteps)
     elif schedule == "scaled_linear":
@@ -373,7 +378,10 @@ def sigma_to_timestep(sigmas: Array | Sequence[float], table: Array) -> list[flo
     reached = (levels[None] >= logarithms[:, None])[::-1]
     low = np.where(reached.any(0), len(table) - 1 - reached.argmax(0), 0).clip(max=len(table) - 2)
     below, above = logarithms[low], logarithms[low + 1]
-    share = np.clip((below - levels) / (below - above), 0, 1)
+    with np.errstate(
+        invalid="ignore"
+    ):  # of an infinite level; a stage at a time that is no number is refused
+        share = np.clip((below - levels) / (below - above), 0, 1)
     return [float(t) for t in (1 - share) * low + share * (low + 1)]
 
 
@@ -501,7 +509,8 @@ def inner_timesteps(
     if spacing == "leading":
         return [i * (total // (steps + 1)) + offset for i in range(steps, 0, -1)]
     if spacing == "trailing":
-        return [int(t) - 1 for t in np.arange(total, 0, -num_train_timesteps / steps).round()]
+        # rounding may leave room for one more, which would be -1
+        return [int(t) - 1 for t in np.arange(total, 0, -num_train_timesteps / steps).round()[:steps]]
     raise ValueError(f"timestep_spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
 
 

@@ -107,6 +107,8 @@ class IndexedScheduler(TableScheduler):
             first = self.timesteps.data_ptr()
             is_first = isinstance(timestep, Tensor) and timestep.ndim == 0 and timestep.data_ptr() == first
             index = 0 if is_first else self.index_for_timestep(timestep)
+        elif not 0 <= index < len(self.timesteps):
+            raise IndexError(f"begin_index is {index}, and there are {len(self.timesteps)} timesteps")
         self._run.index = self._run.begin = index
         return index
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -90,7 +91,11 @@ class SigmaScheduler(IndexedScheduler):
         for kind in self.grid_kinds:
             if self.config.get(f"use_{kind}_sigmas"):
                 raise ValueError(f"cannot take timesteps with use_{kind}_sigmas, which chooses its own")
-        return [float(t) for t in timesteps]
+        times = [float(t) for t in timesteps]
+        inside = all(0 <= t <= len(self) - 1 for t in times)
+        if not inside or any(t <= after for t, after in itertools.pairwise(times)):
+            raise ValueError(f"timesteps must descend within {len(self) - 1} to 0, got {times}")
+        return times
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """The model's input: sample / sqrt(sigma² + 1)."""
@@ -183,6 +188,13 @@ class EulerDiscreteScheduler(SigmaScheduler):
         self._initialize()
         if self._tells_levels():
             self._set(self._with_levels_as_times(tuple(self.sigmas.tolist())), None)
+        elif timestep_type == "continuous":
+            logger.warning("timestep_type 'continuous' is for 'v_prediction': the model is told timesteps")
+        ranged = sigma_min is not None or sigma_max is not None
+        if ranged and not (use_karras_sigmas or use_exponential_sigmas or use_beta_sigmas):
+            logger.warning(
+                "sigma_min and sigma_max are not used: no use_..._sigmas chooses levels between them"
+            )
 
     def _tells_levels(self) -> bool:
         config = self.config

@@ -18,6 +18,21 @@ from difusores.plan import Threshold
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 
+def churn_factor(s_churn: float, calls: int) -> float:
+    """By what part of itself a noise level is raised (Karras et al. 2022, algorithm 2).
+
+    Args:
+        s_churn: shared out over the calls.
+        calls: of the model, in the run.
+
+    Raises:
+        ValueError: s_churn is negative, or no number.
+    """
+    if not s_churn >= 0:
+        raise ValueError(f"s_churn must not be below 0, got {s_churn}")
+    return min(s_churn / calls, math.sqrt(2) - 1)
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What the model predicts and how the x0 that follows is limited.

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from difusores.plan import Noise, Stage, make_row
-from difusores.solvers.common import Prediction
+from difusores.solvers.common import Prediction, churn_factor
 
 FLOW = Prediction("flow_prediction")
 
@@ -52,7 +52,7 @@ def flow_heun(
     last = len(times) - 1
     for i in range(begin, len(times)):
         sigma, after = sigmas[i], sigmas[i + 1]
-        gamma = min(s_churn / (2 * last + 1), math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
+        gamma = churn_factor(s_churn, 2 * last + 1) if s_tmin <= sigma <= s_tmax else 0.0
         hat = sigma * (gamma + 1)
         churn = s_noise * math.sqrt(hat * hat - sigma * sigma) if gamma > 0 else 0.0
         noise = Noise() if gamma > 0 else None

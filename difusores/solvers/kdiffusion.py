@@ -15,7 +15,7 @@ from itertools import islice, pairwise
 
 from difusores.ops.scheduler_step import COLUMNS, W
 from difusores.plan import Noise, Stage, make_row
-from difusores.solvers.common import Prediction
+from difusores.solvers.common import Prediction, churn_factor
 from difusores.solvers.exponential import exponential_moments
 from difusores.solvers.sigma import ancestral_levels, euler, heun, kdpm2, lms
 from difusores.solvers.unipc import unipc
@@ -119,7 +119,7 @@ def churned(
         s_tmin, s_tmax: the levels that are raised.
         s_noise: factor of the noise.
     """
-    gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
+    gamma = churn_factor(s_churn, len(sigmas) - 1)
     raised = [sigma * (1 + gamma) if s_tmin <= sigma <= s_tmax else sigma for sigma in sigmas[:-1]]
     if raised[0] > sigmas[0]:
         yield raise_level(sigmas[0], raised[0], s_noise)

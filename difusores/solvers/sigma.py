@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from difusores.plan import Noise, Stage, make_row
-from difusores.solvers.common import Preconditioned, Prediction
+from difusores.solvers.common import Preconditioned, Prediction, churn_factor
 
 
 def euler(
@@ -34,7 +34,7 @@ def euler(
     follows = prediction.kind == "epsilon" or isinstance(prediction, Preconditioned)
     for i in range(begin, len(times)):
         sigma, after = sigmas[i], sigmas[i + 1]
-        gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
+        gamma = churn_factor(s_churn, len(sigmas) - 1) if s_tmin <= sigma <= s_tmax else 0.0
         hat = sigma * (gamma + 1)
         x0 = prediction.x0_at(hat if follows else sigma)
         row = make_row(

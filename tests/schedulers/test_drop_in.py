@@ -93,7 +93,7 @@ def same_state(ours: Any, theirs: Any) -> None:
     for key, their in vars(theirs).items():
         if key.startswith("_") or key in REMEMBERED or callable(their):
             continue
-        mine = getattr(ours, key)
+        mine = ours.config[key] if key in ours.config else getattr(ours, key)
         if isinstance(their, Tensor):
             assert mine.dtype is their.dtype and mine.device == their.device, key
             torch.testing.assert_close(mine, their, rtol=1e-5, atol=1e-4 if key == "timesteps" else 1e-6)

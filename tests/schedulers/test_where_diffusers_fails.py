@@ -451,6 +451,60 @@ CASES = [
         lambda _: torch.tensor([round(1000 - k * 1000 / 61) - 1 for k in range(61)]),
     ),
     Case(
+        "trailing steps of solvers that end beside the image, of which diffusers has one more, at -1",
+        "DPMSolverMultistep UniPCMultistep DEISMultistep SASolver",
+        {"timestep_spacing": "trailing"},
+        lambda s: s.set_timesteps(61) or s.timesteps.double(),
+        None,
+        lambda _: torch.tensor([round(1000 - k * 1000 / 61) - 1 for k in range(61)]),
+    ),
+    Case(
+        "a table of another length",
+        "DDIM EulerDiscrete LMSDiscrete UniPCMultistep DPMSolverMultistep",
+        {"trained_betas": [0.1, 0.2, 0.3], "num_train_timesteps": 5},
+        lambda s: None,
+        None,
+        "trained_betas has 3 values, and num_train_timesteps is 5",
+    ),
+    Case(
+        "timesteps that rise",
+        "EulerDiscrete",
+        {},
+        lambda s: s.set_timesteps(timesteps=[1, 500, 900]),
+        None,
+        "timesteps must descend within 999 to 0, got",
+    ),
+    Case(
+        "timesteps beyond training",
+        "EulerDiscrete",
+        {},
+        lambda s: s.set_timesteps(timesteps=[1200, 500]),
+        None,
+        "timesteps must descend within 999 to 0, got",
+    ),
+    Case(
+        "churn below nothing",
+        "EulerDiscrete FlowMatchHeunDiscrete",
+        {},
+        lambda s: (
+            s.set_timesteps(4) or s.step(ones(), s.timesteps[0], ones(), s_churn=-0.1, return_dict=False)[0]
+        ),
+        None,
+        "s_churn must not be below 0, got -0.1",
+    ),
+    Case(
+        "a beginning before the first step",
+        "DPMSolverMultistep UniPCMultistep",
+        {},
+        lambda s: (
+            s.set_timesteps(4)
+            or s.set_begin_index(-1)
+            or s.step(ones(), s.timesteps[0], ones(), return_dict=False)[0]
+        ),
+        NAN,
+        "begin_index is -1, and there are 4 timesteps",
+    ),
+    Case(
         "a shift that nothing takes",
         "DPMSolverMultistep DPMSolverSinglestep DEISMultistep",
         {},
