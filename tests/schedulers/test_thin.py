@@ -6,6 +6,7 @@ import ast
 import inspect
 import textwrap
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import difusores
 from difusores import native
-from difusores.schedulers import base
+from difusores.schedulers import base, score
 
 FOLDER = Path(base.__file__).parent
 SHAPE = (2, 3, 4, 4)
@@ -167,6 +168,38 @@ def test_a_step_is_one_op(name: str) -> None:
     with mock.patch.object(base, "draw_noise", draw):
         loop(None)
         loop(Counting())
+
+
+# Steps of other names or arguments: scheduler, model output, sample -> calls, each of which is a step.
+OTHER_STEPS: dict[str, Callable[[Any, Tensor, Tensor], list[Callable[[], Any]]]] = {
+    "ScoreSdeVeScheduler": lambda s, e, x: [lambda t=t: s.step_pred(e, t, x) for t in s.timesteps],
+    "ScoreSdeVpScheduler": lambda s, e, x: [lambda t=t: s.step_pred(e, t, x) for t in s.timesteps],
+    "KarrasVeScheduler": lambda s, e, x: [
+        lambda: s.step(e, 1.5, 1.0, x),
+        lambda: s.step_correct(e, 1.5, 1.0, x, x, e),
+        lambda: s.add_noise_to_input(x, 1.0),
+    ],
+}
+
+
+@pytest.mark.skipif(native.status("cpu") is not None, reason=native.status("cpu") or "")
+@pytest.mark.parametrize("name", OTHER_STEPS)
+def test_a_step_of_another_name_is_one_op(name: str) -> None:
+    scheduler = getattr(difusores, name)()
+    scheduler.set_timesteps(6)
+    if name == "ScoreSdeVeScheduler":
+        scheduler.set_sigmas(6)
+    x, e, z = (torch.randn(SHAPE) for _ in range(3))
+    with (
+        mock.patch.object(score, "draw_noise", lambda *args, **kwargs: z),
+        mock.patch.object(score, "noise_of_the_host", lambda *args, **kwargs: z),
+    ):
+        for call in OTHER_STEPS[name](scheduler, e, x):
+            call()
+            with Counting() as mode:
+                call()
+            others = {op: count for op, count in mode.calls.items() if op not in ALLOCATES}
+            assert sum(others.values()) <= 2 and "difusores::scheduler_step" in others, mode.calls
 
 
 @pytest.mark.parametrize("name", NAMES)
