@@ -173,7 +173,7 @@ def test_a_step_is_one_op(name: str) -> None:
 # Steps of other names or arguments: scheduler, model output, sample -> calls, each of which is a step.
 OTHER_STEPS: dict[str, Callable[[Any, Tensor, Tensor], list[Callable[[], Any]]]] = {
     "ScoreSdeVeScheduler": lambda s, e, x: [lambda t=t: s.step_pred(e, t, x) for t in s.timesteps],
-    "ScoreSdeVpScheduler": lambda s, e, x: [lambda t=t: s.step_pred(e, t, x) for t in s.timesteps],
+    "ScoreSdeVpScheduler": lambda s, e, x: [lambda t=t: s.step_pred(e, x, t) for t in s.timesteps],
     "KarrasVeScheduler": lambda s, e, x: [
         lambda: s.step(e, 1.5, 1.0, x),
         lambda: s.step_correct(e, 1.5, 1.0, x, x, e),
