@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from difusores.functional import sample as sample
     from difusores.models import AutoencoderKL as AutoencoderKL
+    from difusores.models import Conditioning as Conditioning
+    from difusores.models import LDMBertModel as LDMBertModel
     from difusores.models import ModelMixin as ModelMixin
     from difusores.models import UNet2DConditionModel as UNet2DConditionModel
     from difusores.models import UNet2DModel as UNet2DModel
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "AutoencoderKL": "difusores.models",
     "CMStochasticIterativeScheduler": "difusores.schedulers",
+    "Conditioning": "difusores.models",
     "CosineDPMSolverMultistepScheduler": "difusores.schedulers",
     "DDIMInverseScheduler": "difusores.schedulers",
     "DDIMParallelScheduler": "difusores.schedulers",
@@ -87,6 +90,7 @@ _PUBLIC = {
     "KDPM2DiscreteScheduler": "difusores.schedulers",
     "KarrasVeScheduler": "difusores.schedulers",
     "LCMScheduler": "difusores.schedulers",
+    "LDMBertModel": "difusores.models",
     "LMSDiscreteScheduler": "difusores.schedulers",
     "ModelMixin": "difusores.models",
     "PNDMScheduler": "difusores.schedulers",

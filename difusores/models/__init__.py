@@ -1,12 +1,16 @@
 """Models: plain torch modules that call the package's ops."""
 
 from difusores.models.autoencoder import AutoencoderKL, VQModel
+from difusores.models.conditioning import Conditioning
+from difusores.models.ldm_bert import LDMBertModel
 from difusores.models.modeling import ModelMixin
 from difusores.models.unet_2d import UNet2DModel, UNet2DOutput
 from difusores.models.unet_2d_condition import UNet2DConditionModel, UNet2DConditionOutput
 
 __all__ = [
     "AutoencoderKL",
+    "Conditioning",
+    "LDMBertModel",
     "ModelMixin",
     "UNet2DConditionModel",
     "UNet2DConditionOutput",

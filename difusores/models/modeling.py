@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Container, Iterable
-from typing import Any
+from collections.abc import Container, Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,9 +31,14 @@ UNSUPPORTED = (
 
 
 class ModelMixin(nn.Module, ConfigMixin):
-    """A torch module that `from_pretrained` reads and `save_pretrained` writes."""
+    """A torch module that `from_pretrained` reads and `save_pretrained` writes.
+
+    Class attributes:
+        weights_names: names of weight files without their endings, by ending.
+    """
 
     config_name = "config.json"
+    weights_names: ClassVar[dict[str, str]] = {"safetensors": WEIGHTS_NAME, "bin": WEIGHTS_NAME}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -124,7 +129,7 @@ class ModelMixin(nn.Module, ConfigMixin):
             raise TypeError(
                 f"{cls.__name__}.from_pretrained does not know the argument(s) {', '.join(unknown)}"
             )
-        paths = find_weights(source, subfolder, variant, use_safetensors, hub)
+        paths = find_weights(source, cls.weights_names, subfolder, variant, use_safetensors, hub)
         tensors = convert_legacy_attention(read_tensors(paths), model.state_dict())
         _assign(model, tensors, dtype or torch.float32, paths[0])
         model.register_to_config(_name_or_path=source)
@@ -170,7 +175,8 @@ class ModelMixin(nn.Module, ConfigMixin):
         if not is_main_process:
             return
         self.save_config(save_directory)
-        name = f"{WEIGHTS_NAME}.{variant}.safetensors" if variant else f"{WEIGHTS_NAME}.safetensors"
+        stem = self.weights_names["safetensors"]
+        name = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
         write_safetensors(os.path.join(save_directory, name), self.state_dict())
         if push_to_hub:
             upload_folder(save_directory, **hub)
@@ -203,15 +209,20 @@ def _bytes(size: int | str) -> int:
 
 
 def find_weights(
-    source: str, subfolder: str | None, variant: str | None, use_safetensors: bool | None, hub: dict[str, Any]
+    source: str,
+    stems: Mapping[str, str],
+    subfolder: str | None,
+    variant: str | None,
+    use_safetensors: bool | None,
+    hub: dict[str, Any],
 ) -> list[str]:
     """The weight files of a model: by preference one safetensors file, its shards, or the same as .bin."""
     suffix = f".{variant}" if variant else ""
     kinds = {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[use_safetensors]
     names = []
     for kind in kinds:
-        names.append(f"{WEIGHTS_NAME}{suffix}.{kind}")
-        names.append(f"{WEIGHTS_NAME}.{kind}.index{suffix}.json")
+        names.append(f"{stems[kind]}{suffix}.{kind}")
+        names.append(f"{stems[kind]}.{kind}.index{suffix}.json")
     found = find_file(source, names, subfolder, **hub)
     if not found.endswith(".json"):
         return [found]

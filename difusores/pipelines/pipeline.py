@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import os
 import warnings
@@ -16,9 +17,18 @@ from tqdm.auto import tqdm
 from difusores.configuration import ConfigMixin
 from difusores.files import upload_folder
 from difusores.models.modeling import drop_unsupported, resolve_dtype
+from difusores.plan import Plan
 
-LIBRARIES = {"diffusers": "difusores", "difusores": "difusores", "transformers": "transformers"}
+LIBRARIES = {
+    "diffusers": "difusores",
+    "difusores": "difusores",
+    "latent_diffusion": "difusores",
+    "transformers": "transformers",
+}
 """Library named in a model_index.json -> the package whose classes are used."""
+
+RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
+"""Class named in old folders -> the name that it has now."""
 
 Self = TypeVar("Self", bound="DiffusionPipeline")
 
@@ -34,6 +44,7 @@ class DiffusionPipeline(ConfigMixin):
     _progress_bar_config: dict[str, Any]
     # the scheduler in the folder that the models came from; None where that is not known
     _trained_with: Any = None
+    scheduler: Any
 
     def register_modules(self, **components: Any) -> None:
         """Make the arguments components."""
@@ -128,7 +139,16 @@ class DiffusionPipeline(ConfigMixin):
             )
         if betas not in (None, trained):
             given, own = (f"{len(b)} betas from {b[0]:.4g} to {b[-1]:.4g}" for b in (betas, trained))
-            warnings.warn(f"the scheduler has {given}, and the model's own folder says {own}", stacklevel=4)
+            warnings.warn(f"the scheduler has {given}, and the model's own folder says {own}", stacklevel=5)
+
+    def _check_scheduler(self, plan: Plan | None) -> None:
+        """`check_training` for the scheduler, by its plan where it has one."""
+        if plan is not None:
+            self.check_training(plan.prediction_type, plan.betas)
+            return
+        betas = getattr(self.scheduler, "betas", None)
+        kind = self.scheduler.config.get("prediction_type")
+        self.check_training(kind, None if betas is None else tuple(betas.tolist()))
 
     @classmethod
     def from_pretrained(
@@ -175,18 +195,21 @@ class DiffusionPipeline(ConfigMixin):
         own_class = (
             _find_class("difusores", str(index.get("_class_name"))) if cls is DiffusionPipeline else cls
         )
-        names = list(inspect.signature(own_class.__init__).parameters)[1:]
+        parameters = dict(list(inspect.signature(own_class.__init__).parameters.items())[1:])
+        names = list(parameters)
         unknown = sorted(options.keys() - set(names))
         if unknown:
             raise TypeError(f"{own_class.__name__} takes {', '.join(names)}, and no {', '.join(unknown)}")
-        missing = [name for name in names if name not in index and name not in options]
+        present = {*index, *options}
+        empty = inspect.Parameter.empty
+        missing = [name for name in names if name not in present and parameters[name].default is empty]
         if missing:
             raise ValueError(f"{source!r} has no {', '.join(missing)}, which {own_class.__name__} needs")
 
         stored = {
             name: _load_component(source, name, index[name], model_options, hub)
             for name in names
-            if name not in options
+            if name in index and name not in options
         }
         pipeline: Self = own_class(**stored, **options)
         if not any(isinstance(value, nn.Module) for value in options.values()):
@@ -217,6 +240,9 @@ class DiffusionPipeline(ConfigMixin):
                 if max_shard_size is not None:
                     options["max_shard_size"] = max_shard_size
             if component is not None:
+                if not hasattr(component, "save_pretrained"):
+                    kind = type(component).__name__
+                    raise TypeError(f"{name} is a {kind}, which has no save_pretrained: it cannot be saved")
                 component.save_pretrained(os.path.join(save_directory, name), **options)
         self.save_config(save_directory)
         if push_to_hub:
@@ -260,11 +286,17 @@ def _library_and_class(component: object) -> tuple[str | None, str | None]:
         return None, None
     component = getattr(component, "_orig_mod", component)  # of torch.compile
     library = type(component).__module__.split(".")[0]
-    return "diffusers" if library == "difusores" else library, type(component).__name__
+    if library == "difusores":
+        # diffusers keeps a few classes beside their pipeline, and finds them under its name
+        library = getattr(type(component), "index_library", "diffusers")
+    return library, type(component).__name__
 
 
 def _find_class(library: str, name: str) -> Any:
     package = LIBRARIES.get(library)
+    if package == "transformers" and importlib.util.find_spec(package) is None:
+        raise ImportError(f"{name} is a class of transformers, which is not installed: difusores[text] has it")
+    name = RENAMED.get(name, name)
     found = getattr(importlib.import_module(package), name, None) if package else None
     if found is None:
         raise ValueError(
@@ -289,6 +321,8 @@ def _load_component(
         dtype = options["torch_dtype"]
         if isinstance(dtype, dict):
             options["torch_dtype"] = dtype.get(name, dtype.get("default"))
+        if library == "transformers":  # which else takes the file's dtype, and knows the argument as dtype
+            options["dtype"] = options.pop("torch_dtype") or torch.float32
     return component_class.from_pretrained(source, subfolder=name, **options)
 
 

@@ -1,0 +1,125 @@
+"""How a condition reaches a network: the one switch of latent diffusion (Rombach et al. 2022, section 3.3).
+
+A kind of conditioning says which inputs there are and where they go: beside the channels of the sample, to
+cross-attention, or to the class embedding.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "class": ("labels",),
+    "crossattn": ("context",),
+    "concat": ("image",),
+    "hybrid": ("image", "context"),
+    "adm": ("vector",),
+}
+"""Kind of conditioning -> the inputs that it needs; it takes no others."""
+
+SHAPES = {
+    "labels": "integers [N]",
+    "context": "floating point [N, L, width]",
+    "image": "floating point [N, C, H, W]",
+    "vector": "floating point [N, width]",
+}
+ARGUMENTS = {"labels": "class_labels", "vector": "class_labels", "context": "encoder_hidden_states"}
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """A kind of conditioning with its inputs, for a batch of N.
+
+    Attributes:
+        kind: one of `KINDS`.
+        labels: integers [N], rows of the network's label table (for "class").
+        context: [N, L, width], what cross-attention looks at ("crossattn", "hybrid").
+        image: [N, C, H, W] of the sample's height and width, joined to its channels ("concat", "hybrid").
+        vector: [N, width], what the class embedding is given in place of a label ("adm").
+
+    Raises:
+        ValueError: there is no such kind, or an input, which is named, is missing, not expected or misshaped.
+    """
+
+    kind: str
+    labels: Tensor | None = None
+    context: Tensor | None = None
+    image: Tensor | None = None
+    vector: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"there is no conditioning {self.kind!r}; allowed are {', '.join(KINDS)}")
+        needed = KINDS[self.kind]
+        for name, shape in SHAPES.items():
+            value = getattr(self, name)
+            if (value is None) and name in needed:
+                raise ValueError(f"conditioning {self.kind!r} needs {name}: {shape}")
+            if value is not None and name not in needed:
+                raise ValueError(
+                    f"conditioning {self.kind!r} takes {' and '.join(needed) or 'nothing'}, and no {name}"
+                )
+            if value is not None and (
+                value.ndim != shape.count(",") + 1
+                or value.is_floating_point() != shape.startswith("floating")
+            ):
+                raise ValueError(f"{name} is {value.dtype} {list(value.shape)}; needed is {shape}")
+
+    def check(self, model: Any, channels: int) -> None:
+        """Compare with a network that is to predict samples of that many channels.
+
+        Raises:
+            ValueError: the network does not take one of the inputs, needs more, or has another input width.
+        """
+        kind, config = type(model).__name__, model.config
+        takes = inspect.signature(model.forward).parameters
+        for name in KINDS[self.kind]:
+            if name in ARGUMENTS and ARGUMENTS[name] not in takes:
+                raise ValueError(f"{kind} takes no {ARGUMENTS[name]}, where {name} would go")
+        extra = 0 if self.image is None else self.image.shape[1]
+        if config["in_channels"] != channels + extra:
+            raise ValueError(
+                f"{kind} takes {config['in_channels']} channels; with conditioning {self.kind!r} there are "
+                f"{channels} of the sample" + (f" and {extra} of the image" if extra else "")
+            )
+        rows = config.get("num_class_embeds")
+        labels = self.labels
+        if labels is not None and rows is not None and bool(((labels < 0) | (labels >= rows)).any()):
+            raise ValueError(f"labels are {labels.tolist()}; {kind} takes integers from 0 to {rows - 1}")
+
+    def inputs(self, sample: Tensor, image_scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the network is given for a sample [N, C, H, W]: the joined sample, and keyword arguments.
+
+        Args:
+            image_scale: factor on the image alone.
+
+        Raises:
+            ValueError: the batch, or the image's height and width, is not the sample's.
+        """
+        given: dict[str, Tensor] = {}
+        for name in KINDS[self.kind]:
+            value = getattr(self, name)
+            if len(value) != len(sample):
+                raise ValueError(f"{name} is for a batch of {len(value)}, and the sample's is {len(sample)}")
+            if name in ARGUMENTS:
+                given[ARGUMENTS[name]] = value
+        if self.image is None:
+            return sample, given
+        if self.image.shape[2:] != sample.shape[2:]:
+            raise ValueError(
+                f"image is {list(self.image.shape[2:])} and the sample {list(sample.shape[2:])}: heights and "
+                "widths have to be equal"
+            )
+        image = self.image.to(sample.dtype)
+        return torch.cat((sample, image if image_scale == 1.0 else image_scale * image), dim=1), given
+
+    def __call__(self, model: Any, sample: Tensor, time: Tensor, image_scale: float = 1.0) -> Any:
+        """The network's output object for a noisy sample at a time."""
+        joined, given = self.inputs(sample, image_scale)
+        return model(joined, time, **given)

@@ -1,0 +1,115 @@
+"""The switch of conditioning: where each kind's inputs go, and the words for what is missing or too much."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from difusores import UNet2DConditionModel, UNet2DModel
+from difusores.models.conditioning import KINDS, Conditioning
+
+INPUTS: dict[str, Tensor] = {
+    "labels": torch.tensor([3, 1]),
+    "context": torch.ones(2, 5, 7),
+    "image": torch.full((2, 3, 4, 4), 2.0),
+    "vector": torch.ones(2, 9),
+}
+SAMPLE = torch.zeros(2, 1, 4, 4)
+
+
+def given(kind: str) -> dict[str, Tensor]:
+    return {name: INPUTS[name] for name in KINDS[kind]}
+
+
+class Recorder(nn.Module):
+    """Returns what it was called with."""
+
+    def forward(self, sample: Tensor, timestep: Any, **conditions: Tensor) -> Any:
+        return sample, timestep, conditions
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "arguments"),
+    [
+        ("none", 1, {}),
+        ("class", 1, {"class_labels": "labels"}),
+        ("crossattn", 1, {"encoder_hidden_states": "context"}),
+        ("concat", 4, {}),
+        ("hybrid", 4, {"encoder_hidden_states": "context"}),
+        ("adm", 1, {"class_labels": "vector"}),
+    ],
+)
+def test_where_inputs_go(kind: str, channels: int, arguments: dict[str, str]) -> None:
+    sample, time, conditions = Conditioning(kind, **given(kind))(Recorder(), SAMPLE, torch.tensor(7))
+    assert time == 7 and sample.shape == (2, channels, 4, 4)
+    assert torch.equal(sample[:, :1], SAMPLE) and (sample[:, 1:] == 2).all()
+    assert {name: id(value) for name, value in conditions.items()} == {
+        name: id(INPUTS[source]) for name, source in arguments.items()
+    }
+    assert set(KINDS) == {"none", "class", "crossattn", "concat", "hybrid", "adm"}
+
+
+def test_the_image_is_scaled_alone_and_takes_the_sample_s_dtype() -> None:
+    conditioning = Conditioning("concat", image=INPUTS["image"])
+    sample, _ = conditioning.inputs(SAMPLE.to(torch.bfloat16) + 1, image_scale=0.5)
+    assert sample.dtype is torch.bfloat16 and (sample == 1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_or_a_further_input_is_named(kind: str) -> None:
+    for name in KINDS[kind]:
+        rest = {key: value for key, value in given(kind).items() if key != name}
+        with pytest.raises(ValueError, match=f"'{kind}' needs {name}"):
+            Conditioning(kind, **rest)
+    for name in set(INPUTS) - set(KINDS[kind]):
+        with pytest.raises(ValueError, match=f"'{kind}' takes .*and no {name}"):
+            Conditioning(kind, **given(kind), **{name: INPUTS[name]})
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        ("class", {"labels": torch.ones(2)}),
+        ("class", {"labels": torch.ones(2, 1, dtype=torch.int64)}),
+        ("crossattn", {"context": torch.ones(2, 7)}),
+        ("crossattn", {"context": torch.ones(2, 5, 7, dtype=torch.int64)}),
+        ("concat", {"image": torch.ones(2, 4, 4)}),
+        ("hybrid", {"context": torch.ones(5, 7), "image": INPUTS["image"]}),
+        ("adm", {"vector": torch.tensor([1, 2])}),
+    ],
+)
+def test_shapes_and_dtypes(kind: str, wrong: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"needed is (integers|floating point) \[N"):
+        Conditioning(kind, **wrong)
+
+
+def test_batches_and_sizes() -> None:
+    with pytest.raises(ValueError, match="labels is for a batch of 2, and the sample's is 3"):
+        Conditioning("class", labels=INPUTS["labels"]).inputs(torch.zeros(3, 1, 4, 4))
+    with pytest.raises(ValueError, match=r"image is \[4, 4\] and the sample \[4, 5\]"):
+        Conditioning("concat", image=INPUTS["image"]).inputs(torch.zeros(2, 1, 4, 5))
+    with pytest.raises(ValueError, match="no conditioning 'text'; allowed are none, class"):
+        Conditioning("text")
+
+
+def test_networks_that_do_not_fit() -> None:
+    shape = {"block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1}
+    plain = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), **shape}
+    unet = UNet2DModel(in_channels=4, num_class_embeds=3, **plain)
+    Conditioning("concat", image=INPUTS["image"]).check(unet, 1)
+    with pytest.raises(ValueError, match=r"takes 4 channels; with .*'concat'.* 2 of the sample and 3 of the"):
+        Conditioning("concat", image=INPUTS["image"]).check(unet, 2)
+    with pytest.raises(ValueError, match="takes no encoder_hidden_states, where context would go"):
+        Conditioning("crossattn", context=INPUTS["context"]).check(unet, 4)
+    with pytest.raises(ValueError, match=r"labels are \[3, 1\]; .* from 0 to 2"):
+        Conditioning("class", labels=INPUTS["labels"]).check(unet, 4)
+    kinds = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    crossing = UNet2DConditionModel(
+        in_channels=4, attention_head_dim=2, cross_attention_dim=7, **kinds, **shape
+    )
+    hybrid = Conditioning("hybrid", **given("hybrid"))
+    hybrid.check(crossing, 1)
+    assert hybrid(crossing, SAMPLE, torch.tensor(3)).sample.shape == (2, 4, 4, 4)
