@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from difusores.functional import sample as sample
+    from difusores.models import ADMClassifier as ADMClassifier
+    from difusores.models import ADMUNet as ADMUNet
     from difusores.models import AutoencoderKL as AutoencoderKL
     from difusores.models import Conditioning as Conditioning
     from difusores.models import LDMBertModel as LDMBertModel
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from difusores.pipelines import DDIMPipeline as DDIMPipeline
     from difusores.pipelines import DDPMPipeline as DDPMPipeline
     from difusores.pipelines import DiffusionPipeline as DiffusionPipeline
+    from difusores.pipelines import StableDiffusionPipeline as StableDiffusionPipeline
     from difusores.schedulers import CMStochasticIterativeScheduler as CMStochasticIterativeScheduler
     from difusores.schedulers import CosineDPMSolverMultistepScheduler as CosineDPMSolverMultistepScheduler
     from difusores.schedulers import DDIMInverseScheduler as DDIMInverseScheduler
@@ -61,6 +64,8 @@ if TYPE_CHECKING:
 
 # Public name -> the module that defines it. The imports above tell type checkers the same (tested).
 _PUBLIC = {
+    "ADMClassifier": "difusores.models",
+    "ADMUNet": "difusores.models",
     "AutoencoderKL": "difusores.models",
     "CMStochasticIterativeScheduler": "difusores.schedulers",
     "Conditioning": "difusores.models",
@@ -99,6 +104,7 @@ _PUBLIC = {
     "SchedulerMixin": "difusores.schedulers",
     "ScoreSdeVeScheduler": "difusores.schedulers",
     "ScoreSdeVpScheduler": "difusores.schedulers",
+    "StableDiffusionPipeline": "difusores.pipelines",
     "TCDScheduler": "difusores.schedulers",
     "UNet2DConditionModel": "difusores.models",
     "UNet2DModel": "difusores.models",

@@ -1,5 +1,6 @@
 """Models: plain torch modules that call the package's ops."""
 
+from difusores.models.adm import ADMClassifier, ADMUNet
 from difusores.models.autoencoder import AutoencoderKL, VQModel
 from difusores.models.conditioning import Conditioning
 from difusores.models.ldm_bert import LDMBertModel
@@ -8,6 +9,8 @@ from difusores.models.unet_2d import UNet2DModel, UNet2DOutput
 from difusores.models.unet_2d_condition import UNet2DConditionModel, UNet2DConditionOutput
 
 __all__ = [
+    "ADMClassifier",
+    "ADMUNet",
     "AutoencoderKL",
     "Conditioning",
     "LDMBertModel",
