@@ -52,9 +52,11 @@ def test_zero_terminal_snr_keeps_the_first_value_and_ends_at_zero() -> None:
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
 def test_trained_betas_are_copied_and_replace_the_schedule(kind: object) -> None:
     given = kind([0.5, 0.25])  # type: ignore[operator]
-    table = schedules.betas("unknown", 7, 0, 0, trained_betas=given)
+    table = schedules.betas("unknown", 2, 0, 0, trained_betas=given)
     given[0] = 0.125
     assert table.tolist() == [0.5, 0.25]
+    with pytest.raises(ValueError, match="trained_betas has 2 values, and num_train_timesteps is 7"):
+        schedules.betas("unknown", 7, 0, 0, trained_betas=given)
 
 
 @pytest.mark.parametrize("total", [10, 1000])
