@@ -2,6 +2,13 @@
 
 from difusores.pipelines.images import ImagePipelineOutput
 from difusores.pipelines.pipeline import DiffusionPipeline
+from difusores.pipelines.stable_diffusion import StableDiffusionPipeline, StableDiffusionPipelineOutput
 from difusores.pipelines.unconditional import DDIMPipeline, DDPMPipeline
 
-__all__ = ["DDIMPipeline", "DDPMPipeline", "DiffusionPipeline", "ImagePipelineOutput"]
+__all__ = [
+    "DDIMPipeline",
+    "DDPMPipeline",
+    "DiffusionPipeline",
+    "ImagePipelineOutput",
+    "StableDiffusionPipeline",
+    "StableDiffusionPipelineOutput",

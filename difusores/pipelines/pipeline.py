@@ -295,7 +295,9 @@ def _library_and_class(component: object) -> tuple[str | None, str | None]:
 def _find_class(library: str, name: str) -> Any:
     package = LIBRARIES.get(library)
     if package == "transformers" and importlib.util.find_spec(package) is None:
-        raise ImportError(f"{name} is a class of transformers, which is not installed: difusores[text] has it")
+        raise ImportError(
+            f"{name} is a class of transformers, which is not installed: difusores[text] has it"
+        )
     name = RENAMED.get(name, name)
     found = getattr(importlib.import_module(package), name, None) if package else None
     if found is None:

@@ -50,12 +50,7 @@ class UNetPipeline(DiffusionPipeline):
         else:
             scheduler.set_timesteps(num_inference_steps)
         if strict:
-            betas = getattr(scheduler, "betas", None)
-            if plan is None:
-                kind = scheduler.config.get("prediction_type")
-                self.check_training(kind, None if betas is None else tuple(betas.tolist()))
-            else:
-                self.check_training(plan.prediction_type, plan.betas)
+            self._check_scheduler(plan)
         labels = self._labels(class_labels, batch_size)
         batch_size = batch_size if labels is None else len(labels)
         shape = (batch_size, self.unet.config["in_channels"], *self._image_size())

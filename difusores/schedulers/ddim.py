@@ -97,13 +97,18 @@ class DDIMScheduler(DiscreteScheduler):
         self._set_grid(values, device)
 
     def plan(
-        self, num_inference_steps: int, *, eta: float = 0.0, use_clipped_model_output: bool = False
+        self,
+        num_inference_steps: int,
+        *,
+        begin: int = 0,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
     ) -> Plan:
-        """The sampling run as an immutable plan; the scheduler's own state is neither used nor changed.
+        """The run from step `begin` on as an immutable plan; the scheduler's own state stays as it is.
 
-        Args and Raises: as `set_timesteps` and `step`.
+        The other arguments and Raises: as `set_timesteps` and `step`.
         """
-        timesteps = self._timesteps(num_inference_steps)
+        timesteps = self._timesteps(num_inference_steps)[begin:]
         stride = len(self) // int(num_inference_steps)
         steps = [(t, t - stride) for t in timesteps]
         return self._plan([*self._stages(steps, eta, use_clipped_model_output)])

@@ -127,12 +127,18 @@ class DDPMScheduler(DiscreteScheduler):
         index = values.index(t)
         return values[index + 1] if index + 1 < len(values) else -1
 
-    def plan(self, num_inference_steps: int | None = None, *, timesteps: Sequence[int] | None = None) -> Plan:
-        """The sampling run as an immutable plan; the scheduler's own state is neither used nor changed.
+    def plan(
+        self,
+        num_inference_steps: int | None = None,
+        *,
+        timesteps: Sequence[int] | None = None,
+        begin: int = 0,
+    ) -> Plan:
+        """The run from step `begin` on as an immutable plan; the scheduler's own state stays as it is.
 
-        Args and Raises: as `set_timesteps`.
+        The other arguments and Raises: as `set_timesteps`.
         """
-        values = self._timesteps(num_inference_steps, timesteps)
+        values = self._timesteps(num_inference_steps, timesteps)[begin:]
         return self._plan([*self._stages(pairwise([*values, -1]))])
 
     def _stages(self, steps: Any) -> Any:

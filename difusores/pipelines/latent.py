@@ -1,0 +1,460 @@
+"""What pipelines share that sample latents and decode them: steps, guidance, the loop, the decoder's slot."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difusores.models.embeddings import Timesteps
+from difusores.pipelines.pipeline import DiffusionPipeline, follows_plan, step_accepts_generator
+from difusores.plan import Plan
+from difusores.sampling import Generators, Model, draw_noise
+
+StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+After = Callable[[int, Tensor, Tensor], Tensor | None]
+
+SCALING_FACTOR = 0.18215
+"""Of latents, where a decoder has no configuration that says it: Stable Diffusion's."""
+VAE_SCALE_FACTOR = 8
+
+
+@dataclass
+class Run:
+    """The steps of one call: which they are, and what does them.
+
+    Attributes:
+        scheduler: a copy of the pipeline's, set to these steps, or the pipeline's own where it has no plan.
+        plan: None where the scheduler's `step` is called.
+        timesteps: those of the steps that are done, on the models' device.
+        begin: how many were left out at the beginning.
+        options: of the scheduler's `step`, beside the generator.
+    """
+
+    scheduler: Any
+    plan: Plan | None
+    timesteps: Tensor
+    begin: int
+    options: dict[str, Any]
+
+    @property
+    def init_noise_sigma(self) -> float | Tensor:
+        """Standard deviation of the first sample."""
+        if self.plan is not None:
+            return self.plan.init_noise_sigma
+        return getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, index: int = 0) -> Tensor:
+        """Latents [B, ...] with the noise of `timesteps[index]`."""
+        if self.plan is not None and hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(self.begin + index)
+        times = self.timesteps[index : index + 1].repeat(len(latents))
+        noisy: Tensor = self.scheduler.add_noise(latents, noise, times)
+        return noisy
+
+
+@dataclass
+class Conditions:
+    """The tensors that the model is given beside the sample, by the names that callbacks know.
+
+    Each has a row for every row of the model's input: with guidance [unconditional, conditional]. A callback
+    that puts rows of the conditional half alone in their place ends the guidance.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, name: str, count: int) -> Tensor:
+        """The last `count` rows, which are the conditional ones."""
+        return self.tensors[name][-count:]
+
+
+class _Interrupted(Exception):
+    """A callback has set `_interrupt`; carries the latents."""
+
+
+class LatentPipeline(DiffusionPipeline):
+    """Base of pipelines with a `vae`, a `unet` and a `scheduler`, and guidance without a classifier.
+
+    `vae` is a slot: anything with `decode(latents)`, which returns images or an object that begins with them.
+    Where it has no `config`, latents have Stable Diffusion's scale and its 8 pixels.
+
+    With a scheduler of this package a call leaves it as it is. What callbacks see on the pipeline
+    (`guidance_scale`, `num_timesteps`, `interrupt`) is of the last call: threads need a pipeline each.
+    """
+
+    vae: Any
+    unet: Any
+    scheduler: Any
+    _callback_tensor_inputs: tuple[str, ...] = ("latents",)
+
+    _guidance_scale: float = 1.0
+    _guidance_rescale: float = 0.0
+    _clip_skip: int | None = None
+    _cross_attention_kwargs: dict[str, Any] | None = None
+    _num_timesteps: int = 0
+    _interrupt: bool = False
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call; a callback changes it by `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def guidance_rescale(self) -> float:
+        """Of the call."""
+        return self._guidance_rescale
+
+    @property
+    def clip_skip(self) -> int | None:
+        """Of the call."""
+        return self._clip_skip
+
+    @property
+    def cross_attention_kwargs(self) -> dict[str, Any] | None:
+        """Of the call."""
+        return self._cross_attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        """Model calls of the last call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set `_interrupt`, which ends the run after this step."""
+        return self._interrupt
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the model is called with and without the condition."""
+        return self._guidance_scale > 1 and self.unet.config.get("time_cond_proj_dim") is None
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels of a latent's side."""
+        config = getattr(self.vae, "config", None)
+        widths = None if config is None else config.get("block_out_channels")
+        return VAE_SCALE_FACTOR if widths is None else int(2 ** (len(widths) - 1))
+
+    @property
+    def _scaling_factor(self) -> float:
+        config = getattr(self.vae, "config", None)
+        return SCALING_FACTOR if config is None else float(config.get("scaling_factor", SCALING_FACTOR))
+
+    def enable_vae_tiling(self) -> None:
+        """Decode large images by tiles, in bounded memory."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decode whole images again."""
+        self.vae.disable_tiling()
+
+    def enable_vae_slicing(self) -> None:
+        """Decode one image of a batch after the other."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Decode whole batches again."""
+        self.vae.disable_slicing()
+
+    def _image_size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
+        """Height and width in pixels: as given, or those of the latents, or of the UNet's training.
+
+        Raises:
+            ValueError: not divisible by 8 and by the VAE's factor, or not known.
+        """
+        factor = self.vae_scale_factor
+        if latents is not None and latents.ndim == 4:
+            size = latents.shape[-2] * factor, latents.shape[-1] * factor
+            height, width = height or size[0], width or size[1]
+        if not height or not width:
+            trained = self.unet.config["sample_size"]
+            if trained is None:
+                raise ValueError("the UNet's sample_size is None: height and width have to be given")
+            sides = (trained, trained) if isinstance(trained, int) else tuple(trained)
+            height, width = height or sides[0] * factor, width or sides[1] * factor
+        unit = max(8, factor) if latents is None else factor
+        if height % unit or width % unit or height < 1 or width < 1:
+            raise ValueError(
+                f"height and width are {height} and {width}; both have to be divisible by {unit}"
+            )
+        return height, width
+
+    def _begin_run(
+        self,
+        num_inference_steps: int | None,
+        *,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        strength: float | None = None,
+        eta: float = 0.0,
+        strict: bool = True,
+    ) -> Run:
+        """The steps of a call.
+
+        Args:
+            timesteps, sigmas: in place of `num_inference_steps`, for schedulers that take them.
+            strength: share of the steps that is done, from the end, for a sample that begins as an image.
+            eta: noise of DDIM and others with it; a warning says where it has no place.
+            strict: see `check_training`.
+
+        Raises:
+            ValueError: the scheduler does not take one of these, or no step is left.
+        """
+        scheduler = self.scheduler
+        name = type(scheduler).__name__
+        given = {"timesteps": timesteps, "sigmas": sigmas}
+        custom = {key: value for key, value in given.items() if value is not None}
+        known = inspect.signature(scheduler.set_timesteps).parameters
+        if len(custom) == 2:
+            raise ValueError("only one of timesteps and sigmas can be given")
+        for key in custom:
+            if key not in known:
+                raise ValueError(f"{name}.set_timesteps takes no {key}")
+        count = None if custom else num_inference_steps
+        takes_generator = step_accepts_generator(scheduler)
+        options: dict[str, Any] = {}
+        if "eta" in inspect.signature(scheduler.step).parameters:
+            options["eta"] = eta
+        elif eta:
+            warnings.warn(f"eta is {eta}, and {name} has none: it is not used", stacklevel=3)
+
+        planned = follows_plan(scheduler)
+        if planned:
+            scheduler = copy.deepcopy(scheduler)
+        scheduler.set_timesteps(count, device=self.device, **custom)
+        every = scheduler.timesteps
+        begin = 0
+        if strength is not None:
+            steps = len(every) if custom else int(num_inference_steps or 0)
+            begin = max(steps - min(int(steps * strength), steps), 0) * getattr(scheduler, "order", 1)
+            if begin >= len(every):
+                raise ValueError(
+                    f"strength {strength} leaves none of {steps} steps; needed is at least {1 / steps:.3g}"
+                )
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(begin)
+        plan = None
+        if planned:
+            late = {"begin": begin} if begin else {}
+            plan = scheduler.plan(count, **custom, **late, **options)
+        elif takes_generator:
+            options["generator"] = None  # filled in by the loop
+        if strict:
+            self._check_scheduler(plan)
+        return Run(scheduler, plan, every[begin:], begin, options)
+
+    def _latents(
+        self, shape: tuple[int, ...], latents: Tensor | None, generator: Generators, run: Run
+    ) -> Tensor:
+        """The first sample: noise, or the caller's, with the run's standard deviation.
+
+        Raises:
+            ValueError: the caller's have another shape, or numbers that are not finite.
+        """
+        if isinstance(generator, Sequence) and len(generator) != shape[0]:
+            raise ValueError(f"there are {len(generator)} generators for {shape[0]} images")
+        if latents is None:
+            latents = draw_noise(shape, generator, self.device, self.unet.dtype)
+        else:
+            check_finite(latents, "latents")
+            if tuple(latents.shape) != shape:
+                raise ValueError(f"latents have shape {list(latents.shape)}; needed is {list(shape)}")
+            latents = latents.to(self.device)
+        return latents * run.init_noise_sigma
+
+    def _denoise(
+        self,
+        run: Run,
+        latents: Tensor,
+        predict: Model,
+        conditions: Conditions,
+        *,
+        generator: Generators,
+        weights: tuple[float, ...] = (1.0,),
+        after: After | None = None,
+        callback: StepCallback | None = None,
+        callback_inputs: Sequence[str] = ("latents",),
+    ) -> Tensor:
+        """The loop.
+
+        Args:
+            latents: [B, C, h, w], the first sample.
+            predict: predict(x, t) -> output; x: [len(weights) * B, C, h, w].
+            weights: of the parts of the output, combined inside the fused step.
+            after: after(index, time, latents) -> other latents or None, before the callback.
+            callback, callback_inputs: see `StableDiffusionPipeline`.
+        """
+        self._num_timesteps, self._interrupt = len(run.timesteps), False
+        with self.progress_bar(total=len(run.timesteps)) as bar:
+
+            def after_step(index: int, time: Tensor, x: Tensor) -> Tensor | None:
+                bar.update()
+                changed = None if after is None else after(index, time, x)
+                if callback is None:
+                    return changed
+                latents = (x if changed is None else changed).clone()  # the loop writes its buffers again
+                seen = {"latents": latents, **conditions.tensors}
+                answer = callback(self, index, time, {key: seen[key] for key in callback_inputs}) or {}
+                latents = answer.pop("latents", latents)
+                conditions.tensors.update(answer)
+                if self._interrupt:
+                    raise _Interrupted(latents)
+                return latents
+
+            try:
+                if run.plan is None:
+                    return self._step_by_step(run, latents, predict, weights, generator, after_step)
+                return run.plan.run(
+                    predict,
+                    latents,
+                    generator=generator,
+                    callback=after_step,
+                    guidance=weights,
+                    model_dtype=self.unet.dtype,
+                )
+            except _Interrupted as interrupted:
+                stopped: Tensor = interrupted.args[0]
+                return stopped
+
+    def _step_by_step(
+        self,
+        run: Run,
+        latents: Tensor,
+        predict: Model,
+        weights: tuple[float, ...],
+        generator: Generators,
+        after: Callable[[int, Tensor, Tensor], Tensor | None],
+    ) -> Tensor:
+        """The loop of diffusers' pipelines, for its schedulers and others without a plan."""
+        scheduler, options = run.scheduler, dict(run.options)
+        if "generator" in options:
+            options["generator"] = generator
+        for i, t in enumerate(run.timesteps):
+            given = torch.cat([latents] * len(weights))
+            if hasattr(scheduler, "scale_model_input"):
+                given = scheduler.scale_model_input(given, t)
+            parts = _tensor(predict(given.to(self.unet.dtype), t)).chunk(len(weights))
+            output = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+            latents = scheduler.step(output, t, latents, **options, return_dict=False)[0]
+            changed = after(i, t, latents)
+            latents = latents if changed is None else changed
+        return latents
+
+    def _guided(
+        self,
+        predict: Model,
+        conditions: Conditions,
+        run: Run,
+        *,
+        rescale: float = 0.0,
+        interval: tuple[float, float] = (0.0, 1.0),
+        rows_of: str = "prompt_embeds",
+    ) -> tuple[Model, tuple[float, ...]]:
+        """Guidance without a classifier (Ho & Salimans 2022): what the loop needs for it.
+
+        (1 - w) * unconditional + w * conditional is linear, so the fused step does it. Where it is not, or is
+        not wanted at a step, the outputs are combined here, and both halves given to the step are the same.
+
+        Args:
+            predict: predict(x, t) -> output, for x of [2 * B] rows or of [B] conditional ones.
+            rescale: share of the prediction whose standard deviation is made that of the conditional one (Lin
+                et al. 2024, "Common diffusion noise schedules and sample steps are flawed", section 3.4).
+            interval: share of the steps from which and up to which there is guidance.
+            rows_of: the condition whose number of rows says whether a callback has ended the guidance.
+
+        Returns:
+            (predict, weights) for `_denoise`.
+        """
+        weight, steps, calls = self._guidance_scale, len(run.timesteps), 0
+        check_interval(interval)
+        if not self.do_classifier_free_guidance:
+            return predict, (1.0,)
+
+        def guided(x: Tensor, t: Tensor) -> Tensor:
+            nonlocal calls
+            now, half = self._guidance_scale, len(x) // 2
+            inside = interval[0] <= calls / steps < interval[1]
+            calls += 1
+            if not inside or now <= 1 or len(conditions.tensors[rows_of]) == half:
+                conditional = _tensor(predict(x[:half], t))
+                return torch.cat((conditional, conditional))
+            output = _tensor(predict(x, t))
+            if now == weight and not rescale:
+                return output
+            unconditional, conditional = output.chunk(2)
+            mixed = unconditional + now * (conditional - unconditional)
+            if rescale:
+                mixed = rescaled(mixed, conditional, rescale)
+            return torch.cat((mixed, mixed))
+
+        return guided, (1 - weight, weight)
+
+    def _guidance_embedding(self, count: int) -> Tensor | None:
+        """[count, width] for a model that is told the guidance (LCM); None for others."""
+        width = self.unet.config.get("time_cond_proj_dim")
+        if width is None:
+            return None
+        weights = torch.full((count,), 1000 * (self._guidance_scale - 1), device=self.device)
+        waves: Tensor = Timesteps(width, flip_sin_to_cos=False, downscale_freq_shift=1)(weights)
+        return waves.to(self.unet.dtype)
+
+    def _decode(self, latents: Tensor, generator: Generators = None) -> Tensor:
+        """Images [B, 3, H, W] around [-1, 1] from the loop's latents; a warning names those that have NaN."""
+        broken = [i for i, image in enumerate(latents) if not bool(torch.isfinite(image).all())]
+        if broken:
+            warnings.warn(
+                f"the latents of image(s) {broken} have NaN or infinity: the model or its guidance has "
+                f"left the range of {latents.dtype}",
+                stacklevel=3,
+            )
+        vae = self.vae
+        dtype = getattr(vae, "dtype", None)
+        options: dict[str, Any] = {}
+        if "generator" in inspect.signature(vae.decode).parameters:
+            options["generator"] = generator
+        scaled = latents / self._scaling_factor
+        images = vae.decode(scaled if dtype is None else scaled.to(dtype), **options)
+        return _tensor(images)
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Raise ValueError where a tensor has a NaN or an infinity."""
+    if not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise ValueError(f"{name}: {count} of {tensor.numel()} numbers are NaN or infinite")
+
+
+def check_interval(interval: tuple[float, float]) -> None:
+    """Raise ValueError for what is no pair 0 <= first <= last <= 1."""
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"guidance_interval is {interval}; needed are two shares, 0 <= first <= last <= 1")
+
+
+def check_callback_inputs(pipeline: Any, names: Sequence[str]) -> None:
+    """Raise ValueError for names that a pipeline's callbacks do not get."""
+    unknown = [name for name in names if name not in pipeline._callback_tensor_inputs]
+    if unknown:
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs has {', '.join(unknown)}; "
+            f"allowed are {', '.join(pipeline._callback_tensor_inputs)}"
+        )
+
+
+def rescaled(mixed: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """`mixed`, a share of it scaled to the standard deviation that `conditional` has in each image."""
+    axes = list(range(1, mixed.ndim))
+    factor = conditional.std(axes, keepdim=True) / mixed.std(axes, keepdim=True)
+    return mixed * (share * factor + 1 - share)
+
+
+def _tensor(output: Any) -> Tensor:
+    """A tensor, or the first entry of an output."""
+    first: Tensor = output if isinstance(output, Tensor) else output[0]
+    return first

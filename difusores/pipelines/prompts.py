@@ -1,0 +1,148 @@
+"""Prompts: from texts to what a CLIP text encoder of transformers makes of them, and batches of them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor
+
+
+def encode_texts(
+    tokenizer: Any,
+    text_encoder: Any,
+    texts: list[str],
+    clip_skip: int | None = None,
+    length: int | None = None,
+) -> Tensor:
+    """[N, L, C] embeddings of the tokens of N texts.
+
+    Args:
+        tokenizer, text_encoder: of transformers. Texts that are too long are cut, with a warning.
+        length: L; the tokenizer's longest (77) if None, and not above it.
+        clip_skip: take the states of that many layers before the last one, normalised like those of the last.
+
+    Raises:
+        ValueError: the encoder has fewer layers, or a width or table that the tokenizer does not fit.
+    """
+    ids, mask = tokenize(tokenizer, texts, length)
+    table = text_encoder.get_input_embeddings().weight
+    if int(ids.max()) >= len(table):
+        raise ValueError(
+            f"the tokenizer gives token {int(ids.max())}, and the text encoder has {len(table)} embeddings: "
+            "they do not belong together"
+        )
+    options: dict[str, Any] = {}
+    if getattr(text_encoder.config, "use_attention_mask", False):
+        options["attention_mask"] = mask.to(table.device)
+    ids = ids.to(table.device)
+    if clip_skip is None:
+        embeds: Tensor = text_encoder(ids, **options)[0]
+        return embeds
+    states = text_encoder(ids, output_hidden_states=True, **options).hidden_states
+    if not 0 <= clip_skip < len(states):
+        raise ValueError(f"clip_skip is {clip_skip}, and the text encoder has {len(states) - 1} layers")
+    # transformers 5 has no text_model inside of CLIPTextModel any more
+    inner = getattr(text_encoder, "text_model", text_encoder)
+    embeds = inner.final_layer_norm(states[-1 - clip_skip])
+    return embeds
+
+
+def tokenize(tokenizer: Any, texts: list[str], length: int | None = None) -> tuple[Tensor, Tensor]:
+    """[N, L] ids, filled up to L, and their mask; what is cut of a longer text stands in a warning.
+
+    Raises:
+        ValueError: `length` is above the tokenizer's longest.
+    """
+    longest = tokenizer.model_max_length
+    if length is not None and length > longest:
+        raise ValueError(
+            f"the prompt's embeddings have {length} tokens, and the text encoder reads {longest}: "
+            "the negative ones have to be given too"
+        )
+    length = length or longest
+    padded = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    for ids in tokenizer(texts, truncation=False).input_ids:
+        if len(ids) > length:
+            cut = tokenizer.decode(ids[length - 1 : -1]).strip()
+            warnings.warn(
+                f"the text encoder reads {length} tokens, and a prompt has {len(ids)}; this is cut: {cut!r}",
+                stacklevel=2,
+            )
+    return padded.input_ids, padded.attention_mask
+
+
+def check_prompts(
+    prompt: str | list[str] | None,
+    negative_prompt: str | list[str] | None,
+    prompt_embeds: Tensor | None,
+    negative_prompt_embeds: Tensor | None,
+    name: str = "prompt",
+) -> int:
+    """The number of prompts.
+
+    Args:
+        name: of the first argument, in messages.
+
+    Raises:
+        TypeError: `negative_prompt` is of another type than `prompt`.
+        ValueError: none or both of a text and its embedding are given, or the numbers or shapes differ.
+    """
+    if (prompt is None) == (prompt_embeds is None):
+        found = "neither" if prompt is None else "both"
+        raise ValueError(f"one of {name} and {name}_embeds is needed, and {found} of them is given")
+    for label, text in ((name, prompt), (f"negative_{name}", negative_prompt)):
+        if text is not None and not isinstance(text, str):
+            if not isinstance(text, list) or not all(isinstance(part, str) for part in text):
+                raise ValueError(f"{label} is {text!r}; it has to be a string or a list of strings")
+            if not text:
+                raise ValueError(f"{label} is an empty list")
+    if negative_prompt is not None and negative_prompt_embeds is not None:
+        raise ValueError(f"only one of negative_{name} and negative_{name}_embeds can be given")
+    for label, embeds in (
+        (f"{name}_embeds", prompt_embeds),
+        (f"negative_{name}_embeds", negative_prompt_embeds),
+    ):
+        if embeds is not None and embeds.ndim != 3:
+            raise ValueError(f"{label} has shape {list(embeds.shape)}; needed is [prompts, tokens, width]")
+    given = [list(embeds.shape) for embeds in (prompt_embeds, negative_prompt_embeds) if embeds is not None]
+    if len(given) == 2 and given[0] != given[1]:
+        raise ValueError(
+            f"{name}_embeds has shape {given[0]}, and negative_{name}_embeds has {given[1]}: "
+            "they have to be the same"
+        )
+    if prompt is not None and negative_prompt is not None and type(prompt) is not type(negative_prompt):
+        raise TypeError(
+            f"negative_{name} is a {type(negative_prompt).__name__}, and {name} a {type(prompt).__name__}"
+        )
+    count = (
+        len(prompt_embeds)
+        if prompt_embeds is not None
+        else 1
+        if isinstance(prompt, str)
+        else len(prompt or [])
+    )
+    negatives = (
+        len(negative_prompt_embeds)
+        if negative_prompt_embeds is not None
+        else len(negative_prompt)
+        if isinstance(negative_prompt, list)
+        else None
+    )
+    if negatives is not None and negatives != count:
+        raise ValueError(
+            f"there are {negatives} negative prompts for {count} prompts: needed is one for each"
+        )
+    return count
+
+
+def as_list(text: str | list[str] | None, count: int) -> list[str]:
+    """One text for each of `count` prompts; empty ones for None."""
+    if text is None:
+        return [""] * count
+    return [text] * count if isinstance(text, str) else text
+
+
+def repeat_each(embeds: Tensor, times: int) -> Tensor:
+    """[N, ...] -> [N * times, ...], the copies of one prompt side by side."""
+    return embeds.repeat_interleave(times, dim=0)

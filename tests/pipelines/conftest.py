@@ -1,0 +1,96 @@
+"""A small Stable Diffusion: components, and folders of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import difusores
+
+UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+}
+VAE: dict[str, Any] = {
+    "sample_size": 16,
+    "block_out_channels": (8, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+}
+TEXT: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 3,
+    "projection_dim": 16,
+    "max_position_embeddings": 77,
+}
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def fill(model: torch.nn.Module, seed: int = 0, scale: float = 1.0) -> Any:
+    """Weights with an effect, as a seed gives them: random ones with the deviation of a trained layer."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                deviation = scale / math.sqrt(parameter[0].numel())
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
+    return model.eval()
+
+
+def write_tokenizer(folder: Path) -> Any:
+    """A CLIP tokenizer that knows single letters and a few words."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    merges = ["c a", "ca t</w>", "d o", "do g</w>"]
+    words = [merge.replace(" ", "") for merge in merges]
+    names = [*letters, *(f"{letter}</w>" for letter in letters), *words, "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {name: index for index, name in enumerate(names)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    return CLIPTokenizer(*files, model_max_length=77)
+
+
+@pytest.fixture(scope="session")
+def text_parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """(tokenizer, text encoder)."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **TEXT, **ends))
+    return tokenizer, fill(encoder, 2)
+
+
+@pytest.fixture
+def parts(text_parts: tuple[Any, Any]) -> dict[str, Any]:
+    """The components of a `StableDiffusionPipeline`, with a DDIM scheduler."""
+    tokenizer, encoder = text_parts
+    return {
+        "vae": fill(difusores.AutoencoderKL(**VAE), 3),
+        "text_encoder": encoder,
+        "tokenizer": tokenizer,
+        "unet": fill(difusores.UNet2DConditionModel(**UNET), 4),
+        "scheduler": difusores.DDIMScheduler(
+            **BETAS, clip_sample=False, steps_offset=1, set_alpha_to_one=False
+        ),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }

@@ -1,0 +1,96 @@
+"""Stable Diffusion's pipelines against diffusers', from the same folders."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import difusores
+from difusores.pipelines.pipeline import follows_plan
+
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "v": ("DDIMScheduler", {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}),
+}
+
+
+@pytest.fixture
+def folder(parts: dict[str, Any], tmp_path: Path) -> Path:
+    difusores.StableDiffusionPipeline(**parts).save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def load(library: Any, folder: Path, kind: str = "StableDiffusionPipeline", **options: Any) -> Any:
+    pipeline = getattr(library, kind).from_pretrained(folder, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def swap(pipeline: Any, library: Any, scheduler: str) -> None:
+    name, options = SCHEDULERS[scheduler]
+    pipeline.scheduler = getattr(library, name).from_config(pipeline.scheduler.config, **options)
+    pipeline._trained_with = None
+
+
+def both(folder: Path, scheduler: str = "ddim", kind: str = "StableDiffusionPipeline", **options: Any) -> Any:
+    """(ours, diffusers'), [N, H, W, 3]."""
+    results = []
+    for library in (difusores, diffusers):
+        pipeline = load(library, folder, kind)
+        swap(pipeline, library, scheduler)
+        generator = options.get("generator") or torch.Generator().manual_seed(5)
+        if isinstance(generator, tuple):
+            generator = [torch.Generator().manual_seed(seed) for seed in generator]
+        given = {"output_type": "np", "num_inference_steps": 6, **options, "generator": generator}
+        results.append(pipeline(**given).images)
+    assert results[1].std() > 0.05
+    return results
+
+
+def assert_same(results: Any) -> None:
+    assert results[0].shape == results[1].shape
+    assert np.abs(results[0] - results[1]).max() < 2e-3
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_same_seed_same_images(folder: Path, scheduler: str) -> None:
+    assert follows_plan(getattr(difusores, SCHEDULERS[scheduler][0])())
+    assert_same(both(folder, scheduler, prompt=["a cat", "a dog"], negative_prompt=["dog", "x"]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_scale": 1.0},
+        {"height": 24, "width": 8, "num_images_per_prompt": 2},
+        {"generator": (3, 4), "num_images_per_prompt": 2, "eta": 0.6},
+        {"guidance_rescale": 0.7},
+        {"prompt": None, "prompt_embeds": torch.linspace(-1, 1, 77 * 16).view(1, 77, 16)},
+        {"latents": torch.linspace(-2, 2, 4 * 64).view(1, 4, 8, 8)},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options(folder: Path, options: dict[str, Any]) -> None:
+    assert_same(both(folder, **{"prompt": "a cat", **options}))
+
+
+def test_clip_skip(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import CLIPTextModel
+
+    # where diffusers looks for the last norm, and transformers 5 no longer has it
+    monkeypatch.setattr(CLIPTextModel, "text_model", property(lambda self: self), raising=False)
+    assert_same(both(folder, prompt="a cat", clip_skip=1))
