@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from difusores.models import UNet2DModel as UNet2DModel
     from difusores.models import VQModel as VQModel
     from difusores.ops import use_backend as use_backend
+    from difusores.pipelines import ADMPipeline as ADMPipeline
     from difusores.pipelines import DDIMPipeline as DDIMPipeline
     from difusores.pipelines import DDPMPipeline as DDPMPipeline
     from difusores.pipelines import DiffusionPipeline as DiffusionPipeline
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
 # Public name -> the module that defines it. The imports above tell type checkers the same (tested).
 _PUBLIC = {
     "ADMClassifier": "difusores.models",
+    "ADMPipeline": "difusores.pipelines",
     "ADMUNet": "difusores.models",
     "AutoencoderKL": "difusores.models",
     "CMStochasticIterativeScheduler": "difusores.schedulers",

@@ -1,11 +1,13 @@
 """Pipelines: a model, a scheduler and the loop that samples with them."""
 
+from difusores.pipelines.adm import ADMPipeline
 from difusores.pipelines.images import ImagePipelineOutput
 from difusores.pipelines.pipeline import DiffusionPipeline
 from difusores.pipelines.stable_diffusion import StableDiffusionPipeline, StableDiffusionPipelineOutput
 from difusores.pipelines.unconditional import DDIMPipeline, DDPMPipeline
 
 __all__ = [
+    "ADMPipeline",
     "DDIMPipeline",
     "DDPMPipeline",
     "DiffusionPipeline",
