@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from difusores.models import ADMUNet as ADMUNet
     from difusores.models import AutoencoderKL as AutoencoderKL
     from difusores.models import Conditioning as Conditioning
+    from difusores.models import ControlNetModel as ControlNetModel
     from difusores.models import LDMBertModel as LDMBertModel
     from difusores.models import ModelMixin as ModelMixin
     from difusores.models import UNet2DConditionModel as UNet2DConditionModel
@@ -71,6 +72,7 @@ _PUBLIC = {
     "AutoencoderKL": "difusores.models",
     "CMStochasticIterativeScheduler": "difusores.schedulers",
     "Conditioning": "difusores.models",
+    "ControlNetModel": "difusores.models",
     "CosineDPMSolverMultistepScheduler": "difusores.schedulers",
     "DDIMInverseScheduler": "difusores.schedulers",
     "DDIMParallelScheduler": "difusores.schedulers",

@@ -3,6 +3,7 @@
 from difusores.models.adm import ADMClassifier, ADMUNet
 from difusores.models.autoencoder import AutoencoderKL, VQModel
 from difusores.models.conditioning import Conditioning
+from difusores.models.controlnet import ControlNetModel, ControlNetOutput
 from difusores.models.ldm_bert import LDMBertModel
 from difusores.models.modeling import ModelMixin
 from difusores.models.unet_2d import UNet2DModel, UNet2DOutput
@@ -13,6 +14,8 @@ __all__ = [
     "ADMUNet",
     "AutoencoderKL",
     "Conditioning",
+    "ControlNetModel",
+    "ControlNetOutput",
     "LDMBertModel",
     "ModelMixin",
     "UNet2DConditionModel",

@@ -13,16 +13,13 @@ import torch
 from torch import nn
 
 from difusores.configuration import FrozenDict, register_to_config
-from difusores.models.blocks import Attend, DownBlock2D, UNetMidBlock2D, UpBlock2D
-from difusores.models.embeddings import TextTimeEmbedding, TimestepEmbedding, Timesteps
-from difusores.models.layers import BlockOptions, GroupNormAct, activation
-from difusores.models.modeling import ModelMixin
-from difusores.models.transformer import Context, Transformer2DModel, TransformerOptions
+from difusores.models.blocks import UpBlock2D
+from difusores.models.conditional import DOWN_BLOCKS, ConditionalModel, check_options, each, score_bias
+from difusores.models.layers import GroupNormAct
+from difusores.models.transformer import Context
 from difusores.outputs import BaseOutput
 
-DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
-MASKED = -10000.0  # added to a score that is not to count
 
 
 @dataclass
@@ -32,7 +29,7 @@ class UNet2DConditionOutput(BaseOutput):
     sample: torch.Tensor
 
 
-class UNet2DConditionModel(ModelMixin):
+class UNet2DConditionModel(ConditionalModel):
     """A UNet that takes noisy latents, timesteps and a context to attend to, and returns a prediction.
 
     Options that take a sequence take one value for all resolutions, or one for each.
@@ -139,57 +136,15 @@ class UNet2DConditionModel(ModelMixin):
         super().__init__()
         _check_options(self.config)
         widths, count = list(block_out_channels), len(block_out_channels)
-        layers = _each(layers_per_block, count)
-        depths = _each(transformer_layers_per_block, count)
-        heads, contexts = _each(attention_head_dim, count), _each(cross_attention_dim, count)
-        only_cross = _each(only_cross_attention, count)
+        layers = each(layers_per_block, count)
+        depths = each(transformer_layers_per_block, count)
+        only_cross = each(only_cross_attention, count)
 
         self.conv_in = nn.Conv2d(in_channels, widths[0], conv_in_kernel, padding=(conv_in_kernel - 1) // 2)
         time_embed_dim = time_embedding_dim or 4 * widths[0]
-        self._build_embeddings(self.config, widths[0], time_embed_dim)
-        options = BlockOptions(
-            temb_channels=time_embed_dim * (2 if class_embeddings_concat else 1),
-            groups=norm_num_groups or 32,
-            eps=norm_eps,
-            act_fn=act_fn,
-            dropout=dropout,
-            scale_shift=resnet_time_scale_shift == "scale_shift",
-        )
-
-        def transformer(i: int, depth: Any, only: bool) -> Attend:
-            """Attention at resolution i; depth: blocks, or one number of blocks for each layer."""
-            depths_of_layers = iter(depth) if isinstance(depth, Sequence) else None
-
-            def make(channels: int) -> nn.Module:
-                blocks = depth if depths_of_layers is None else next(depths_of_layers)
-                return Transformer2DModel(
-                    channels,
-                    TransformerOptions(
-                        heads=heads[i],
-                        layers=blocks,
-                        context_dim=contexts[i],
-                        linear_projection=use_linear_projection,
-                        only_cross_attention=only,
-                        upcast_attention=upcast_attention,
-                        groups=options.groups,
-                    ),
-                )
-
-            return make
-
-        self.down_blocks = nn.ModuleList()
-        for i, kind in enumerate(down_block_types):
-            crossing = kind == "CrossAttnDownBlock2D"
-            down_block = DownBlock2D(
-                widths[max(i - 1, 0)],
-                widths[i],
-                options,
-                num_layers=layers[i],
-                attend=transformer(i, depths[i], only_cross[i]) if crossing else None,
-                downsample="conv" if i < count - 1 else None,
-                padding=downsample_padding,
-            )
-            self.down_blocks.append(down_block)
+        self._build_embeddings(time_embed_dim, act_fn)
+        options = self._block_options(time_embed_dim)
+        self.down_blocks = self._way_down(options)
         depths_up = list(reverse_transformer_layers_per_block or depths[::-1])
         self.up_blocks = nn.ModuleList()
         for i, kind in zip(reversed(range(count)), up_block_types, strict=True):
@@ -199,58 +154,15 @@ class UNet2DConditionModel(ModelMixin):
                 [widths[i]] * layers[i] + [widths[max(i - 1, 0)]],
                 widths[i],
                 options,
-                attend=transformer(i, depths_up[count - 1 - i], only_cross[i]) if crossing else None,
+                attend=self._attend(i, depths_up[count - 1 - i], only_cross[i]) if crossing else None,
                 upsample="conv" if i > 0 else None,
             )
             self.up_blocks.append(up_block)
-        self.mid_block: UNetMidBlock2D | None = None
-        if mid_block_type is not None:
-            crossing = mid_block_type == "UNetMidBlock2DCrossAttn"
-            depth = depths[-1][0] if isinstance(depths[-1], Sequence) else depths[-1]
-            self.mid_block = UNetMidBlock2D(
-                widths[-1],
-                options,
-                transformer(count - 1, depth, False) if crossing else None,
-                mid_block_scale_factor,
-                num_layers=1 if crossing else 0,
-            )
+        self.mid_block = self._lowest_block(options)
         self.conv_norm_out = GroupNormAct(options.groups, widths[0], norm_eps, act_fn)
         self.conv_out = nn.Conv2d(
             widths[0], out_channels, conv_out_kernel, padding=(conv_out_kernel - 1) // 2
         )
-
-    def _build_embeddings(self, config: FrozenDict, width: int, time_embed_dim: int) -> None:
-        waves = (config.flip_sin_to_cos, config.freq_shift)
-        self.time_proj = Timesteps(width, *waves)
-        self.time_embedding = TimestepEmbedding(
-            width, time_embed_dim, config.act_fn, config.timestep_post_act, config.time_cond_proj_dim
-        )
-        self.encoder_hid_proj: nn.Module | None = None
-        if config.encoder_hid_dim is not None:
-            self.encoder_hid_proj = nn.Linear(config.encoder_hid_dim, config.cross_attention_dim)
-        self.class_embedding: nn.Module | None = None
-        projected = config.projection_class_embeddings_input_dim
-        if config.class_embed_type == "timestep":
-            self.class_embedding = TimestepEmbedding(width, time_embed_dim, config.act_fn)
-        elif config.class_embed_type == "identity":
-            self.class_embedding = nn.Identity()
-        elif config.class_embed_type == "projection":
-            self.class_embedding = TimestepEmbedding(projected, time_embed_dim)
-        elif config.class_embed_type == "simple_projection":
-            self.class_embedding = nn.Linear(projected, time_embed_dim)
-        elif config.num_class_embeds is not None:
-            self.class_embedding = nn.Embedding(config.num_class_embeds, time_embed_dim)
-        self.add_embedding: nn.Module | None = None
-        if config.addition_embed_type == "text":
-            text_dim = config.encoder_hid_dim or config.cross_attention_dim
-            self.add_embedding = TextTimeEmbedding(
-                text_dim, time_embed_dim, config.addition_embed_type_num_heads
-            )
-        elif config.addition_embed_type == "text_time":
-            self.add_time_proj = Timesteps(config.addition_time_embed_dim, *waves)
-            self.add_embedding = TimestepEmbedding(projected, time_embed_dim)
-        name = config.time_embedding_act_fn
-        self.time_embed_act = None if name is None else activation(name)
 
     def forward(
         self,
@@ -299,8 +211,8 @@ class UNet2DConditionModel(ModelMixin):
             encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)
         context = Context(
             encoder_hidden_states,
-            _bias(encoder_attention_mask, sample.dtype),
-            _bias(attention_mask, sample.dtype),
+            score_bias(encoder_attention_mask, sample.dtype),
+            score_bias(attention_mask, sample.dtype),
         )
         inside = list(down_intrablock_additional_residuals or ())
         around = down_block_additional_residuals
@@ -331,85 +243,6 @@ class UNet2DConditionModel(ModelMixin):
         x = self.conv_out(self.conv_norm_out(x))
         return UNet2DConditionOutput(sample=x) if return_dict else (x,)
 
-    def _embed(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float,
-        states: torch.Tensor | None,
-        class_labels: torch.Tensor | None,
-        timestep_cond: torch.Tensor | None,
-        added: Mapping[str, torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """[N, temb_channels], of time and of everything else that is one vector for an image."""
-        if not isinstance(timestep, torch.Tensor):
-            dtype = torch.float64 if isinstance(timestep, float) else torch.int64
-            timestep = torch.tensor([timestep], dtype=dtype, device=sample.device)
-        timesteps = timestep.to(sample.device).reshape(-1).expand(sample.shape[0])
-        emb: torch.Tensor = self.time_embedding(self.time_proj(timesteps).to(sample.dtype), timestep_cond)
-        if self.class_embedding is not None:
-            labels = class_labels
-            if self.config.class_embed_type == "timestep":
-                labels = self.time_proj(labels).to(sample.dtype)
-            class_emb = self.class_embedding(labels).to(sample.dtype)
-            together = self.config.class_embeddings_concat
-            emb = torch.cat((emb, class_emb), dim=-1) if together else emb + class_emb
-        if self.config.addition_embed_type == "text" and self.add_embedding is not None:
-            emb = emb + self.add_embedding(states)
-        elif self.add_embedding is not None:
-            missing = [name for name in ("text_embeds", "time_ids") if name not in (added or {})]
-            if added is None or missing:
-                raise ValueError(
-                    f"added_cond_kwargs lacks {' and '.join(missing)}, "
-                    "which addition_embed_type 'text_time' needs"
-                )
-            text_embeds, ids = added["text_embeds"], added["time_ids"]
-            time_embeds = self.add_time_proj(ids.flatten()).reshape(len(text_embeds), -1)
-            emb = emb + self.add_embedding(torch.cat((text_embeds, time_embeds), dim=-1).to(emb.dtype))
-        return emb if self.time_embed_act is None else self.time_embed_act(emb)
-
-    def _check_inputs(
-        self,
-        sample: torch.Tensor,
-        states: torch.Tensor | None,
-        class_labels: torch.Tensor | None,
-        cross_attention_kwargs: Mapping[str, Any] | None,
-    ) -> None:
-        channels = self.conv_in.in_channels
-        if sample.ndim != 4 or sample.shape[1] != channels:
-            raise ValueError(
-                f"sample has shape {list(sample.shape)}; needed is [N, {channels}, H, W]"
-                + (" (latents, mask and masked image)" if channels == 9 else "")
-            )
-        widths = (
-            {self.config.encoder_hid_dim}
-            if self.encoder_hid_proj is not None
-            else set(_each(self.config.cross_attention_dim, 1))
-        )
-        if states is not None and (states.ndim != 3 or states.shape[-1] not in widths):
-            raise ValueError(
-                f"encoder_hidden_states has shape {list(states.shape)}; "
-                f"needed is [N, L, {' or '.join(map(str, sorted(widths)))}]"
-            )
-        if states is None and self.encoder_hid_proj is not None:
-            raise ValueError("this model projects its context first and needs encoder_hidden_states")
-        if self.class_embedding is None and class_labels is not None:
-            raise ValueError("class_labels are given, and this model is not class-conditional")
-        if self.class_embedding is not None and class_labels is None:
-            raise ValueError("this model is class-conditional and needs class_labels, one per image")
-        unknown = set(cross_attention_kwargs or {}) - {"scale"}
-        if unknown:
-            raise ValueError(f"cross_attention_kwargs takes 'scale' alone, got {', '.join(sorted(unknown))}")
-
-
-def _each(value: Any, count: int) -> list[Any]:
-    """One value for each resolution."""
-    return list(value) if isinstance(value, Sequence) else [value] * count
-
-
-def _bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """A mask [N, L] with 0 for what is not looked at, as a term of the scores [N, 1, 1, L]."""
-    return None if mask is None else ((1 - mask.to(dtype)) * MASKED)[:, None, None]
-
 
 def _added(states: list[torch.Tensor], residuals: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     if len(residuals) != len(states):
@@ -423,12 +256,7 @@ def _added(states: list[torch.Tensor], residuals: Sequence[torch.Tensor]) -> lis
 def _check_options(config: FrozenDict) -> None:
     allowed: dict[str, tuple[object, ...]] = {
         "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
-        "downsample_padding": (0, 1),
-        "resnet_time_scale_shift": ("default", "scale_shift"),
         "class_embed_type": (None, "timestep", "identity", "projection", "simple_projection"),
-        "addition_embed_type": (None, "text", "text_time"),
-        "encoder_hid_dim_type": (None, "text_proj"),
-        "num_attention_heads": (None,),
         "dual_cross_attention": (False,),
         "resnet_skip_time_act": (False,),
         "resnet_out_scale_factor": (1.0,),
@@ -437,21 +265,8 @@ def _check_options(config: FrozenDict) -> None:
         "cross_attention_norm": (None,),
         "mid_block_only_cross_attention": (None, False),
     }
-    given = [(option, config[option], values) for option, values in allowed.items()]
-    given += [("down_block_types", kind, DOWN_BLOCKS) for kind in config.down_block_types]
-    given += [("up_block_types", kind, UP_BLOCKS) for kind in config.up_block_types]
-    for option, value, values in given:
-        if value not in values:
-            raise ValueError(
-                f"{option} has {value!r}; UNet2DConditionModel allows {', '.join(map(repr, values))}"
-            )
-    widths = list(config.block_out_channels)
-    each = ["down_block_types", "up_block_types", "only_cross_attention", "layers_per_block"]
-    each += ["cross_attention_dim", "transformer_layers_per_block", "attention_head_dim"]
-    for option in (*each, "reverse_transformer_layers_per_block"):
-        value = config[option]
-        if isinstance(value, Sequence) and len(value) != len(widths):
-            raise ValueError(f"{option} has {len(value)} entries; block_out_channels has {len(widths)}")
+    kinds = {"down_block_types": DOWN_BLOCKS, "up_block_types": UP_BLOCKS}
+    check_options("UNet2DConditionModel", config, allowed, kinds)
     depths = config.transformer_layers_per_block
     nested = isinstance(depths, Sequence) and any(isinstance(depth, Sequence) for depth in depths)
     if nested and config.reverse_transformer_layers_per_block is None:
@@ -459,15 +274,3 @@ def _check_options(config: FrozenDict) -> None:
             "transformer_layers_per_block has numbers for single layers: "
             "reverse_transformer_layers_per_block has to say those of the way up"
         )
-    groups = config.norm_num_groups
-    if not isinstance(groups, int) or groups < 1 or any(width % groups for width in widths):
-        raise ValueError(f"norm_num_groups is {groups}; it has to divide all of block_out_channels {widths}")
-    if config.encoder_hid_dim_type is not None and config.encoder_hid_dim is None:
-        raise ValueError("encoder_hid_dim_type is set and encoder_hid_dim is None")
-    needs = {"projection", "simple_projection"} & {config.class_embed_type}
-    if (needs or config.addition_embed_type == "text_time") and (
-        config.projection_class_embeddings_input_dim is None
-    ):
-        raise ValueError("projection_class_embeddings_input_dim is None, and a projection needs its width")
-    if config.addition_embed_type == "text_time" and config.addition_time_embed_dim is None:
-        raise ValueError("addition_embed_type 'text_time' needs addition_time_embed_dim, which is None")
