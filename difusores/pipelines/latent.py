@@ -220,10 +220,11 @@ class LatentPipeline(DiffusionPipeline):
         count = None if custom else num_inference_steps
         takes_generator = step_accepts_generator(scheduler)
         options: dict[str, Any] = {}
-        if "eta" in inspect.signature(scheduler.step).parameters:
+        step = inspect.signature(scheduler.step).parameters.values()
+        if any(p.name == "eta" or p.kind is p.VAR_KEYWORD for p in step):
             options["eta"] = eta
         elif eta:
-            warnings.warn(f"eta is {eta}, and {name} has none: it is not used", stacklevel=3)
+            warnings.warn(f"eta is {eta}, and {name} has none: it is not used", stacklevel=4)
 
         planned = follows_plan(scheduler)
         if planned:
@@ -412,7 +413,7 @@ class LatentPipeline(DiffusionPipeline):
             warnings.warn(
                 f"the latents of image(s) {broken} have NaN or infinity: the model or its guidance has "
                 f"left the range of {latents.dtype}",
-                stacklevel=3,
+                stacklevel=5,
             )
         vae = self.vae
         dtype = getattr(vae, "dtype", None)

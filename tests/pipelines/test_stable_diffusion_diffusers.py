@@ -94,3 +94,47 @@ def test_clip_skip(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # where diffusers looks for the last norm, and transformers 5 no longer has it
     monkeypatch.setattr(CLIPTextModel, "text_model", property(lambda self: self), raising=False)
     assert_same(both(folder, prompt="a cat", clip_skip=1))
+
+
+def test_their_scheduler_in_our_pipeline(folder: Path) -> None:
+    expected = both(folder, "heun", prompt="a cat")[1]
+    pipeline = load(difusores, folder)
+    swap(pipeline, diffusers, "heun")
+    generator = torch.Generator().manual_seed(5)
+    result = pipeline("a cat", num_inference_steps=6, generator=generator, output_type="np").images
+    assert_same((result, expected))
+
+
+def test_a_folder_that_diffusers_wrote(folder: Path, tmp_path: Path) -> None:
+    load(diffusers, folder).save_pretrained(tmp_path / "theirs")
+    assert_same(both(tmp_path / "theirs", "pndm", prompt="a cat"))
+
+
+def test_a_scheduler_of_the_first_folders(parts: dict[str, Any], folder: Path) -> None:
+    results = []
+    for library in (difusores, diffusers):
+        old = library.DDIMScheduler(beta_schedule="scaled_linear", steps_offset=0, clip_sample=True)
+        pipeline = load(library, folder, scheduler=old)
+        generator = torch.Generator().manual_seed(5)
+        results.append(pipeline("a cat", num_inference_steps=5, generator=generator, output_type="np").images)
+    assert_same(results)
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline"])
+def test_same_signatures(kind: str) -> None:
+    for method in ("__init__", "__call__", "encode_prompt"):
+        theirs, ours = (
+            [
+                parameter
+                for parameter in inspect.signature(
+                    getattr(getattr(library, kind), method)
+                ).parameters.values()
+                if parameter.kind is not parameter.VAR_KEYWORD
+            ]
+            for library in (diffusers, difusores)
+        )
+        assert [p.name for p in theirs] == [p.name for p in ours[: len(theirs)]]
+        for mine, other in zip(ours, theirs, strict=False):
+            same = list(mine.default) if isinstance(mine.default, tuple) else mine.default
+            assert same == other.default, mine.name
+        assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
