@@ -1,0 +1,69 @@
+"""Stable Diffusion 1.5's UNet and autoencoder at full width against diffusers; one copy of bf16 weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from difusores import AutoencoderKL, UNet2DConditionModel
+
+pytestmark = pytest.mark.slow
+
+UNET = {"cross_attention_dim": 768, "sample_size": 64}
+KL_F8 = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "sample_size": 512,
+}
+
+
+def relative_l2(value: Tensor, expected: Tensor) -> float:
+    return float((value.double() - expected.double()).norm() / expected.double().norm())
+
+
+def pair(name: str, config: dict[str, Any], ours: type) -> tuple[Any, Any]:
+    """Both libraries' models over the same tensors."""
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        theirs, mine = getattr(diffusers, name)(**config).eval(), ours(**config).eval()
+    theirs.to_empty(device="cpu")
+    for parameter in theirs.parameters():
+        scale = 1.0 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+        nn.init.uniform_(parameter, -scale, scale)
+    mine.load_state_dict(theirs.state_dict(), assign=True)
+    return theirs, mine
+
+
+@torch.no_grad()
+def test_unet_of_stable_diffusion_1_5() -> None:
+    theirs, ours = pair("UNet2DConditionModel", UNET, UNet2DConditionModel)
+    assert ours.num_parameters() == 859_520_964
+    given = (torch.randn(1, 4, 16, 24), 500, torch.randn(1, 77, 768))
+    assert relative_l2(ours(*given).sample, theirs(*given).sample) < 2e-5
+
+
+@torch.no_grad()
+def test_autoencoder_of_stable_diffusion_1_5() -> None:
+    theirs, ours = pair("AutoencoderKL", KL_F8, AutoencoderKL)
+    assert ours.num_parameters() == 83_653_863
+    x = torch.rand(1, 3, 64, 128) * 2 - 1
+    z = theirs.encode(x).latent_dist.mode()
+    assert relative_l2(ours.encode(x).latent_dist.mode(), z) < 2e-5
+    assert relative_l2(ours.decode(z).sample, theirs.decode(z).sample) < 2e-5
+
+
+def test_a_bf16_unet_holds_one_copy_of_its_weights(tmp_path: Any) -> None:
+    """From a folder in float16 to a model in bfloat16: no float32 copy on the way."""
+    config = {**UNET, "block_out_channels": [64, 128, 256, 256], "cross_attention_dim": 64}
+    model = UNet2DConditionModel(**config).half()
+    weights = sum(p.numel() * 2 for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in loaded.parameters()}
+    assert sum(held.values()) == weights
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
