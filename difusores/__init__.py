@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from difusores.pipelines import DDIMPipeline as DDIMPipeline
     from difusores.pipelines import DDPMPipeline as DDPMPipeline
     from difusores.pipelines import DiffusionPipeline as DiffusionPipeline
+    from difusores.pipelines import LDMPipeline as LDMPipeline
+    from difusores.pipelines import LDMSuperResolutionPipeline as LDMSuperResolutionPipeline
+    from difusores.pipelines import LDMTextToImagePipeline as LDMTextToImagePipeline
     from difusores.pipelines import StableDiffusionPipeline as StableDiffusionPipeline
     from difusores.schedulers import CMStochasticIterativeScheduler as CMStochasticIterativeScheduler
     from difusores.schedulers import CosineDPMSolverMultistepScheduler as CosineDPMSolverMultistepScheduler
@@ -100,6 +103,9 @@ _PUBLIC = {
     "KarrasVeScheduler": "difusores.schedulers",
     "LCMScheduler": "difusores.schedulers",
     "LDMBertModel": "difusores.models",
+    "LDMPipeline": "difusores.pipelines",
+    "LDMSuperResolutionPipeline": "difusores.pipelines",
+    "LDMTextToImagePipeline": "difusores.pipelines",
     "LMSDiscreteScheduler": "difusores.schedulers",
     "ModelMixin": "difusores.models",
     "PNDMScheduler": "difusores.schedulers",

@@ -2,6 +2,11 @@
 
 from difusores.pipelines.adm import ADMPipeline
 from difusores.pipelines.images import ImagePipelineOutput
+from difusores.pipelines.latent_diffusion import (
+    LDMPipeline,
+    LDMSuperResolutionPipeline,
+    LDMTextToImagePipeline,
+)
 from difusores.pipelines.pipeline import DiffusionPipeline
 from difusores.pipelines.stable_diffusion import StableDiffusionPipeline, StableDiffusionPipelineOutput
 from difusores.pipelines.unconditional import DDIMPipeline, DDPMPipeline
@@ -12,5 +17,9 @@ __all__ = [
     "DDPMPipeline",
     "DiffusionPipeline",
     "ImagePipelineOutput",
+    "LDMPipeline",
+    "LDMSuperResolutionPipeline",
+    "LDMTextToImagePipeline",
     "StableDiffusionPipeline",
     "StableDiffusionPipelineOutput",
+]
