@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup remake demo test test-core test-cpp lint format bench clean
+.PHONY: help setup remake demo fetch-terrain test test-core test-cpp lint format bench clean
 
 # The first Python that the pinned tools run on; `make PYTHON=… setup` names another.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -30,7 +30,8 @@ help:
 	@printf '%s\n' \
 	  'make setup      .venv with the package, compiled where a C++ compiler is found' \
 	  'make demo       samples a grid of digits into demo.png and prints the speed' \
-	  'make test       the whole suite' \
+	  'make fetch-terrain  downloads the weights that one test compares with ONNX Runtime, 39 MB' \
+  'make test       the whole suite' \
 	  'make test-core  the core of the suite without the compiled module' \
 	  'make test-cpp   the kernels in a plain C++ test under the sanitizers' \
 	  'make lint       ruff, mypy, clang-format' \
@@ -66,6 +67,9 @@ demo: .venv/package.stamp
 	@$(GENERATE) --out demo.png
 	@echo 'The same with DIFUSORES_BACKEND=reference:'
 	@DIFUSORES_BACKEND=reference $(GENERATE) --out build/demo-reference.png
+
+fetch-terrain: .venv/package.stamp
+	@$(BIN)/python -m difusores fetch terrain
 
 test: .venv/test.stamp
 	@[ ! -f difusores/_build_reason.txt ] || $(call stop,$(NO_COMPILER))

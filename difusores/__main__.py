@@ -1,4 +1,4 @@
-"""The command line: `python -m difusores generate | train | fetch | doctor`."""
+"""The command line: `python -m difusores generate | train | fetch | convert | doctor`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from difusores import __version__, native
 COMMANDS = {
     "generate": ("difusores.pipelines.cli", "sample images from a model into a picture"),
     "train": ("difusores.training.cli", "train a model on a folder of images or on a fetched data set"),
-    "fetch": ("difusores.training.cli", "bring a data set, pinned and checked, into a folder"),
+    "fetch": ("difusores.training.cli", "bring a data set or weights, pinned and checked, into a folder"),
+    "convert": ("difusores.pipelines.convert", "make a folder of other people's files of weights"),
     "doctor": ("difusores.doctor", "say what is installed, what works, and why the rest does not"),
 }
 

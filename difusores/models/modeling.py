@@ -131,7 +131,7 @@ class ModelMixin(nn.Module, ConfigMixin):
             )
         paths = find_weights(source, cls.weights_names, subfolder, variant, use_safetensors, hub)
         tensors = convert_legacy_attention(read_tensors(paths), model.state_dict())
-        _assign(model, tensors, dtype or torch.float32, paths[0])
+        assign(model, tensors, dtype or torch.float32, paths[0])
         model.register_to_config(_name_or_path=source)
         model.eval()
         if not output_loading_info:
@@ -265,7 +265,7 @@ def write_safetensors(path: str, tensors: dict[str, torch.Tensor]) -> None:
         file.write(save({name: t.contiguous() for name, t in tensors.items()}, {"format": "pt"}))
 
 
-def _assign(model: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype, path: str) -> None:
+def assign(model: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype, path: str) -> None:
     """Put tensors into a model on the meta device, or say everything that does not fit."""
     wanted = model.state_dict()
     problems = [f"missing {name}" for name in wanted if name not in tensors]

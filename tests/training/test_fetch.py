@@ -10,6 +10,7 @@ import json
 import socket
 import tarfile
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from difusores.training import fetch
-from difusores.training.fetch import MNIST_FILE, FetchError, fetch_mnist
+from difusores.training.fetch import MNIST_FILE, TERRAIN_FILE, FetchError, fetch_mnist, fetch_terrain
 
 
 def archive(digits: dict[int, list[float]]) -> bytes:
@@ -136,3 +137,36 @@ def test_no_network_is_said_in_a_sentence(tmp_path: Path):
     with pytest.raises(FetchError, match="is this machine on a network"):
         fetch_mnist(tmp_path / "cache", url=f"http://127.0.0.1:{port}/digits.tgz")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def terrain_wheel(folder: Path, content: bytes = b"weights") -> str:
+    """A wheel of that name which pip takes, and its sha256."""
+    name, info = "terrain_diffusion/weights/model.onnx", "adaptive_terrain_diffusion-0.4.2.dist-info"
+    metadata = "Metadata-Version: 2.1\nName: adaptive-terrain-diffusion\nVersion: 0.4.2\n"
+    with zipfile.ZipFile(folder / TERRAIN_FILE, "w") as wheel:
+        wheel.writestr(name, content)
+        wheel.writestr(f"{info}/METADATA", metadata)
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return hashlib.sha256((folder / TERRAIN_FILE).read_bytes()).hexdigest()
+
+
+def test_the_terrain_wheel_is_stored_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    served, out = tmp_path / "served", tmp_path / "cache"
+    served.mkdir()
+    sha256 = terrain_wheel(served)
+    options = ("--no-index", "--find-links", str(served))
+    with pytest.raises(FetchError, match=r"has sha256 .*, expected dd803be2"):
+        fetch_terrain(out, pip_options=options)
+    assert list(out.iterdir()) == []
+    file = fetch_terrain(out, sha256=sha256, pip_options=options)
+    assert file == out / TERRAIN_FILE and list(out.iterdir()) == [file]
+    assert "downloading adaptive-terrain-diffusion==0.4.2, 38.9 MB" in capsys.readouterr().out
+    (served / TERRAIN_FILE).unlink()
+    assert fetch_terrain(out, sha256=sha256, pip_options=options) == file
+    assert "here already" in capsys.readouterr().out
+    file.write_bytes(b"garbage")
+    with pytest.raises(
+        FetchError, match=r"pip could not download adaptive-terrain-diffusion==0\.4\.2: .*No match"
+    ):
+        fetch_terrain(out, sha256=sha256, pip_options=options)
