@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     from difusores.pipelines import LDMPipeline as LDMPipeline
     from difusores.pipelines import LDMSuperResolutionPipeline as LDMSuperResolutionPipeline
     from difusores.pipelines import LDMTextToImagePipeline as LDMTextToImagePipeline
+    from difusores.pipelines import StableDiffusionImg2ImgPipeline as StableDiffusionImg2ImgPipeline
+    from difusores.pipelines import StableDiffusionInpaintPipeline as StableDiffusionInpaintPipeline
+    from difusores.pipelines import (
+        StableDiffusionInstructPix2PixPipeline as StableDiffusionInstructPix2PixPipeline,
+    )
     from difusores.pipelines import StableDiffusionPipeline as StableDiffusionPipeline
     from difusores.schedulers import CMStochasticIterativeScheduler as CMStochasticIterativeScheduler
     from difusores.schedulers import CosineDPMSolverMultistepScheduler as CosineDPMSolverMultistepScheduler
@@ -114,6 +119,9 @@ _PUBLIC = {
     "SchedulerMixin": "difusores.schedulers",
     "ScoreSdeVeScheduler": "difusores.schedulers",
     "ScoreSdeVpScheduler": "difusores.schedulers",
+    "StableDiffusionImg2ImgPipeline": "difusores.pipelines",
+    "StableDiffusionInpaintPipeline": "difusores.pipelines",
+    "StableDiffusionInstructPix2PixPipeline": "difusores.pipelines",
     "StableDiffusionPipeline": "difusores.pipelines",
     "TCDScheduler": "difusores.schedulers",
     "UNet2DConditionModel": "difusores.models",

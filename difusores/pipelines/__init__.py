@@ -9,6 +9,9 @@ from difusores.pipelines.latent_diffusion import (
 )
 from difusores.pipelines.pipeline import DiffusionPipeline
 from difusores.pipelines.stable_diffusion import StableDiffusionPipeline, StableDiffusionPipelineOutput
+from difusores.pipelines.stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
+from difusores.pipelines.stable_diffusion_inpaint import StableDiffusionInpaintPipeline
+from difusores.pipelines.stable_diffusion_instruct_pix2pix import StableDiffusionInstructPix2PixPipeline
 from difusores.pipelines.unconditional import DDIMPipeline, DDPMPipeline
 
 __all__ = [
@@ -20,6 +23,9 @@ __all__ = [
     "LDMPipeline",
     "LDMSuperResolutionPipeline",
     "LDMTextToImagePipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionPipeline",
     "StableDiffusionPipelineOutput",
 ]

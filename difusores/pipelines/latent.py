@@ -17,7 +17,7 @@ from difusores.pipelines.pipeline import DiffusionPipeline, follows_plan, step_a
 from difusores.plan import Plan
 from difusores.sampling import Generators, Model, draw_noise
 
-StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Tensor] | None]
 After = Callable[[int, Tensor, Tensor], Tensor | None]
 
 SCALING_FACTOR = 0.18215
@@ -217,6 +217,8 @@ class LatentPipeline(DiffusionPipeline):
         for key in custom:
             if key not in known:
                 raise ValueError(f"{name}.set_timesteps takes no {key}")
+        if strength is not None and not 0 <= strength <= 1:
+            raise ValueError(f"strength is {strength}; it has to be from 0 to 1")
         count = None if custom else num_inference_steps
         takes_generator = step_accepts_generator(scheduler)
         options: dict[str, Any] = {}
@@ -302,7 +304,7 @@ class LatentPipeline(DiffusionPipeline):
                     return changed
                 latents = (x if changed is None else changed).clone()  # the loop writes its buffers again
                 seen = {"latents": latents, **conditions.tensors}
-                answer = callback(self, index, time, {key: seen[key] for key in callback_inputs}) or {}
+                answer = callback(self, index, time, {key: seen.get(key) for key in callback_inputs}) or {}
                 latents = answer.pop("latents", latents)
                 conditions.tensors.update(answer)
                 if self._interrupt:
@@ -405,6 +407,25 @@ class LatentPipeline(DiffusionPipeline):
         weights = torch.full((count,), 1000 * (self._guidance_scale - 1), device=self.device)
         waves: Tensor = Timesteps(width, flip_sin_to_cos=False, downscale_freq_shift=1)(weights)
         return waves.to(self.unet.dtype)
+
+    def _encode_image(self, image: Tensor, generator: Generators, mode: bool = False) -> Tensor:
+        """Latents [N, C, h, w] of images in [-1, 1], as the VAE has them; several generators draw for each.
+
+        Args:
+            mode: take the mean of their distribution and not a draw.
+        """
+        if not hasattr(self.vae, "encode"):
+            raise ValueError(f"vae is a {type(self.vae).__name__}, which has no encode; latents can be given")
+        image = image.to(self.device, self.vae.dtype)
+        if isinstance(generator, Sequence) and not mode:
+            pairs = zip(image.split(1), generator, strict=False)
+            return torch.cat([self._encode_image(part, source) for part, source in pairs])
+        encoded = self.vae.encode(image)
+        distribution = getattr(encoded, "latent_dist", None)
+        if distribution is None:
+            return _tensor(encoded).to(self.unet.dtype)
+        latents: Tensor = distribution.mode() if mode else distribution.sample(generator)
+        return latents.to(self.unet.dtype)
 
     def _decode(self, latents: Tensor, generator: Generators = None) -> Tensor:
         """Images [B, 3, H, W] around [-1, 1] from the loop's latents; a warning names those that have NaN."""

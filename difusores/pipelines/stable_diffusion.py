@@ -13,13 +13,15 @@ from torch import Tensor
 from difusores.outputs import BaseOutput
 from difusores.pipelines.images import check_output_type, to_images
 from difusores.pipelines.latent import (
+    After,
     Conditions,
     LatentPipeline,
+    Run,
     StepCallback,
     check_callback_inputs,
 )
 from difusores.pipelines.prompts import as_list, check_prompts, encode_texts, repeat_each
-from difusores.sampling import Generators
+from difusores.sampling import Generators, Model
 
 logger = logging.getLogger(__name__)
 
@@ -128,15 +130,17 @@ class StableDiffusionBase(LatentPipeline):
         """
         count = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         if prompt_embeds is None:
-            prompt_embeds = self._encode(as_list(prompt, count), clip_skip)
+            prompt_embeds = self._encode_texts(as_list(prompt, count), clip_skip)
         positive = self._placed(prompt_embeds, device, num_images_per_prompt)
         if not do_classifier_free_guidance:
             return positive, None
         if negative_prompt_embeds is None:
-            negative_prompt_embeds = self._encode(as_list(negative_prompt, count), None, positive.shape[1])
+            negative_prompt_embeds = self._encode_texts(
+                as_list(negative_prompt, count), None, positive.shape[1]
+            )
         return positive, self._placed(negative_prompt_embeds, device, num_images_per_prompt)
 
-    def _encode(self, texts: list[str], clip_skip: int | None, length: int | None = None) -> Tensor:
+    def _encode_texts(self, texts: list[str], clip_skip: int | None, length: int | None = None) -> Tensor:
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(
                 "without a text_encoder and a tokenizer, prompt_embeds and negative_prompt_embeds are needed"
@@ -204,17 +208,17 @@ class StableDiffusionBase(LatentPipeline):
         self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
         self._clip_skip, self._cross_attention_kwargs = clip_skip, cross_attention_kwargs
 
-    def _predictor(self, conditions: Conditions, count: int, beside: Tensor | None = None) -> Any:
+    def _predictor(self, conditions: Conditions, count: int, beside: Sequence[str] = ()) -> Model:
         """predict(x, t) of the UNet.
 
         Args:
-            beside: channels [rows, C, h, w] that the UNet is given beside those of the latents.
+            beside: conditions [rows, C, h, w] that are channels of its input, behind the latents.
         """
         timestep_cond = self._guidance_embedding(count)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            if beside is not None:
-                x = torch.cat((x, beside[-len(x) :]), dim=1)
+            if beside:
+                x = torch.cat((x, *(conditions.rows(name, len(x)) for name in beside)), dim=1)
             output: Tensor = self.unet(
                 x,
                 t,
@@ -226,6 +230,38 @@ class StableDiffusionBase(LatentPipeline):
             return output
 
         return predict
+
+    def _sample(
+        self,
+        run: Run,
+        first: Tensor,
+        conditions: Conditions,
+        generator: Generators,
+        output_type: str,
+        return_dict: bool,
+        *,
+        beside: Sequence[str] = (),
+        rescale: float = 0.0,
+        interval: tuple[float, float] = (0.0, 1.0),
+        after: After | None = None,
+        callback: StepCallback | None = None,
+        callback_inputs: Sequence[str] = ("latents",),
+    ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
+        """From the first latents to the output, guided by the prompts; see `_guided` and `_denoise`."""
+        predictor = self._predictor(conditions, len(first), beside)
+        predict, weights = self._guided(predictor, conditions, run, rescale=rescale, interval=interval)
+        last = self._denoise(
+            run,
+            first,
+            predict,
+            conditions,
+            generator=generator,
+            weights=weights,
+            after=after,
+            callback=callback,
+            callback_inputs=callback_inputs,
+        )
+        return self._output(last, output_type, return_dict, generator)
 
     def run_safety_checker(
         self, image: Tensor, device: torch.device, dtype: torch.dtype
@@ -346,21 +382,15 @@ class StableDiffusionPipeline(StableDiffusionBase):
         factor = self.vae_scale_factor
         shape = (count, self.unet.config["in_channels"], height // factor, width // factor)
         first = self._latents(shape, latents, generator, run)
-        predict, weights = self._guided(
-            self._predictor(conditions, count),
-            conditions,
-            run,
-            rescale=guidance_rescale,
-            interval=guidance_interval,
-        )
-        last = self._denoise(
+        return self._sample(
             run,
             first,
-            predict,
             conditions,
-            generator=generator,
-            weights=weights,
+            generator,
+            output_type,
+            return_dict,
+            rescale=guidance_rescale,
+            interval=guidance_interval,
             callback=callback_on_step_end,
             callback_inputs=callback_on_step_end_tensor_inputs,
         )
-        return self._output(last, output_type, return_dict, generator)

@@ -94,3 +94,11 @@ def parts(text_parts: tuple[Any, Any]) -> dict[str, Any]:
         "feature_extractor": None,
         "requires_safety_checker": False,
     }
+
+
+@pytest.fixture
+def widened() -> Any:
+    """widened(channels) -> a UNet with that many input channels."""
+    return lambda channels: fill(
+        difusores.UNet2DConditionModel(**{**UNET, "in_channels": channels, "out_channels": 4}), 4
+    )
