@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from difusores.functional import sample as sample
     from difusores.models import ADMClassifier as ADMClassifier
     from difusores.models import ADMUNet as ADMUNet
+    from difusores.models import AudioEncoder as AudioEncoder
     from difusores.models import AutoencoderKL as AutoencoderKL
     from difusores.models import Conditioning as Conditioning
     from difusores.models import ControlNetModel as ControlNetModel
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
     from difusores.models import VQModel as VQModel
     from difusores.ops import use_backend as use_backend
     from difusores.pipelines import ADMPipeline as ADMPipeline
+    from difusores.pipelines import AudioToImagePipeline as AudioToImagePipeline
     from difusores.pipelines import DDIMPipeline as DDIMPipeline
     from difusores.pipelines import DDPMPipeline as DDPMPipeline
     from difusores.pipelines import DiffusionPipeline as DiffusionPipeline
     from difusores.pipelines import LDMPipeline as LDMPipeline
     from difusores.pipelines import LDMSuperResolutionPipeline as LDMSuperResolutionPipeline
     from difusores.pipelines import LDMTextToImagePipeline as LDMTextToImagePipeline
+    from difusores.pipelines import SemanticToImagePipeline as SemanticToImagePipeline
     from difusores.pipelines import StableDiffusionImg2ImgPipeline as StableDiffusionImg2ImgPipeline
     from difusores.pipelines import StableDiffusionInpaintPipeline as StableDiffusionInpaintPipeline
     from difusores.pipelines import (
@@ -77,6 +80,8 @@ _PUBLIC = {
     "ADMClassifier": "difusores.models",
     "ADMPipeline": "difusores.pipelines",
     "ADMUNet": "difusores.models",
+    "AudioEncoder": "difusores.models",
+    "AudioToImagePipeline": "difusores.pipelines",
     "AutoencoderKL": "difusores.models",
     "CMStochasticIterativeScheduler": "difusores.schedulers",
     "Conditioning": "difusores.models",
@@ -119,6 +124,7 @@ _PUBLIC = {
     "SchedulerMixin": "difusores.schedulers",
     "ScoreSdeVeScheduler": "difusores.schedulers",
     "ScoreSdeVpScheduler": "difusores.schedulers",
+    "SemanticToImagePipeline": "difusores.pipelines",
     "StableDiffusionImg2ImgPipeline": "difusores.pipelines",
     "StableDiffusionInpaintPipeline": "difusores.pipelines",
     "StableDiffusionInstructPix2PixPipeline": "difusores.pipelines",

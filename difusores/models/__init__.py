@@ -1,6 +1,7 @@
 """Models: plain torch modules that call the package's ops."""
 
 from difusores.models.adm import ADMClassifier, ADMUNet
+from difusores.models.audio_encoder import AudioEncoder
 from difusores.models.autoencoder import AutoencoderKL, VQModel
 from difusores.models.conditioning import Conditioning
 from difusores.models.controlnet import ControlNetModel, ControlNetOutput
@@ -12,6 +13,7 @@ from difusores.models.unet_2d_condition import UNet2DConditionModel, UNet2DCondi
 __all__ = [
     "ADMClassifier",
     "ADMUNet",
+    "AudioEncoder",
     "AutoencoderKL",
     "Conditioning",
     "ControlNetModel",

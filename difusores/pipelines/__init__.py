@@ -1,6 +1,7 @@
 """Pipelines: a model, a scheduler and the loop that samples with them."""
 
 from difusores.pipelines.adm import ADMPipeline
+from difusores.pipelines.conditional import AudioToImagePipeline, SemanticToImagePipeline
 from difusores.pipelines.images import ImagePipelineOutput
 from difusores.pipelines.latent_diffusion import (
     LDMPipeline,
@@ -16,6 +17,7 @@ from difusores.pipelines.unconditional import DDIMPipeline, DDPMPipeline
 
 __all__ = [
     "ADMPipeline",
+    "AudioToImagePipeline",
     "DDIMPipeline",
     "DDPMPipeline",
     "DiffusionPipeline",
@@ -23,6 +25,7 @@ __all__ = [
     "LDMPipeline",
     "LDMSuperResolutionPipeline",
     "LDMTextToImagePipeline",
+    "SemanticToImagePipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInstructPix2PixPipeline",

@@ -196,12 +196,12 @@ class LDMTextToImagePipeline(_VQPipeline):
         run = _without_scale(run)
         scale = 1.0 if guidance_scale is None else guidance_scale
         if prompt_embeds is None:
-            prompt_embeds = self._encode(as_list(prompt, count))
+            prompt_embeds = self._encode_texts(as_list(prompt, count))
         parts = [prompt_embeds]
         weights: tuple[float, ...] = (1.0,)
         if scale != 1.0:
             if negative_prompt_embeds is None:
-                negative_prompt_embeds = self._encode(as_list(negative_prompt, count))
+                negative_prompt_embeds = self._encode_texts(as_list(negative_prompt, count))
             parts.insert(0, negative_prompt_embeds)
             weights = (1 - scale, scale)
         context = torch.cat([repeat_each(part, num_images_per_prompt) for part in parts])
@@ -221,7 +221,7 @@ class LDMTextToImagePipeline(_VQPipeline):
             weights=weights,
         )
 
-    def _encode(self, texts: list[str]) -> Tensor:
+    def _encode_texts(self, texts: list[str]) -> Tensor:
         ids, _ = tokenize(self.tokenizer, texts, TOKENS)
         embeds: Tensor = self.bert(ids.to(self.device))[0]
         return embeds

@@ -1,0 +1,242 @@
+"""Latent diffusion with conditions of this package's own: a semantic map -> image, a sound -> image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from difusores.models.audio_encoder import AudioEncoder
+from difusores.models.conditioning import Conditioning
+from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
+from difusores.pipelines.latent import Conditions, LatentPipeline, Run, StepCallback
+from difusores.sampling import Generators
+
+SemanticMap = Tensor | Image.Image | Sequence[Image.Image]
+Audio = Tensor | np.ndarray[Any, Any] | Sequence[Any]
+
+
+class _ConditionalPipeline(LatentPipeline):
+    """What the two pipelines below share."""
+
+    def _sample(
+        self,
+        conditioning: Conditioning,
+        shape: tuple[int, ...],
+        run: Run,
+        latents: Tensor | None,
+        generator: Generators,
+        output_type: str,
+        return_dict: bool,
+        callback: StepCallback | None,
+        weights: tuple[float, ...] = (1.0,),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        latents = self._denoise(
+            run,
+            self._latents(shape, latents, generator, run),
+            lambda x, time: conditioning(self.unet, x, time),
+            Conditions(),
+            generator=generator,
+            weights=weights,
+            callback=callback,
+        )
+        images = latents if output_type == "latent" else to_images(self._decode(latents), output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+class SemanticToImagePipeline(_ConditionalPipeline):
+    """Images of a layout: a map is joined to the channels of the latents ("concat", Rombach et al. 2022).
+
+    Args:
+        vae: decoder of latents.
+        unet: a `UNet2DModel` or another, whose input has `out_channels` of the latents first, then the map's:
+            one for each class, or those of an image.
+        scheduler: any that the UNet was trained for.
+    """
+
+    def __init__(self, vae: Any, unet: Any, scheduler: Any) -> None:
+        self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        semantic_map: SemanticMap,
+        num_inference_steps: int = 50,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        callback_on_step_end: StepCallback | None = None,
+        strict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Sample images, one for each map and of its size.
+
+        Args:
+            semantic_map: class numbers, integers [N, H, W] or [H, W], of which each latent gets the nearest
+                one, one-hot; or an image, floating point [N, C, H, W] (colours in [-1, 1], or shares of
+                classes), averaged over each latent. A picture of mode "L" or "P" holds class numbers, and
+                any other one is an image; a list of pictures of one size is a batch. H and W are divisible
+                by 8 and by the decoder's factor.
+            latents: the first sample, [N, C, h, w], in place of noise.
+
+        The other arguments are those of `LDMPipeline`.
+
+        Raises:
+            ValueError: an argument that is not one of these, or a class that the UNet does not know.
+        """
+        check_output_type(output_type)
+        channels = self.unet.config["out_channels"]
+        given = semantic_map if isinstance(semantic_map, Tensor) else _from_pictures(semantic_map)
+        if given.ndim == 2:
+            given = given[None]
+        height, width = self._image_size(given.shape[-2], given.shape[-1], None)
+        size = (height // self.vae_scale_factor, width // self.vae_scale_factor)
+        image = _map_of_latents(given, self.unet.config["in_channels"] - channels, size)
+        conditioning = Conditioning("concat", image=image.to(self.device, self.unet.dtype))
+        conditioning.check(self.unet, channels)
+        run = self._begin_run(num_inference_steps, eta=eta, strict=strict)
+        shape = (len(image), channels, *size)
+        return self._sample(
+            conditioning, shape, run, latents, generator, output_type, return_dict, callback_on_step_end
+        )
+
+
+class AudioToImagePipeline(_ConditionalPipeline):
+    """Images of a sound, whose tokens the UNet attends to ("crossattn").
+
+    Args:
+        vae: decoder of latents.
+        audio_encoder: an `AudioEncoder`.
+        unet: a `UNet2DConditionModel` whose `cross_attention_dim` is the encoder's width.
+        scheduler: any that the UNet was trained for.
+    """
+
+    def __init__(self, vae: Any, audio_encoder: AudioEncoder, unet: Any, scheduler: Any) -> None:
+        self.register_modules(vae=vae, audio_encoder=audio_encoder, unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        audio: Audio,
+        sampling_rate: int,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        eta: float = 0.0,
+        num_images_per_audio: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        callback_on_step_end: StepCallback | None = None,
+        strict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Sample images.
+
+        Args:
+            audio: [samples] or [N, samples], floating point in [-1, 1], or a list of sounds of one length.
+            sampling_rate: of the audio, in hertz; it has to be the encoder's.
+            height, width: in pixels; None for the UNet's own size.
+            guidance_scale: weight w of classifier-free guidance, unconditional + w * (conditional -
+                unconditional) prediction (Ho & Salimans 2022), without a condition being silence of the same
+                length; 1 for none.
+            num_images_per_audio: images of each sound, side by side.
+            latents: the first sample, [N, C, h, w], in place of noise.
+
+        The other arguments are those of `LDMPipeline`.
+
+        Raises:
+            ValueError: an argument that is not one of these.
+        """
+        check_output_type(output_type)
+        waves = _waveforms(audio).to(self.device)
+        height, width = self._image_size(height, width, latents)
+        tokens = self.audio_encoder(waves, sampling_rate).repeat_interleave(num_images_per_audio, dim=0)
+        count = len(tokens)
+        weights: tuple[float, ...] = (1.0,)
+        if guidance_scale != 1.0:
+            silence = self.audio_encoder(torch.zeros_like(waves[:1]), sampling_rate)
+            tokens = torch.cat((silence.expand(tokens.shape), tokens))
+            weights = (1.0 - guidance_scale, guidance_scale)
+        conditioning = Conditioning("crossattn", context=tokens.to(self.unet.dtype))
+        channels = self.unet.config["in_channels"]
+        conditioning.check(self.unet, channels)
+        run = self._begin_run(num_inference_steps, eta=eta, strict=strict)
+        factor = self.vae_scale_factor
+        return self._sample(
+            conditioning,
+            (count, channels, height // factor, width // factor),
+            run,
+            latents,
+            generator,
+            output_type,
+            return_dict,
+            callback_on_step_end,
+            weights,
+        )
+
+
+def _from_pictures(pictures: Image.Image | Sequence[Image.Image]) -> Tensor:
+    """Class numbers [N, H, W] of pictures of mode "L" or "P", else an image [N, 3, H, W] in [-1, 1]."""
+    every = [pictures] if isinstance(pictures, Image.Image) else pictures
+    if (
+        not isinstance(every, Sequence)
+        or not every
+        or not all(isinstance(picture, Image.Image) for picture in every)
+    ):
+        raise ValueError(f"semantic_map is {pictures!r}; needed is a tensor, a picture or a list of pictures")
+    kinds = {(picture.mode, picture.size) for picture in every}
+    if len(kinds) > 1:
+        raise ValueError(f"the pictures of one batch need one mode and size, and these have {sorted(kinds)}")
+    if every[0].mode in ("L", "P"):
+        return torch.stack([torch.from_numpy(np.asarray(picture).astype(np.int64)) for picture in every])
+    colours = [np.asarray(picture.convert("RGB"), dtype=np.float32) for picture in every]
+    return torch.from_numpy(np.stack(colours)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def _map_of_latents(given: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
+    """[N, channels, *size]: class numbers one-hot, an image averaged."""
+    if given.is_floating_point():
+        if given.ndim != 4:
+            raise ValueError(
+                f"semantic_map is {given.dtype} {list(given.shape)}; needed are integers [N, H, W] or an "
+                "image, floating point [N, C, H, W]"
+            )
+        return F.interpolate(given, size, mode="area")
+    if given.ndim != 3:
+        raise ValueError(f"semantic_map is {given.dtype} {list(given.shape)}; needed are integers [N, H, W]")
+    lowest, highest = int(given.min()), int(given.max())
+    if lowest < 0 or highest >= channels:
+        raise ValueError(
+            f"the map has classes from {lowest} to {highest}; the UNet takes {channels}, from 0 to "
+            f"{channels - 1}"
+        )
+    rows, columns = (
+        (torch.arange(new, device=given.device) * 2 + 1) * old // (2 * new)
+        for new, old in zip(size, given.shape[1:], strict=True)
+    )
+    nearest = given[:, rows[:, None], columns].long()
+    return F.one_hot(nearest, channels).permute(0, 3, 1, 2).float()
+
+
+def _waveforms(audio: Audio) -> Tensor:
+    """[N, samples]."""
+    if isinstance(audio, (Tensor, np.ndarray)):
+        waves = torch.as_tensor(audio)
+        return waves[None] if waves.ndim == 1 else waves
+    parts = [torch.as_tensor(part) for part in audio]
+    shapes = {tuple(part.shape) for part in parts}
+    if len(shapes) != 1 or parts[0].ndim != 1:
+        raise ValueError(
+            f"a list of sounds needs one length, [samples] each, and these have shapes {sorted(shapes)}"
+        )
+    return torch.stack(parts)
