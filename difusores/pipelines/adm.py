@@ -95,7 +95,7 @@ class ADMPipeline(DiffusionPipeline):
         inputs = self._inputs(labels, low_res, weights, null_label)
         plan, clip = self._plan(num_inference_steps, eta, guide)
         if strict:
-            self.check_training(plan.prediction_type, plan.betas)
+            self._check_scheduler(plan)
 
         def predict(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
             return self.unet(x, time, **inputs, return_dict=False)[0]  # type: ignore[no-any-return]

@@ -180,6 +180,28 @@ def test_shift_of_the_mean_by_hand(v: float) -> None:
     assert moved[1:].abs().max() < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("kind", "first", "last"),
+    [
+        (
+            "fixed_large",
+            0.1,
+            0.1 / 0.19 * 0.1,
+        ),  # beta, but in the last step the posterior's of the one before
+        ("fixed_small", (1 - 0.729) / (1 - 0.6561) * 0.1, 0.0),
+    ],
+)
+def test_shift_of_the_mean_by_fixed_variances(kind: str, first: float, last: float) -> None:
+    scheduler = DDPMScheduler(**TENTHS, variance_type=kind, timestep_spacing="linspace")
+    options: dict[str, Any] = {"num_inference_steps": 4, "class_labels": [1]}
+    plain, guided = (run(Fixed(0.5), scheduler, Linear(), classifier_scale=s, **options) for s in (0, 3.0))
+    x = plain[0][0, 0, 0, 0]
+    torch.testing.assert_close((guided[1] - plain[1])[0, 0, 0, 0], first * 3 * (1 - x.sigmoid()))
+    x = guided[3][0, 0, 0, 0]
+    moved = guided[4][0, 0, 0, 0] - (x - math.sqrt(0.1) * 0.5) / math.sqrt(0.9)
+    torch.testing.assert_close(moved, last * 3 * (1 - x.sigmoid()), rtol=1e-4, atol=1e-6)
+
+
 def test_shift_of_the_noise_by_hand() -> None:
     """DDIM from step 2 of 4: e' = e - √(1 - 0.729) * s * gradient, then x0 and the direction follow e'."""
     states = run(
