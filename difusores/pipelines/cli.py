@@ -20,11 +20,14 @@ from difusores.ops import use_backend
 from difusores.ops.dispatch import wanted
 from difusores.pipelines.images import write_grid
 from difusores.pipelines.pipeline import DiffusionPipeline
+from difusores.pipelines.stable_diffusion import StableDiffusionPipeline
 from difusores.pipelines.unconditional import DDIMPipeline, DDPMPipeline, UNetPipeline
 from difusores.schedulers.base import COMPATIBLES
 
 BATCH = 64  # images sampled at once
+TEXT_BATCH = 4  # of models that are told a text, whose images are larger
 GUIDANCE = 2.0  # of models with classes, where none is given
+TEXT_GUIDANCE = 7.5
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -51,7 +54,15 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         help="class label(s), taken in turn; all classes in turn if not given. The last label of every model "
         "is taken for the null label of guidance and cannot be asked for",
     )
-    add("--guidance", type=float, help=f"classifier-free guidance scale, 1 for none ({GUIDANCE})")
+    add("--prompt", nargs="+", help="text(s) for a model that is told one, taken in turn")
+    add("--negative-prompt", help="text to lead away from, with --prompt")
+    add("--height", type=int, help="of the images, with --prompt (the model's own)")
+    add("--width", type=int, help="of the images, with --prompt (the model's own)")
+    add(
+        "--guidance",
+        type=float,
+        help=f"classifier-free guidance scale, 1 for none ({GUIDANCE}; {TEXT_GUIDANCE} with texts)",
+    )
     add("--steps", type=int, default=25, help="calls of the model (%(default)s)")
     add("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="sampler (%(default)s)")
     add("--eta", type=float, default=0.0, help="noise of the ddim sampler, 0 to 1 (%(default)s)")
@@ -70,14 +81,17 @@ def run_generate(args: argparse.Namespace) -> int:
     """
     _check(args)
     pipeline = _pipeline(args)
-    labels = _labels(args, pipeline.unet.config)
-    if labels is not None and args.guidance is None:
-        args.guidance = GUIDANCE
+    texts = _texts(args) if isinstance(pipeline, StableDiffusionPipeline) else None
+    labels = None if texts is not None else _labels(args, pipeline.unet.config)
+    if args.guidance is None and (labels or texts):
+        args.guidance = TEXT_GUIDANCE if texts else GUIDANCE
+    batch = TEXT_BATCH if texts else BATCH
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with use_backend(args.backend) if args.backend else contextlib.nullcontext():
         start = time.perf_counter()
-        images = [_sample(pipeline, args, labels, first) for first in range(0, args.num, BATCH)]
+        parts = [range(first, min(first + batch, args.num)) for first in range(0, args.num, batch)]
+        images = [_sample(pipeline, args, labels, texts, numbers) for numbers in parts]
         seconds = time.perf_counter() - start
     write_grid(np.concatenate(images), out)
     if args.json:
@@ -112,30 +126,47 @@ def _check(args: argparse.Namespace) -> None:
         wanted()  # refuses a DIFUSORES_BACKEND that cannot be honoured
 
 
-def _pipeline(args: argparse.Namespace) -> DDPMPipeline | DDIMPipeline:
+def _pipeline(args: argparse.Namespace) -> DDPMPipeline | DDIMPipeline | StableDiffusionPipeline:
     try:
         stored = DiffusionPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
     except SafetensorError as error:
         raise ValueError(f"the weights in {args.model!r} are damaged: {error}") from error
-    if not isinstance(stored, UNetPipeline):
+    if not isinstance(stored, (UNetPipeline, StableDiffusionPipeline)):
         raise ValueError(
-            f"{args.model!r} is a {type(stored).__name__}; generate needs one of unconditional images"
+            f"{args.model!r} is a {type(stored).__name__}; generate needs one of unconditional images, or a "
+            "StableDiffusionPipeline"
         )
     config, unet = stored.components["scheduler"].config, stored.unet
-    pipeline: DDPMPipeline | DDIMPipeline
+    pipeline: DDPMPipeline | DDIMPipeline | StableDiffusionPipeline
     scheduler = getattr(schedulers, SCHEDULERS[args.scheduler]).from_config(config)
-    pipeline = (DDIMPipeline if args.scheduler == "ddim" else DDPMPipeline)(unet, scheduler)
+    if isinstance(stored, StableDiffusionPipeline):
+        stored.scheduler, pipeline = scheduler, stored
+    else:
+        _refuse(args, ("prompt", "negative_prompt", "height", "width"), "is not told a text")
+        pipeline = (DDIMPipeline if args.scheduler == "ddim" else DDPMPipeline)(unet, scheduler)
     pipeline.set_progress_bar_config(disable=args.json)
     return pipeline.to(args.device)
+
+
+def _refuse(args: argparse.Namespace, names: tuple[str, ...], reason: str) -> None:
+    for name in names:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is given, and {args.model!r} {reason}")
+
+
+def _texts(args: argparse.Namespace) -> list[str]:
+    """A text for each image."""
+    _refuse(args, ("label",), "has no classes")
+    if not args.prompt:
+        raise ValueError(f"{args.model!r} is told a text: --prompt is needed")
+    return [args.prompt[i % len(args.prompt)] for i in range(args.num)]
 
 
 def _labels(args: argparse.Namespace, config: dict[str, Any]) -> list[int] | None:
     """A label for each image, or None for a model without classes."""
     classes = config.get("num_class_embeds")
     if classes is None:
-        for name in ("label", "guidance"):
-            if getattr(args, name) is not None:
-                raise ValueError(f"--{name} is given, and {args.model!r} is not class-conditional")
+        _refuse(args, ("label", "guidance"), "is not class-conditional")
         return None
     given = args.label or list(range(classes - 1))
     wrong = [label for label in given if not 0 <= label < classes - 1]
@@ -145,21 +176,30 @@ def _labels(args: argparse.Namespace, config: dict[str, Any]) -> list[int] | Non
 
 
 def _sample(
-    pipeline: DDPMPipeline | DDIMPipeline, args: argparse.Namespace, labels: list[int] | None, first: int
+    pipeline: DDPMPipeline | DDIMPipeline | StableDiffusionPipeline,
+    args: argparse.Namespace,
+    labels: list[int] | None,
+    texts: list[str] | None,
+    numbers: range,
 ) -> Any:
-    """Images `first` and following, [N, H, W, C]. Each has its own generator: alone it comes out the same."""
-    numbers = range(first, min(first + BATCH, args.num))
+    """The images of these numbers, [N, H, W, C]. Each has its own generator: alone it comes out the same."""
     options: dict[str, Any] = {"eta": args.eta} if args.scheduler == "ddim" else {}
     if labels is not None:
         options |= {"class_labels": [labels[i] for i in numbers], "guidance_scale": args.guidance}
-    (images,) = pipeline(
-        batch_size=len(numbers),
+    if texts is None:
+        options["batch_size"] = len(numbers)
+    else:
+        options |= {"prompt": [texts[i] for i in numbers], "guidance_scale": args.guidance}
+        options |= {"height": args.height, "width": args.width}
+        if args.negative_prompt is not None:
+            options["negative_prompt"] = [args.negative_prompt] * len(numbers)
+    images = pipeline(
         generator=[torch.Generator().manual_seed(args.seed + i) for i in numbers],
         num_inference_steps=args.steps,
         output_type="np",
         return_dict=False,
         **options,
-    )
+    )[0]
     return images
 
 
@@ -168,6 +208,8 @@ def _report(args: argparse.Namespace, seconds: float) -> dict[str, Any]:
         "model",
         "num",
         "label",
+        "prompt",
+        "negative_prompt",
         "guidance",
         "steps",
         "scheduler",

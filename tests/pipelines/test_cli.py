@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from difusores import DDPMPipeline, DDPMScheduler, UNet2DModel
+from difusores import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
 from difusores.__main__ import main
 from difusores.pipelines import cli
 
@@ -183,3 +183,40 @@ def test_failed_write_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPat
         main(["generate", "--model", str(folder), "--steps", "1", "--out", str(folder.parent / "x.png")]) == 2
     )
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+class TestTexts:
+    @pytest.fixture
+    def told(self, parts: dict[str, Any], tmp_path: Path) -> Path:
+        StableDiffusionPipeline(**parts).save_pretrained(tmp_path / "told")
+        return tmp_path / "told"
+
+    def test_prompts_take_turns(self, told: Path) -> None:
+        images = tiles(generate(told, "--num", 6, "--prompt", "a cat", "a dog"), 16)
+        (alone,) = tiles(generate(told, "--num", 1, "--seed", 5, "--prompt", "a dog"), 16)
+        assert np.abs(images[5].astype(int) - alone).max() <= 1
+        (other,) = tiles(generate(told, "--num", 1, "--seed", 5, "--prompt", "a cat"), 16)
+        assert np.abs(other.astype(int) - alone).max() > 1
+
+    @pytest.mark.parametrize(
+        "options",
+        [("--negative-prompt", "x"), ("--guidance", "1"), ("--scheduler", "euler"), ("--eta", "0.7")],
+    )
+    def test_options_are_felt(self, told: Path, options: tuple[str, ...]) -> None:
+        given = ("--num", 1, "--prompt", "a cat")
+        assert not np.array_equal(generate(told, *given), generate(told, *given, *options))
+
+    def test_size(self, told: Path) -> None:
+        assert generate(told, "--num", 1, "--prompt", "a", "--height", 24, "--width", 8).shape == (24, 8, 3)
+
+    def test_what_does_not_fit_is_named(
+        self, told: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for model, options, message in (
+            (told, (), "is told a text: --prompt is needed"),
+            (told, ("--prompt", "a", "--label", "1"), "--label is given, and"),
+            (folder, ("--prompt", "a"), "--prompt is given, and"),
+            (folder, ("--negative-prompt", "a"), "--negative-prompt is given, and"),
+        ):
+            assert main(["generate", "--model", str(model), "--out", str(told / "x.png"), *options]) != 0
+            assert message in capsys.readouterr().err
