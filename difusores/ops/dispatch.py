@@ -25,6 +25,13 @@ BACKENDS = ("cuda", "triton", "torch", "cpu", "reference")
 _DEVICES: dict[str, tuple[str, ...]] = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
 _OPS: dict[str, tuple[str, ...]] = {}
 _wanted: ContextVar[str | None] = ContextVar("difusores_backend", default=None)
+# What would miss a call that goes around PyTorch's dispatcher; held here, since finding them takes as long
+# as asking.
+_functorch_level = torch._C._functorch.maybe_current_level
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_profiles = torch._C._autograd._profiler_enabled
+_traces = torch._C._is_tracing
 
 
 class BackendUnavailable(RuntimeError):
@@ -155,7 +162,7 @@ _refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def transformed() -> bool:
     """Whether a torch.func transform or forward-mode derivative is under way: only the reference follows."""
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return _functorch_level() is not None or forward_ad._current_level >= 0
 
 
 def below_autograd(op: Callable[..., Any], *call: Any) -> Any:
@@ -173,8 +180,7 @@ def unwatched() -> bool:
     """
     if torch.compiler.is_compiling() or wanted() not in (None, "cpu") or transformed():
         return False
-    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    return not (modes or torch._C._autograd._profiler_enabled())
+    return not (_dispatch_modes() or _function_modes() or _profiles() or _traces())
 
 
 def straight_to_cpu(*tensors: torch.Tensor | None) -> bool:
