@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from difusores.pipelines import LDMPipeline as LDMPipeline
     from difusores.pipelines import LDMSuperResolutionPipeline as LDMSuperResolutionPipeline
     from difusores.pipelines import LDMTextToImagePipeline as LDMTextToImagePipeline
+    from difusores.pipelines import PosteriorPipeline as PosteriorPipeline
     from difusores.pipelines import SemanticToImagePipeline as SemanticToImagePipeline
     from difusores.pipelines import StableDiffusionImg2ImgPipeline as StableDiffusionImg2ImgPipeline
     from difusores.pipelines import StableDiffusionInpaintPipeline as StableDiffusionInpaintPipeline
@@ -119,6 +120,7 @@ _PUBLIC = {
     "LMSDiscreteScheduler": "difusores.schedulers",
     "ModelMixin": "difusores.models",
     "PNDMScheduler": "difusores.schedulers",
+    "PosteriorPipeline": "difusores.pipelines",
     "RePaintScheduler": "difusores.schedulers",
     "SASolverScheduler": "difusores.schedulers",
     "SchedulerMixin": "difusores.schedulers",

@@ -9,6 +9,7 @@ from difusores.pipelines.latent_diffusion import (
     LDMTextToImagePipeline,
 )
 from difusores.pipelines.pipeline import DiffusionPipeline
+from difusores.pipelines.posterior import PosteriorPipeline
 from difusores.pipelines.stable_diffusion import StableDiffusionPipeline, StableDiffusionPipelineOutput
 from difusores.pipelines.stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
 from difusores.pipelines.stable_diffusion_inpaint import StableDiffusionInpaintPipeline
@@ -25,6 +26,7 @@ __all__ = [
     "LDMPipeline",
     "LDMSuperResolutionPipeline",
     "LDMTextToImagePipeline",
+    "PosteriorPipeline",
     "SemanticToImagePipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
