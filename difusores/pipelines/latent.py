@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from difusores.models.embeddings import Timesteps
+from difusores.pipelines.guidance import as_tensor, guidance_embedding, guided
 from difusores.pipelines.pipeline import DiffusionPipeline, follows_plan, step_accepts_generator
 from difusores.plan import Plan
 from difusores.sampling import Generators, Model, draw_noise
 
 StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Tensor] | None]
 After = Callable[[int, Tensor, Tensor], Tensor | None]
+
+T = TypeVar("T")
 
 SCALING_FACTOR = 0.18215
 """Of latents, where a decoder has no configuration that says it: Stable Diffusion's."""
@@ -78,6 +82,22 @@ class _Interrupted(Exception):
     """A callback has set `_interrupt`; carries the latents."""
 
 
+class CallState(Generic[T]):
+    """An attribute of a pipeline that each thread has for itself, as the calls that run in it set it."""
+
+    def __init__(self, default: T) -> None:
+        self.default, self.threads = default, threading.local()
+
+    def __get__(self, pipeline: object, owner: type | None = None) -> T:
+        values: WeakKeyDictionary[object, T] | None = getattr(self.threads, "values", None)
+        return self.default if values is None else values.get(pipeline, self.default)
+
+    def __set__(self, pipeline: object, value: T) -> None:
+        if not hasattr(self.threads, "values"):
+            self.threads.values = WeakKeyDictionary()
+        self.threads.values[pipeline] = value
+
+
 class LatentPipeline(DiffusionPipeline):
     """Base of pipelines with a `vae`, a `unet` and a `scheduler`, and guidance without a classifier.
 
@@ -85,7 +105,7 @@ class LatentPipeline(DiffusionPipeline):
     Where it has no `config`, latents have Stable Diffusion's scale and its 8 pixels.
 
     With a scheduler of this package a call leaves it as it is. What callbacks see on the pipeline
-    (`guidance_scale`, `num_timesteps`, `interrupt`) is of the last call: threads need a pipeline each.
+    (`guidance_scale`, `num_timesteps`, `interrupt`) is of their own call, so threads may share a pipeline.
     """
 
     vae: Any
@@ -93,12 +113,12 @@ class LatentPipeline(DiffusionPipeline):
     scheduler: Any
     _callback_tensor_inputs: tuple[str, ...] = ("latents",)
 
-    _guidance_scale: float = 1.0
-    _guidance_rescale: float = 0.0
-    _clip_skip: int | None = None
-    _cross_attention_kwargs: dict[str, Any] | None = None
-    _num_timesteps: int = 0
-    _interrupt: bool = False
+    _guidance_scale = CallState[float](1.0)
+    _guidance_rescale = CallState[float](0.0)
+    _clip_skip = CallState[int | None](None)
+    _cross_attention_kwargs = CallState[dict[str, Any] | None](None)
+    _num_timesteps = CallState[int](0)
+    _interrupt = CallState[bool](False)
 
     @property
     def guidance_scale(self) -> float:
@@ -343,7 +363,7 @@ class LatentPipeline(DiffusionPipeline):
             given = torch.cat([latents] * len(weights))
             if hasattr(scheduler, "scale_model_input"):
                 given = scheduler.scale_model_input(given, t)
-            parts = _tensor(predict(given.to(self.unet.dtype), t)).chunk(len(weights))
+            parts = as_tensor(predict(given.to(self.unet.dtype), t)).chunk(len(weights))
             output = sum(weight * part for weight, part in zip(weights, parts, strict=True))
             latents = scheduler.step(output, t, latents, **options, return_dict=False)[0]
             changed = after(i, t, latents)
@@ -360,53 +380,26 @@ class LatentPipeline(DiffusionPipeline):
         interval: tuple[float, float] = (0.0, 1.0),
         rows_of: str = "prompt_embeds",
     ) -> tuple[Model, tuple[float, ...]]:
-        """Guidance without a classifier (Ho & Salimans 2022): what the loop needs for it.
+        """(predict, weights) for `_denoise`, with the call's guidance; see `guided`.
 
-        (1 - w) * unconditional + w * conditional is linear, so the fused step does it. Where it is not, or is
-        not wanted at a step, the outputs are combined here, and both halves given to the step are the same.
-
-        Args:
-            predict: predict(x, t) -> output, for x of [2 * B] rows or of [B] conditional ones.
-            rescale: share of the prediction whose standard deviation is made that of the conditional one (Lin
-                et al. 2024, "Common diffusion noise schedules and sample steps are flawed", section 3.4).
-            interval: share of the steps from which and up to which there is guidance.
-            rows_of: the condition whose number of rows says whether a callback has ended the guidance.
-
-        Returns:
-            (predict, weights) for `_denoise`.
+        rows_of: the condition whose number of rows says whether a callback has ended the guidance.
         """
-        weight, steps, calls = self._guidance_scale, len(run.timesteps), 0
-        check_interval(interval)
-        if not self.do_classifier_free_guidance:
-            return predict, (1.0,)
-
-        def guided(x: Tensor, t: Tensor) -> Tensor:
-            nonlocal calls
-            now, half = self._guidance_scale, len(x) // 2
-            inside = interval[0] <= calls / steps < interval[1]
-            calls += 1
-            if not inside or now <= 1 or len(conditions.tensors[rows_of]) == half:
-                conditional = _tensor(predict(x[:half], t))
-                return torch.cat((conditional, conditional))
-            output = _tensor(predict(x, t))
-            if now == weight and not rescale:
-                return output
-            unconditional, conditional = output.chunk(2)
-            mixed = unconditional + now * (conditional - unconditional)
-            if rescale:
-                mixed = rescaled(mixed, conditional, rescale)
-            return torch.cat((mixed, mixed))
-
-        return guided, (1 - weight, weight)
+        model, weights = guided(
+            predict,
+            lambda: self._guidance_scale,
+            lambda: len(conditions.tensors[rows_of]),
+            len(run.timesteps),
+            rescale,
+            interval,
+        )
+        return (model, weights) if self.do_classifier_free_guidance else (predict, (1.0,))
 
     def _guidance_embedding(self, count: int) -> Tensor | None:
-        """[count, width] for a model that is told the guidance (LCM); None for others."""
+        """[count, width] for a model that is told the guidance; None for others."""
         width = self.unet.config.get("time_cond_proj_dim")
         if width is None:
             return None
-        weights = torch.full((count,), 1000 * (self._guidance_scale - 1), device=self.device)
-        waves: Tensor = Timesteps(width, flip_sin_to_cos=False, downscale_freq_shift=1)(weights)
-        return waves.to(self.unet.dtype)
+        return guidance_embedding(self._guidance_scale, count, width, self.device).to(self.unet.dtype)
 
     def _encode_image(self, image: Tensor, generator: Generators, mode: bool = False) -> Tensor:
         """Latents [N, C, h, w] of images in [-1, 1], as the VAE has them; several generators draw for each.
@@ -423,7 +416,7 @@ class LatentPipeline(DiffusionPipeline):
         encoded = self.vae.encode(image)
         distribution = getattr(encoded, "latent_dist", None)
         if distribution is None:
-            return _tensor(encoded).to(self.unet.dtype)
+            return as_tensor(encoded).to(self.unet.dtype)
         latents: Tensor = distribution.mode() if mode else distribution.sample(generator)
         return latents.to(self.unet.dtype)
 
@@ -443,7 +436,7 @@ class LatentPipeline(DiffusionPipeline):
             options["generator"] = generator
         scaled = latents / self._scaling_factor
         images = vae.decode(scaled if dtype is None else scaled.to(dtype), **options)
-        return _tensor(images)
+        return as_tensor(images)
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
@@ -451,12 +444,6 @@ def check_finite(tensor: Tensor, name: str) -> None:
     if not bool(torch.isfinite(tensor).all()):
         count = int((~torch.isfinite(tensor)).sum())
         raise ValueError(f"{name}: {count} of {tensor.numel()} numbers are NaN or infinite")
-
-
-def check_interval(interval: tuple[float, float]) -> None:
-    """Raise ValueError for what is no pair 0 <= first <= last <= 1."""
-    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-        raise ValueError(f"guidance_interval is {interval}; needed are two shares, 0 <= first <= last <= 1")
 
 
 def check_callback_inputs(pipeline: Any, names: Sequence[str]) -> None:
@@ -467,16 +454,3 @@ def check_callback_inputs(pipeline: Any, names: Sequence[str]) -> None:
             f"callback_on_step_end_tensor_inputs has {', '.join(unknown)}; "
             f"allowed are {', '.join(pipeline._callback_tensor_inputs)}"
         )
-
-
-def rescaled(mixed: Tensor, conditional: Tensor, share: float) -> Tensor:
-    """`mixed`, a share of it scaled to the standard deviation that `conditional` has in each image."""
-    axes = list(range(1, mixed.ndim))
-    factor = conditional.std(axes, keepdim=True) / mixed.std(axes, keepdim=True)
-    return mixed * (share * factor + 1 - share)
-
-
-def _tensor(output: Any) -> Tensor:
-    """A tensor, or the first entry of an output."""
-    first: Tensor = output if isinstance(output, Tensor) else output[0]
-    return first

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import Any
 
 from torch import Tensor
+
+# a tokenizer keeps the padding that it is told, for all threads
+_TOKENIZING = threading.Lock()
 
 
 def encode_texts(
@@ -61,8 +65,12 @@ def tokenize(tokenizer: Any, texts: list[str], length: int | None = None) -> tup
             "the negative ones have to be given too"
         )
     length = length or longest
-    padded = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    for ids in tokenizer(texts, truncation=False).input_ids:
+    with _TOKENIZING:
+        padded = tokenizer(
+            texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        whole = tokenizer(texts, truncation=False).input_ids
+    for ids in whole:
         if len(ids) > length:
             cut = tokenizer.decode(ids[length - 1 : -1]).strip()
             warnings.warn(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difusores.pipelines.latent import Conditions, StepCallback, check_finite
+from difusores.pipelines.latent import CallState, Conditions, StepCallback, check_finite
 from difusores.pipelines.preprocess import preprocess, repeat_to
 from difusores.pipelines.stable_diffusion import StableDiffusionBase, StableDiffusionPipelineOutput, Texts
 from difusores.sampling import Generators
@@ -20,7 +20,7 @@ class StableDiffusionInstructPix2PixPipeline(StableDiffusionBase):
     """
 
     _callback_tensor_inputs = ("latents", "prompt_embeds", "image_latents")
-    _image_guidance_scale: float = 1.5
+    _image_guidance_scale = CallState[float](1.5)
 
     @property
     def image_guidance_scale(self) -> float:

@@ -98,7 +98,10 @@ def parts(text_parts: tuple[Any, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def widened() -> Any:
-    """widened(channels) -> a UNet with that many input channels."""
-    return lambda channels: fill(
-        difusores.UNet2DConditionModel(**{**UNET, "in_channels": channels, "out_channels": 4}), 4
-    )
+    """widened(channels, **options) -> a UNet with that many input channels."""
+
+    def build(channels: int, **options: Any) -> Any:
+        config = {**UNET, "in_channels": channels, "out_channels": 4, **options}
+        return fill(difusores.UNet2DConditionModel(**config), 4)
+
+    return build

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Barrier, Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -365,3 +366,34 @@ def test_without_transformers(pipeline: Any, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"transformers, which is not installed: difusores\[text\]"):
         StableDiffusionPipeline.from_pretrained(tmp_path)
+
+
+def test_threads_share_a_pipeline(parts: dict[str, Any]) -> None:
+    pipeline = quiet(StableDiffusionPipeline(**parts))
+    scales = (1.0, 3.0, 7.5)
+    expected = [sample(pipeline, guidance_scale=scale) for scale in scales]
+    results: dict[float, Tensor] = {}
+    barrier = Barrier(len(scales))
+
+    def run(scale: float) -> None:
+        barrier.wait()
+        results[scale] = sample(
+            pipeline, guidance_scale=scale, callback_on_step_end=lambda *args: barrier.wait() and None
+        )
+
+    threads = [Thread(target=run, args=(scale,)) for scale in scales]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for scale, image in zip(scales, expected, strict=True):
+        assert differ(results[scale], image) < 1e-5
+
+
+def test_a_model_that_is_told_the_guidance(parts: dict[str, Any], widened: Any) -> None:
+    unet = widened(4, time_cond_proj_dim=8)
+    pipeline = quiet(StableDiffusionPipeline(**{**parts, "unet": unet}))
+    rows: list[int] = []
+    unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    assert differ(sample(pipeline, guidance_scale=3.0), sample(pipeline, guidance_scale=8.0)) > 1e-3
+    assert set(rows) == {1}

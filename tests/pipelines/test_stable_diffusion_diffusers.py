@@ -88,6 +88,12 @@ def test_options(folder: Path, options: dict[str, Any]) -> None:
     assert_same(both(folder, **{"prompt": "a cat", **options}))
 
 
+def test_a_model_that_is_told_the_guidance(parts: dict[str, Any], widened: Any, tmp_path: Path) -> None:
+    told = {**parts, "unet": widened(4, time_cond_proj_dim=8)}
+    difusores.StableDiffusionPipeline(**told).save_pretrained(tmp_path / "told")
+    assert_same(both(tmp_path / "told", prompt="a cat", guidance_scale=3.0))
+
+
 def test_clip_skip(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import CLIPTextModel
 

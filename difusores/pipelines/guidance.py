@@ -1,0 +1,87 @@
+"""Guidance without a classifier: inside of the fused step where it is linear, else beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difusores.models.embeddings import Timesteps
+from difusores.sampling import Model
+
+
+def guided(
+    predict: Model,
+    weight: Callable[[], float],
+    rows: Callable[[], int],
+    steps: int,
+    rescale: float = 0.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> tuple[Model, tuple[float, ...]]:
+    """Guidance without a classifier (Ho & Salimans 2022) for `Plan.run`: (model, weights).
+
+    (1 - w) * unconditional + w * conditional is linear, so the fused step does it. Where it is not, or is not
+    wanted at a step, the outputs are combined here, and both halves given to the step are the same.
+
+    Args:
+        predict: predict(x, t) -> output, for x of 2 * B rows, unconditional first, or of B conditional ones.
+        weight: w now, which callbacks change; at the first call that of the step.
+        rows: rows of the condition now: B of them end the guidance.
+        steps: calls in the run.
+        rescale: see `rescaled`.
+        interval: share of the calls from which and up to which there is guidance (Kynkäänniemi et al. 2024,
+            "Applying guidance in a limited interval improves sample and distribution quality").
+
+    Raises:
+        ValueError: the interval is none.
+    """
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"guidance_interval is {interval}; needed are two shares, 0 <= first <= last <= 1")
+    fused, calls = weight(), 0
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        now, half = weight(), len(x) // 2
+        inside = interval[0] <= calls / steps < interval[1]
+        calls += 1
+        if not inside or now <= 1 or rows() == half:
+            conditional = as_tensor(predict(x[:half], t))
+            return torch.cat((conditional, conditional))
+        output = as_tensor(predict(x, t))
+        if now == fused and not rescale:
+            return output
+        unconditional, conditional = output.chunk(2)
+        mixed = unconditional + now * (conditional - unconditional)
+        if rescale:
+            mixed = rescaled(mixed, conditional, rescale)
+        return torch.cat((mixed, mixed))
+
+    return model, (1 - fused, fused)
+
+
+def rescaled(mixed: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """`mixed`, a share of it scaled to the standard deviation that `conditional` has in each image.
+
+    Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", section 3.4.
+    """
+    axes = list(range(1, mixed.ndim))
+    factor = conditional.std(axes, keepdim=True) / mixed.std(axes, keepdim=True)
+    return mixed * (share * factor + 1 - share)
+
+
+def guidance_embedding(weight: float, count: int, width: int, device: torch.device) -> Tensor:
+    """[count, width] sinusoids of the weight, for models that are told it.
+
+    Luo et al. 2023, "Latent consistency models".
+    """
+    weights = torch.full((count,), 1000 * (weight - 1), device=device)
+    waves: Tensor = Timesteps(width, flip_sin_to_cos=False, downscale_freq_shift=1)(weights)
+    return waves
+
+
+def as_tensor(output: Any) -> Tensor:
+    """A tensor, or the first entry of an output."""
+    first: Tensor = output if isinstance(output, Tensor) else output[0]
+    return first
