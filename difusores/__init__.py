@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from difusores.models import AudioEncoder as AudioEncoder
     from difusores.models import AutoencoderKL as AutoencoderKL
     from difusores.models import Conditioning as Conditioning
+    from difusores.models import ConsistencyDecoderVAE as ConsistencyDecoderVAE
     from difusores.models import ControlNetModel as ControlNetModel
     from difusores.models import LDMBertModel as LDMBertModel
     from difusores.models import ModelMixin as ModelMixin
@@ -86,6 +87,7 @@ _PUBLIC = {
     "AutoencoderKL": "difusores.models",
     "CMStochasticIterativeScheduler": "difusores.schedulers",
     "Conditioning": "difusores.models",
+    "ConsistencyDecoderVAE": "difusores.models",
     "ControlNetModel": "difusores.models",
     "CosineDPMSolverMultistepScheduler": "difusores.schedulers",
     "DDIMInverseScheduler": "difusores.schedulers",

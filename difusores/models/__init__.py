@@ -4,6 +4,7 @@ from difusores.models.adm import ADMClassifier, ADMUNet
 from difusores.models.audio_encoder import AudioEncoder
 from difusores.models.autoencoder import AutoencoderKL, VQModel
 from difusores.models.conditioning import Conditioning
+from difusores.models.consistency_decoder import ConsistencyDecoderVAE
 from difusores.models.controlnet import ControlNetModel, ControlNetOutput
 from difusores.models.ldm_bert import LDMBertModel
 from difusores.models.modeling import ModelMixin
@@ -16,6 +17,7 @@ __all__ = [
     "AudioEncoder",
     "AutoencoderKL",
     "Conditioning",
+    "ConsistencyDecoderVAE",
     "ControlNetModel",
     "ControlNetOutput",
     "LDMBertModel",

@@ -64,7 +64,9 @@ class _VQPipeline(LatentPipeline):
             weights=weights,
             callback=callback,
         )
-        images = latents if output_type == "latent" else to_images(self._decode(latents), output_type)
+        images = (
+            latents if output_type == "latent" else to_images(self._decode(latents, generator), output_type)
+        )
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
