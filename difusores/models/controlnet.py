@@ -17,6 +17,7 @@ from torch import nn
 
 from difusores.configuration import register_to_config
 from difusores.models.conditional import DOWN_BLOCKS, ConditionalModel, check_options, score_bias
+from difusores.models.lora import lora_strength
 from difusores.models.transformer import Context
 from difusores.models.unet_2d_condition import UNet2DConditionModel
 from difusores.outputs import BaseOutput
@@ -246,18 +247,19 @@ class ControlNetModel(ConditionalModel):
         self._check_image(sample, controlnet_cond)
         if self.config.controlnet_conditioning_channel_order == "bgr":
             controlnet_cond = controlnet_cond.flip(1)
-        emb = self._embed(
-            sample, timestep, encoder_hidden_states, class_labels, timestep_cond, added_cond_kwargs
-        )
-        context = Context(encoder_hidden_states, None, score_bias(attention_mask, sample.dtype))
+        with lora_strength(self, (cross_attention_kwargs or {}).get("scale")):
+            emb = self._embed(
+                sample, timestep, encoder_hidden_states, class_labels, timestep_cond, added_cond_kwargs
+            )
+            context = Context(encoder_hidden_states, None, score_bias(attention_mask, sample.dtype))
 
-        x = self.conv_in(sample) + self.controlnet_cond_embedding(controlnet_cond)
-        states = [x]
-        for down_block in self.down_blocks:
-            x, new_states = down_block(x, emb, context)
-            states += new_states
-        assert self.mid_block is not None
-        states.append(self.mid_block(x, emb, context))
+            x = self.conv_in(sample) + self.controlnet_cond_embedding(controlnet_cond)
+            states = [x]
+            for down_block in self.down_blocks:
+                x, new_states = down_block(x, emb, context)
+                states += new_states
+            assert self.mid_block is not None
+            states.append(self.mid_block(x, emb, context))
 
         layers = (*self.controlnet_down_blocks, self.controlnet_mid_block)
         residuals = [layer(state) for layer, state in zip(layers, states, strict=True)]

@@ -16,6 +16,7 @@ from difusores.configuration import FrozenDict, register_to_config
 from difusores.models.blocks import UpBlock2D
 from difusores.models.conditional import DOWN_BLOCKS, ConditionalModel, check_options, each, score_bias
 from difusores.models.layers import GroupNormAct
+from difusores.models.lora import lora_strength
 from difusores.models.transformer import Context
 from difusores.outputs import BaseOutput
 
@@ -202,45 +203,46 @@ class UNet2DConditionModel(ConditionalModel):
             ValueError: a shape or a number of tensors does not fit, a condition is missing or not expected.
         """
         self._check_inputs(sample, encoder_hidden_states, class_labels, cross_attention_kwargs)
-        if self.config.center_input_sample:
-            sample = 2 * sample - 1
-        emb = self._embed(
-            sample, timestep, encoder_hidden_states, class_labels, timestep_cond, added_cond_kwargs
-        )
-        if self.encoder_hid_proj is not None:
-            encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)
-        context = Context(
-            encoder_hidden_states,
-            score_bias(encoder_attention_mask, sample.dtype),
-            score_bias(attention_mask, sample.dtype),
-        )
-        inside = list(down_intrablock_additional_residuals or ())
-        around = down_block_additional_residuals
-        if around is not None and mid_block_additional_residual is None and not inside:
-            inside, around = list(around), None  # an adapter's, as diffusers takes them
+        with lora_strength(self, (cross_attention_kwargs or {}).get("scale")):
+            if self.config.center_input_sample:
+                sample = 2 * sample - 1
+            emb = self._embed(
+                sample, timestep, encoder_hidden_states, class_labels, timestep_cond, added_cond_kwargs
+            )
+            if self.encoder_hid_proj is not None:
+                encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)
+            context = Context(
+                encoder_hidden_states,
+                score_bias(encoder_attention_mask, sample.dtype),
+                score_bias(attention_mask, sample.dtype),
+            )
+            inside = list(down_intrablock_additional_residuals or ())
+            around = down_block_additional_residuals
+            if around is not None and mid_block_additional_residual is None and not inside:
+                inside, around = list(around), None  # an adapter's, as diffusers takes them
 
-        x = self.conv_in(sample)
-        states = [x]
-        for down_block in self.down_blocks:
-            residual = inside.pop(0) if inside else None
-            if residual is not None and down_block.attentions is None:
-                # diffusers adds it in place to the block's output, which is the last state too
-                x, new_states = down_block(x, emb, context)
-                new_states[-1] = x = x + residual
-            else:
-                x, new_states = down_block(x, emb, context, residual)
-            states += new_states
-        if around is not None:
-            states = _added(states, around)
-        if self.mid_block is not None:
-            x = self.mid_block(x, emb, context)
-            if inside and inside[0].shape == x.shape:
-                x = x + inside.pop(0)
-        if mid_block_additional_residual is not None:
-            x = x + mid_block_additional_residual
-        for up_block in self.up_blocks:
-            x = up_block(x, states, emb, context)
-        x = self.conv_out(self.conv_norm_out(x))
+            x = self.conv_in(sample)
+            states = [x]
+            for down_block in self.down_blocks:
+                residual = inside.pop(0) if inside else None
+                if residual is not None and down_block.attentions is None:
+                    # diffusers adds it in place to the block's output, which is the last state too
+                    x, new_states = down_block(x, emb, context)
+                    new_states[-1] = x = x + residual
+                else:
+                    x, new_states = down_block(x, emb, context, residual)
+                states += new_states
+            if around is not None:
+                states = _added(states, around)
+            if self.mid_block is not None:
+                x = self.mid_block(x, emb, context)
+                if inside and inside[0].shape == x.shape:
+                    x = x + inside.pop(0)
+            if mid_block_additional_residual is not None:
+                x = x + mid_block_additional_residual
+            for up_block in self.up_blocks:
+                x = up_block(x, states, emb, context)
+            x = self.conv_out(self.conv_norm_out(x))
         return UNet2DConditionOutput(sample=x) if return_dict else (x,)
 
 

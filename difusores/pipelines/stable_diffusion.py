@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difusores.models.lora import lora_strength
 from difusores.outputs import BaseOutput
 from difusores.pipelines.images import check_output_type, to_images
 from difusores.pipelines.latent import (
     After,
     Conditions,
-    LatentPipeline,
     Run,
     StepCallback,
     check_callback_inputs,
 )
+from difusores.pipelines.lora import LoraPipeline
 from difusores.pipelines.prompts import as_list, check_prompts, encode_texts, repeat_each
 from difusores.sampling import Generators, Model
 
@@ -36,7 +37,7 @@ class StableDiffusionPipelineOutput(BaseOutput):
     nsfw_content_detected: list[bool] | None
 
 
-class StableDiffusionBase(LatentPipeline):
+class StableDiffusionBase(LoraPipeline):
     """What the pipelines of Stable Diffusion have in common: components, prompts, the safety checker.
 
     Args:
@@ -130,22 +131,25 @@ class StableDiffusionBase(LatentPipeline):
         """
         count = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         if prompt_embeds is None:
-            prompt_embeds = self._encode_texts(as_list(prompt, count), clip_skip)
+            prompt_embeds = self._encode_texts(as_list(prompt, count), clip_skip, lora_scale)
         positive = self._placed(prompt_embeds, device, num_images_per_prompt)
         if not do_classifier_free_guidance:
             return positive, None
         if negative_prompt_embeds is None:
             negative_prompt_embeds = self._encode_texts(
-                as_list(negative_prompt, count), None, positive.shape[1]
+                as_list(negative_prompt, count), None, lora_scale, positive.shape[1]
             )
         return positive, self._placed(negative_prompt_embeds, device, num_images_per_prompt)
 
-    def _encode_texts(self, texts: list[str], clip_skip: int | None, length: int | None = None) -> Tensor:
+    def _encode_texts(
+        self, texts: list[str], clip_skip: int | None, lora_scale: float | None, length: int | None = None
+    ) -> Tensor:
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(
                 "without a text_encoder and a tokenizer, prompt_embeds and negative_prompt_embeds are needed"
             )
-        return encode_texts(self.tokenizer, self.text_encoder, texts, clip_skip, length)
+        with lora_strength(self.text_encoder, lora_scale):
+            return encode_texts(self.tokenizer, self.text_encoder, texts, clip_skip, length)
 
     def _placed(self, embeds: Tensor, device: str | torch.device | None, times: int) -> Tensor:
         config, width = self.unet.config, embeds.shape[-1]
