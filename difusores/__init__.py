@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from difusores.pipelines import LDMTextToImagePipeline as LDMTextToImagePipeline
     from difusores.pipelines import PosteriorPipeline as PosteriorPipeline
     from difusores.pipelines import SemanticToImagePipeline as SemanticToImagePipeline
+    from difusores.pipelines import StableDiffusionControlNetPipeline as StableDiffusionControlNetPipeline
     from difusores.pipelines import StableDiffusionImg2ImgPipeline as StableDiffusionImg2ImgPipeline
     from difusores.pipelines import StableDiffusionInpaintPipeline as StableDiffusionInpaintPipeline
     from difusores.pipelines import (
@@ -129,6 +130,7 @@ _PUBLIC = {
     "ScoreSdeVeScheduler": "difusores.schedulers",
     "ScoreSdeVpScheduler": "difusores.schedulers",
     "SemanticToImagePipeline": "difusores.pipelines",
+    "StableDiffusionControlNetPipeline": "difusores.pipelines",
     "StableDiffusionImg2ImgPipeline": "difusores.pipelines",
     "StableDiffusionInpaintPipeline": "difusores.pipelines",
     "StableDiffusionInstructPix2PixPipeline": "difusores.pipelines",

@@ -11,6 +11,7 @@ from difusores.pipelines.latent_diffusion import (
 from difusores.pipelines.pipeline import DiffusionPipeline
 from difusores.pipelines.posterior import PosteriorPipeline
 from difusores.pipelines.stable_diffusion import StableDiffusionPipeline, StableDiffusionPipelineOutput
+from difusores.pipelines.stable_diffusion_controlnet import StableDiffusionControlNetPipeline
 from difusores.pipelines.stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
 from difusores.pipelines.stable_diffusion_inpaint import StableDiffusionInpaintPipeline
 from difusores.pipelines.stable_diffusion_instruct_pix2pix import StableDiffusionInstructPix2PixPipeline
@@ -28,6 +29,7 @@ __all__ = [
     "LDMTextToImagePipeline",
     "PosteriorPipeline",
     "SemanticToImagePipeline",
+    "StableDiffusionControlNetPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInstructPix2PixPipeline",

@@ -1,0 +1,93 @@
+"""StableDiffusionControlNetPipeline: against diffusers' from the same folder, and what the image does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import difusores
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def pipeline(parts: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    net = difusores.ControlNetModel.from_unet(
+        parts["unet"], conditioning_embedding_out_channels=[4, 4]
+    ).eval()
+    for layer in (
+        net.controlnet_cond_embedding.conv_out,
+        *net.controlnet_down_blocks,
+        net.controlnet_mid_block,
+    ):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    made = difusores.StableDiffusionControlNetPipeline(**parts, controlnet=net)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def picture(seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 24, 3), dtype=np.uint8))
+
+
+def sample(pipeline: Any, **options: Any) -> Any:
+    given = {"num_inference_steps": 4, "output_type": "np", "image": picture(), "prompt": "a cat", **options}
+    return pipeline(**given, generator=torch.Generator().manual_seed(1)).images
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [
+        ("DDIMScheduler", {}),
+        ("UniPCMultistepScheduler", {"guess_mode": True, "num_images_per_prompt": 2}),
+        ("EulerDiscreteScheduler", {"control_guidance_start": 0.3, "control_guidance_end": 0.8}),
+        ("PNDMScheduler", {"guidance_scale": 1.0, "controlnet_conditioning_scale": 0.6}),
+        ("DDIMScheduler", {"prompt": ["a cat", "a dog"], "image": [picture(1), picture(2)]}),
+    ],
+)
+def test_same_seed_same_images(
+    pipeline: Any, scheduler: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    pipeline.save_pretrained(tmp_path)
+    results = []
+    for library in (difusores, diffusers):
+        loaded = library.StableDiffusionControlNetPipeline.from_pretrained(tmp_path)
+        loaded.set_progress_bar_config(disable=True)
+        loaded.scheduler = getattr(library, scheduler).from_config(loaded.scheduler.config)
+        results.append(sample(loaded, **options))
+    assert results[0].shape == results[1].shape and results[0].shape[1:3] == (16, 24)
+    assert np.abs(results[0] - results[1]).max() < 2e-3
+
+
+def test_the_image_is_felt(pipeline: Any) -> None:
+    led = sample(pipeline)
+    assert np.abs(led - sample(pipeline, image=picture(5))).max() > 1e-2
+    free = sample(pipeline, controlnet_conditioning_scale=0.0)
+    assert np.abs(led - free).max() > 1e-2
+    assert np.array_equal(free, sample(pipeline, image=picture(5), controlnet_conditioning_scale=0.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image": [picture()] * 3}, "there are 3 images for 1 prompts"),
+        ({"height": 20, "width": 24}, "both have to be divisible by 8"),
+        ({"image": None}, "image is a NoneType"),
+        ({"control_guidance_start": 0.9, "control_guidance_end": 0.5}, "needed are two shares"),
+    ],
+)
+def test_bad_input_in_words(pipeline: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(pipeline, **options)
+
+
+def test_several_networks_are_refused(parts: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="controlnet is a list; needed is one ControlNetModel"):
+        difusores.StableDiffusionControlNetPipeline(**parts, controlnet=[])
