@@ -7,8 +7,8 @@ A contestant runs all its steps one after another on the same tensors; the figur
 Before anything is timed, both libraries run from the same generator and have to agree; a wrong result is not
 timed. The noise is then drawn in advance on both sides, so that no draw is in the figures. Contestants take
 turns in random order. `limit`: the bytes that our steps read and write (the operands that their rows name,
-and their outputs) at the speed of `clone` of a tensor of that shape. At small shapes that is the cost of
-calling PyTorch, not of memory.
+and their outputs) at the speed of `clone` of a tensor of that shape, with as many clones held at a time as a
+step returns: new memory is a part of the cost. At small shapes it is that of calling PyTorch.
 """
 
 from __future__ import annotations
@@ -58,6 +58,14 @@ def run(scheduler: Any, x: Tensor, e: Tensor, options: dict[str, Any]) -> Any:
     result = None
     for t in scheduler.timesteps:
         result = scheduler.step(e, t, x, **options, return_dict=False)
+    return result
+
+
+def copies(x: Tensor, steps: int, count: int) -> Any:
+    """As many new tensors as `run` makes, which live as long."""
+    result = None
+    for _ in range(steps):
+        result = tuple([x.clone() for _ in range(count)])
     return result
 
 
@@ -117,13 +125,13 @@ def measure(
             {
                 "difusores": lambda: run(ours, x, e, options),
                 "diffusers": lambda: run(theirs, x, e, options),
-                "clone": lambda: [x.clone() for _ in range(steps)],
+                "clone": lambda: copies(x, steps, len(results[0])),
             },
             seconds=seconds,
             prepare={"difusores": lambda: prepare(ours), "diffusers": lambda: prepare(theirs)},
         )
     figures = {key: value / len(scheduler.timesteps) * 1e6 for key, value in medians.items()}
-    figures["clone"] = medians["clone"] / steps * 1e6
+    figures["clone"] = medians["clone"] / (steps * len(results[0])) * 1e6
     reads, writes = traffic(ours, steps)
     figures["limit"] = (reads + writes) / 2 * figures["clone"]
     label = name + "".join(f" {key}={value}" for key, value in options.items())
