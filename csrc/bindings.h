@@ -1,0 +1,67 @@
+// What the bindings of all ops share: tensors of libtorch's stable ABI as the kernels want them. One build serves every
+// torch from 2.10 on. Each op's own checks and its call stand in bindings/<op>.cpp, the Python module in bindings.cpp.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <optional>
+
+#include "kernels.h"
+
+namespace difusores {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+extern const Kernels* g_kernels;  // set once, when the module is loaded
+
+constexpr int64_t kGrain = 32768;  // elements below which a second thread costs more than it brings
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+    switch (t.scalar_type()) {
+        case ScalarType::Float: return DType::f32;
+        case ScalarType::BFloat16: return DType::bf16;
+        case ScalarType::Half: return DType::f16;
+        default: STD_TORCH_CHECK(false, name, ": the CPU kernel takes float32, bfloat16 and float16");
+    }
+    return DType::f32;
+}
+
+// Large fresh memory costs a page fault for every 4 KB, several times the price of writing it; huge pages are 512 times
+// fewer. A hint: where the kernel refuses it, nothing changes.
+inline void want_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t kPage = 2 << 20;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+    const uintptr_t end = reinterpret_cast<uintptr_t>(data) + bytes;
+    if (end >= begin + 4 * kPage) madvise(reinterpret_cast<void*>(begin), (end - begin) / kPage * kPage, MADV_HUGEPAGE);
+#endif
+}
+inline void want_huge_pages(const Tensor& t) { want_huge_pages(t.data_ptr(), t.numel() * t.element_size()); }
+
+// A new tensor of x's dtype on the CPU. torch::stable::empty_like looks its op up by name at every call, which takes
+// longer than a small norm.
+inline Tensor new_empty(const Tensor& x, int64_t dims, const int64_t* sizes, const int64_t* strides) {
+    int32_t dtype = 0;
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+}
+
+inline Tensor new_like(const Tensor& x) { return new_empty(x, x.dim(), x.sizes().data(), x.strides().data()); }
+
+// Every op file adds what Python calls past the dispatcher, if it has any.
+void define_group_norm_silu(pybind11::module_& m);
+void define_scheduler_step(pybind11::module_& m);
+
+}  // namespace difusores

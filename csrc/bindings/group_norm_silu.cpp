@@ -1,0 +1,131 @@
+// group_norm_silu on a CPU: check the tensors, fill the struct, run the kernel over torch's threads.
+#include <unistd.h>
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "bindings.h"
+
+namespace difusores {
+namespace {
+
+constexpr int64_t kTaskCost = 256;  // elements that take as long as what a task does once
+
+// The bytes of which L2 holds three: a group that is fetched ahead, beside the x and y of the one in work.
+int64_t third_of_l2() {
+    int64_t bytes = 512 << 10;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (found > 0) bytes = found;
+#endif
+    return bytes / 3;
+}
+
+// [C] or [N, C] with unit stride along C.
+Param param_of(const OptionalTensor& t, int64_t n, int64_t c, bool per_image, const char* name) {
+    if (!t) return {};
+    STD_TORCH_CHECK(per_image ? t->dim() == 2 && t->size(0) == n && t->size(1) == c : t->dim() == 1 && t->size(0) == c,
+                    name, " has the wrong shape");
+    STD_TORCH_CHECK(c == 1 || t->stride(per_image ? 1 : 0) == 1, name, " must be contiguous along the channels");
+    return {t->data_ptr(), dtype_of(*t, name), per_image ? t->stride(0) : 0};
+}
+
+// Whether the elements of each image are laid out [S, C]; throws where they are neither [C, S] nor [S, C].
+bool is_channels_last(const Tensor& x) {
+    if (x.is_contiguous()) return false;
+    int64_t expected = 1;
+    const auto next = [&](int64_t d) {
+        STD_TORCH_CHECK(x.size(d) == 1 || x.stride(d) == expected,
+                        "group_norm_silu: the CPU kernel takes contiguous and channels_last tensors");
+        expected *= x.size(d);
+    };
+    next(1);
+    for (int64_t d = x.dim() - 1; d >= 2; --d) next(d);
+    next(0);
+    return true;
+}
+
+bool same_layout(const Tensor& a, const Tensor& b) {
+    if (a.dim() != b.dim() || a.scalar_type() != b.scalar_type()) return false;
+    for (int64_t d = 0; d < a.dim(); ++d)
+        if (a.size(d) != b.size(d) || (a.size(d) > 1 && a.stride(d) != b.stride(d))) return false;
+    return true;
+}
+
+void run(int64_t tasks, int64_t elements_per_task, decltype(Kernels::group_norm_silu) kernel,
+         const GroupNormSiluArgs& args) {
+    torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kGrain / (elements_per_task + kTaskCost)),
+                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+std::tuple<Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, OptionalTensor weight, OptionalTensor bias,
+                                           double eps, bool silu, OptionalTensor scale, OptionalTensor shift,
+                                           OptionalTensor add, OptionalTensor residual, bool return_sum) {
+    STD_TORCH_CHECK(x.dim() >= 3 && x.dim() <= 5, "group_norm_silu: x must have 3 to 5 dimensions");
+    const int64_t n = x.size(0), c = x.size(1);
+    STD_TORCH_CHECK(num_groups >= 1 && c % num_groups == 0, "group_norm_silu: num_groups must divide C");
+    STD_TORCH_CHECK(!residual || same_layout(x, *residual), "group_norm_silu: residual must have x's dtype and layout");
+    const bool channels_last = is_channels_last(x);
+    const int64_t none = 0, one = 1;
+    Tensor y = new_like(x);
+    Tensor sum = return_sum ? new_like(x) : new_empty(x, 1, &none, &one);
+    if (x.numel() == 0) return {y, sum};
+    want_huge_pages(y);
+    if (return_sum) want_huge_pages(sum);
+    GroupNormSiluArgs args{};
+    args.x = x.data_ptr();
+    args.residual = residual ? residual->data_ptr() : nullptr;
+    args.y = y.data_ptr();
+    args.sum = return_sum ? sum.data_ptr() : nullptr;
+    args.dtype = dtype_of(x, "x");
+    args.weight = param_of(weight, n, c, false, "weight");
+    args.bias = param_of(bias, n, c, false, "bias");
+    args.scale = param_of(scale, n, c, true, "scale");
+    args.shift = param_of(shift, n, c, true, "shift");
+    args.add = param_of(add, n, c, true, "add");
+    args.n = n, args.c = c, args.s = x.numel() / (n * c), args.groups = num_groups;
+    args.eps = eps, args.silu = silu;
+    if (!channels_last) {
+        args.fetch = third_of_l2();
+        run(n * num_groups, c / num_groups * args.s, g_kernels->group_norm_silu, args);
+        return {y, sum};
+    }
+    // A chunk of rows is about 256 KB of fp32: it is read twice, the second time from L2 or L3.
+    args.chunk_rows = std::clamp<int64_t>(2 * kGrain / c / 8 * 8, 8, 1024);
+    args.chunks = (args.s + args.chunk_rows - 1) / args.chunk_rows;
+    args.padded_c = (c + kMaxWidth - 1) / kMaxWidth * kMaxWidth;
+    const int64_t tasks = n * args.chunks;
+    const std::unique_ptr<float[]> scratch(new float[tasks * 2 * args.padded_c + n * 4 * c]);
+    const std::unique_ptr<double[]> partial(new double[tasks * num_groups * 2]);
+    args.scratch = scratch.get(), args.channels = scratch.get() + tasks * 2 * args.padded_c;
+    args.partial = partial.get();
+    g_kernels->group_norm_silu_prepare(args, 0, n);
+    run(tasks, args.chunk_rows * c, g_kernels->group_norm_silu_stats, args);
+    run(n, 16 * c, g_kernels->group_norm_silu_combine, args);  // a channel costs as much as 16 elements
+    run(tasks, args.chunk_rows * c, g_kernels->group_norm_silu_apply, args);
+    return {y, sum};
+}
+
+// The arithmetic alone of group_norm_silu over `elements` elements and torch's threads: its act and, if asked, its
+// statistics, each from L1 to L1 in the dtype's own loads and stores.
+void group_norm_silu_floor(const std::string& dtype, int64_t elements, bool statistics) {
+    constexpr int64_t n = 4096;
+    const DType type = dtype == "float32" ? DType::f32 : dtype == "bfloat16" ? DType::bf16 : DType::f16;
+    if (type == DType::f16 && dtype != "float16")
+        throw pybind11::value_error("group_norm_silu_floor: dtype is float32, bfloat16 or float16, got " + dtype);
+    torch::stable::parallel_for(0, (elements + n - 1) / n, kGrain / n, [type, statistics](int64_t begin, int64_t end) {
+        std::vector<float> x(n), y(n);  // zeros, whichever the dtype
+        g_kernels->group_norm_silu_floor(type, x.data(), y.data(), n, end - begin, statistics);
+    });
+}
+
+}  // namespace
+
+void define_group_norm_silu(pybind11::module_& m) { m.def("group_norm_silu_floor", &group_norm_silu_floor); }
+
+}  // namespace difusores
+
+STABLE_TORCH_LIBRARY_IMPL(difusores, CPU, m) { m.impl("group_norm_silu", TORCH_BOX(&difusores::group_norm_silu)); }

@@ -1,0 +1,283 @@
+// scheduler_step on a CPU: check the tensors, fill the struct, run the kernel over torch's threads. A small step also
+// has a way around torch's dispatcher, through DLPack's C exchange table.
+#include <algorithm>
+#include <stdexcept>
+
+#include "bindings.h"
+#include "dlpack.h"
+
+namespace difusores {
+namespace {
+
+// A tensor's shape, read once: every question to a tensor is a call into torch.
+struct Shape {
+    const int64_t* sizes;
+    const int64_t* strides;
+    int64_t dim;
+    explicit Shape(const Tensor& t) : dim(t.dim()) {
+        int64_t *first_size = nullptr, *first_stride = nullptr;
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &first_size));
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &first_stride));
+        sizes = first_size, strides = first_stride;
+    }
+    explicit Shape(const dlpack::Tensor& t) : sizes(t.shape), strides(t.strides), dim(t.ndim) {}
+    // Whether an image of this is laid out as one of the other: every operand is one run of memory in the same order.
+    bool same_image(const Shape& other) const {
+        if (dim != other.dim) return false;
+        for (int64_t d = 1; d < dim; ++d)
+            if (sizes[d] != other.sizes[d] || (sizes[d] > 1 && strides[d] != other.strides[d])) return false;
+        return true;
+    }
+    // Whether the elements of an image are one run of memory, in whatever order of dimensions.
+    bool dense_image(int64_t inner) const {
+        int64_t covered = 1;
+        for (bool found = true; covered < inner && found;) {
+            found = false;
+            for (int64_t d = 1; d < dim && !found; ++d)
+                if (sizes[d] > 1 && strides[d] == covered) {
+                    covered *= sizes[d];
+                    found = true;
+                }
+        }
+        return covered == inner;
+    }
+};
+
+Operand operand_of(const OptionalTensor& t, const Shape& sample, const char* name) {
+    if (!t) return {};
+    const Shape shape(*t);
+    STD_TORCH_CHECK(shape.same_image(sample) && shape.sizes[0] == sample.sizes[0], "scheduler_step: ", name,
+                    " must have the sample's shape and per-image strides");
+    return {t->data_ptr(), dtype_of(*t, name), shape.strides[0]};
+}
+
+// An output holds whole batches one after another, each image dense.
+Result result_of(const OptionalTensor& t, const Shape& sample, int64_t inner, const char* name, bool repeats) {
+    if (!t) return {};
+    const Shape shape(*t);
+    STD_TORCH_CHECK(shape.same_image(sample), "scheduler_step: output ", name,
+                    " must have the sample's per-image shape and strides");
+    const int64_t count = shape.sizes[0], batch = sample.sizes[0];
+    STD_TORCH_CHECK(repeats ? count % batch == 0 : count == batch, "scheduler_step: output ", name,
+                    repeats ? " must hold whole batches" : " must hold the batch");
+    STD_TORCH_CHECK(count <= 1 || shape.strides[0] == inner, "scheduler_step: output ", name, " must be dense");
+    want_huge_pages(*t);
+    return {t->data_ptr(), dtype_of(*t, name), count / batch};
+}
+
+// The row names operands by non-zero coefficients; the kernel must not meet one that was not given.
+void check_row(const SchedulerStepArgs& a) {
+    const double* w = a.row + 12;
+    const bool outputs[3] = {a.y.ptr || a.m.ptr, a.d.ptr != nullptr, a.u.ptr != nullptr};
+    bool column[9] = {};
+    for (int k = 0; k < 3; ++k)
+        for (int j = 0; j < 9; ++j) column[j] |= outputs[k] && w[9 * k + j] != 0.0;
+    const bool x0 = column[0] || a.x0.ptr;
+    const bool xh = column[1] || (x0 && a.row[4] != 0.0);
+    const bool z = column[3] || (xh && a.row[3] != 0.0);
+    STD_TORCH_CHECK(!z || a.noise.ptr || a.seeds, "scheduler_step: this row reads noise, which was not given");
+    STD_TORCH_CHECK(!column[3] || a.row[10] == 0.0 || a.variance.ptr,
+                    "scheduler_step: this row's mode reads variance, which was not given");
+    for (int k = 0; k < 5; ++k)
+        STD_TORCH_CHECK(!column[4 + k] || a.slots[k].ptr, "scheduler_step: this row's W reads s", k,
+                        ", which was not given");
+}
+
+// A team of threads costs more than a small step: 64 blocks are about 20 microseconds of one thread.
+bool is_small(const SchedulerStepArgs& a) { return a.batch * ((a.inner + kStepBlock - 1) / kStepBlock) < 64; }
+
+void run_step(const SchedulerStepArgs& a) {
+    const int64_t blocks = (a.inner + kStepBlock - 1) / kStepBlock;
+    const auto work = [&](int64_t begin, int64_t end) { g_kernels->scheduler_step(a, begin, end); };
+    if (is_small(a)) return work(0, a.batch * blocks);
+    torch::stable::parallel_for(0, a.batch * blocks, kGrain / kStepBlock, work);
+}
+
+void scheduler_step(Tensor row, OptionalTensor step, Tensor sample, Tensor e1, OptionalTensor e2, OptionalTensor e3,
+                    OptionalTensor noise, OptionalTensor variance, OptionalTensor threshold, OptionalTensor s0,
+                    OptionalTensor s1, OptionalTensor s2, OptionalTensor s3, OptionalTensor s4, OptionalTensor seeds,
+                    OptionalTensor y, OptionalTensor d, OptionalTensor u, OptionalTensor x0, OptionalTensor m) {
+    if (sample.numel() == 0) return;
+    STD_TORCH_CHECK(sample.dim() >= 1, "scheduler_step: sample must have a batch dimension");
+    STD_TORCH_CHECK(row.scalar_type() == ScalarType::Double && row.is_contiguous() && row.dim() == (step ? 2 : 1) &&
+                        row.size(row.dim() - 1) == 40,
+                    "scheduler_step: row must be contiguous float64 [40], or [rows, 40] with step");
+    int64_t index = 0;
+    if (step) {
+        STD_TORCH_CHECK(step->scalar_type() == ScalarType::Long && step->numel() == 1,
+                        "scheduler_step: step must be one int64");
+        index = *static_cast<const int64_t*>(step->data_ptr());
+        STD_TORCH_CHECK(index >= 0 && index < row.size(0), "scheduler_step: step ", index,
+                        " is outside the table of rows");
+    }
+    const Shape shape(sample);
+    const int64_t batch = shape.sizes[0], inner = sample.numel() / batch;
+    STD_TORCH_CHECK(shape.dense_image(inner), "scheduler_step: the images of sample must be dense");
+    SchedulerStepArgs a{};
+    a.row = static_cast<const double*>(row.data_ptr()) + index * 40;
+    a.sample = {sample.data_ptr(), dtype_of(sample, "sample"), shape.strides[0]};
+    a.e[0] = operand_of(e1, shape, "e1");
+    a.e[1] = operand_of(e2, shape, "e2");
+    a.e[2] = operand_of(e3, shape, "e3");
+    a.noise = operand_of(noise, shape, "noise");
+    a.variance = operand_of(variance, shape, "variance");
+    const OptionalTensor* slots[5] = {&s0, &s1, &s2, &s3, &s4};
+    for (int k = 0; k < 5; ++k) a.slots[k] = operand_of(*slots[k], shape, "slot");
+    if (threshold) {
+        STD_TORCH_CHECK(
+            threshold->scalar_type() == ScalarType::Float && threshold->is_contiguous() && threshold->numel() == batch,
+            "scheduler_step: threshold must be contiguous float32 [B]");
+        a.threshold = static_cast<const float*>(threshold->data_ptr());
+    }
+    if (seeds) {
+        STD_TORCH_CHECK(seeds->scalar_type() == ScalarType::Long && seeds->is_contiguous() && seeds->numel() == batch &&
+                            sample.is_contiguous(),
+                        "scheduler_step: seeds must be contiguous int64 [B] and the sample contiguous");
+        a.seeds = static_cast<const int64_t*>(seeds->data_ptr());
+    }
+    a.y = result_of(y, shape, inner, "y", false);
+    a.d = result_of(d, shape, inner, "d", false);
+    a.u = result_of(u, shape, inner, "u", false);
+    a.x0 = result_of(x0, shape, inner, "x0", false);
+    a.m = result_of(m, shape, inner, "m", true);
+    a.batch = batch, a.inner = inner;
+    check_row(a);
+    run_step(a);
+}
+
+// --- around the dispatcher ---
+
+// Asked for once: DLPack's table of torch.Tensor (nullptr where this torch has none), and torch.empty_like.
+const dlpack::ExchangeAPI* g_exchange = nullptr;
+PyTypeObject* g_tensor = nullptr;
+PyObject* g_empty_like = nullptr;
+
+void find_exchange() {
+    const pybind11::module_ torch = pybind11::module_::import("torch");
+    const pybind11::object tensor = torch.attr("Tensor");
+    if (!pybind11::hasattr(tensor, "__dlpack_c_exchange_api__")) return;
+    const pybind11::object capsule = tensor.attr("__dlpack_c_exchange_api__");
+    const auto* table =
+        static_cast<const dlpack::ExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (!table) throw pybind11::error_already_set();
+    if (table->major != dlpack::kMajorVersion || !table->dltensor_from_py_object_no_sync) return;
+    g_empty_like = pybind11::object(torch.attr("empty_like")).release().ptr();
+    g_tensor = reinterpret_cast<PyTypeObject*>(pybind11::object(tensor).release().ptr());
+    g_exchange = table;
+}
+
+// A plain dense tensor on the CPU that autograd does not follow, or false.
+bool look(PyObject* object, bool records, dlpack::Tensor& t) {
+    static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+    static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+    if (Py_TYPE(object) != g_tensor) return false;
+    if (records) {
+        PyObject* const answer = PyObject_GetAttr(object, requires_grad);
+        Py_XDECREF(answer);
+        if (answer != Py_False) return false;
+    }
+    PyObject* const negative = PyObject_CallMethodNoArgs(object, is_neg);
+    Py_XDECREF(negative);
+    return negative == Py_False && !g_exchange->dltensor_from_py_object_no_sync(object, &t) &&
+           t.device_type == dlpack::kCPU && t.ndim >= 1 && t.type_lanes == 1;
+}
+
+bool kernel_dtype(const dlpack::Tensor& t, DType& dtype) {
+    if (t.type_code == dlpack::kFloat && t.type_bits == 32) dtype = DType::f32;
+    else if (t.type_code == dlpack::kFloat && t.type_bits == 16) dtype = DType::f16;
+    else if (t.type_code == dlpack::kBfloat && t.type_bits == 16) dtype = DType::bf16;
+    else return false;
+    return true;
+}
+
+void* data(const dlpack::Tensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
+
+// An operand (None: absent) of the sample's shape and per-image strides, or false.
+bool look_operand(PyObject* object, bool records, const Shape& sample, Operand& operand) {
+    if (object == Py_None) return true;
+    dlpack::Tensor t;
+    if (!look(object, records, t) || !kernel_dtype(t, operand.dtype)) return false;
+    const Shape shape(t);
+    if (!shape.same_image(sample) || shape.sizes[0] != sample.sizes[0]) return false;
+    operand.ptr = data(t), operand.batch_stride = shape.strides[0];
+    return true;
+}
+
+// plain_step(row, sample, model_output, noise, slots, places): new tensors like sample, one for each of places, which
+// number y, d, u, x0; None where the call is not as plain as that, an exception of the kernel's included. The caller
+// has seen to it that nobody watches: no mode, no transform, no tracing.
+PyObject* plain_step(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    if (count != 6 || !PyTuple_Check(given[4]) || !PyTuple_Check(given[5])) {
+        PyErr_SetString(PyExc_TypeError, "plain_step(row, sample, model_output, noise, slots, places)");
+        return nullptr;
+    }
+    const auto otherwise = [] {
+        PyErr_Clear();
+        Py_RETURN_NONE;
+    };
+    if (!g_exchange || given[2] == Py_None) return otherwise();
+    const bool records = aoti_torch_grad_mode_is_enabled();
+    dlpack::Tensor row, sample;
+    SchedulerStepArgs a{};
+    if (!look(given[0], false, row) || row.type_code != dlpack::kFloat || row.type_bits != 64 || row.ndim != 1 ||
+        row.shape[0] != 40 || row.strides[0] != 1 || !look(given[1], records, sample) ||
+        !kernel_dtype(sample, a.sample.dtype))
+        return otherwise();
+    const Shape shape(sample);
+    a.batch = shape.sizes[0], a.inner = 1;
+    for (int64_t d = 1; d < shape.dim; ++d) a.inner *= shape.sizes[d];
+    const Py_ssize_t slots = PyTuple_GET_SIZE(given[4]), outputs = PyTuple_GET_SIZE(given[5]);
+    if (a.batch * a.inner == 0 || !shape.dense_image(a.inner) || slots > 5) return otherwise();
+    a.row = static_cast<const double*>(data(row));
+    a.sample.ptr = data(sample), a.sample.batch_stride = shape.strides[0];
+    if (!look_operand(given[2], records, shape, a.e[0]) || a.e[0].dtype != a.sample.dtype ||
+        !look_operand(given[3], records, shape, a.noise))
+        return otherwise();
+    for (Py_ssize_t k = 0; k < slots; ++k)
+        if (!look_operand(PyTuple_GET_ITEM(given[4], k), records, shape, a.slots[k])) return otherwise();
+    PyObject* const made = PyTuple_New(outputs);
+    if (!made) return nullptr;
+    const auto drop = [&] {
+        Py_DECREF(made);
+        return otherwise();
+    };
+    Result* const results[4] = {&a.y, &a.d, &a.u, &a.x0};
+    for (Py_ssize_t k = 0; k < outputs; ++k) {
+        const long place = PyLong_AsLong(PyTuple_GET_ITEM(given[5], k));
+        PyObject* const output = PyObject_CallOneArg(g_empty_like, given[1]);
+        if (!output) return drop();
+        PyTuple_SET_ITEM(made, k, output);
+        dlpack::Tensor t;
+        if (place < 0 || place > 3 || g_exchange->dltensor_from_py_object_no_sync(output, &t) ||
+            !Shape(t).same_image(shape) || (a.batch > 1 && t.strides[0] != a.inner))
+            return drop();
+        want_huge_pages(data(t), a.batch * a.inner * (t.type_bits / 8));
+        *results[place] = {data(t), a.sample.dtype, 1};
+    }
+    try {
+        check_row(a);
+        if (is_small(a)) {
+            run_step(a);
+        } else {
+            const pybind11::gil_scoped_release release;
+            run_step(a);
+        }
+    } catch (const std::exception&) {
+        return drop();
+    }
+    return made;
+}
+
+PyMethodDef g_plain_step = {"plain_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_step)),
+                            METH_FASTCALL, nullptr};
+
+}  // namespace
+
+void define_scheduler_step(pybind11::module_& m) {
+    find_exchange();
+    m.add_object("plain_step", pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&g_plain_step, nullptr)));
+}
+
+}  // namespace difusores
+
+STABLE_TORCH_LIBRARY_IMPL(difusores, CPU, m) { m.impl("scheduler_step", TORCH_BOX(&difusores::scheduler_step)); }
