@@ -58,6 +58,15 @@ inline Tensor new_empty(const Tensor& x, int64_t dims, const int64_t* sizes, con
     return Tensor(handle);
 }
 
+// A new contiguous fp32 tensor [rows, columns] on the CPU.
+inline Tensor new_float(int64_t rows, int64_t columns) {
+    const int64_t sizes[2] = {rows, columns}, strides[2] = {columns, 1};
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_float32(),
+                                                           aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+}
+
 inline Tensor new_like(const Tensor& x) { return new_empty(x, x.dim(), x.sizes().data(), x.strides().data()); }
 
 // Every op file adds what Python calls past the dispatcher, if it has any.

@@ -61,6 +61,27 @@ void run(int64_t tasks, int64_t elements_per_task, decltype(Kernels::group_norm_
                                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
+// Channels last: the moments of every channel of every image, into args.channels.
+struct ChannelMoments {
+    std::unique_ptr<float[]> scratch;
+    std::unique_ptr<double[]> partial;
+
+    explicit ChannelMoments(GroupNormSiluArgs& args) {
+        // A chunk of rows is about 256 KB of fp32: it is read twice, the second time from L2 or L3.
+        args.chunk_rows = std::clamp<int64_t>(2 * kGrain / args.c / 8 * 8, 8, 1024);
+        args.chunks = (args.s + args.chunk_rows - 1) / args.chunk_rows;
+        args.padded_c = (args.c + kMaxWidth - 1) / kMaxWidth * kMaxWidth;
+        const int64_t tasks = args.n * args.chunks;
+        scratch.reset(new float[tasks * 2 * args.padded_c + args.n * 4 * args.c]);
+        partial.reset(new double[tasks * args.groups * 2]);
+        args.scratch = scratch.get(), args.channels = scratch.get() + tasks * 2 * args.padded_c;
+        args.partial = partial.get();
+        g_kernels->group_norm_silu_prepare(args, 0, args.n);
+        run(tasks, args.chunk_rows * args.c, g_kernels->group_norm_silu_stats, args);
+        run(args.n, 16 * args.c, g_kernels->group_norm_silu_combine, args);  // a channel costs as much as 16 elements
+    }
+};
+
 std::tuple<Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, OptionalTensor weight, OptionalTensor bias,
                                            double eps, bool silu, OptionalTensor scale, OptionalTensor shift,
                                            OptionalTensor add, OptionalTensor residual, bool return_sum) {
@@ -93,20 +114,41 @@ std::tuple<Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, Optiona
         run(n * num_groups, c / num_groups * args.s, g_kernels->group_norm_silu, args);
         return {y, sum};
     }
-    // A chunk of rows is about 256 KB of fp32: it is read twice, the second time from L2 or L3.
-    args.chunk_rows = std::clamp<int64_t>(2 * kGrain / c / 8 * 8, 8, 1024);
-    args.chunks = (args.s + args.chunk_rows - 1) / args.chunk_rows;
-    args.padded_c = (c + kMaxWidth - 1) / kMaxWidth * kMaxWidth;
-    const int64_t tasks = n * args.chunks;
-    const std::unique_ptr<float[]> scratch(new float[tasks * 2 * args.padded_c + n * 4 * c]);
-    const std::unique_ptr<double[]> partial(new double[tasks * num_groups * 2]);
-    args.scratch = scratch.get(), args.channels = scratch.get() + tasks * 2 * args.padded_c;
-    args.partial = partial.get();
-    g_kernels->group_norm_silu_prepare(args, 0, n);
-    run(tasks, args.chunk_rows * c, g_kernels->group_norm_silu_stats, args);
-    run(n, 16 * c, g_kernels->group_norm_silu_combine, args);  // a channel costs as much as 16 elements
-    run(tasks, args.chunk_rows * c, g_kernels->group_norm_silu_apply, args);
+    const ChannelMoments moments(args);
+    run(args.n * args.chunks, args.chunk_rows * c, g_kernels->group_norm_silu_apply, args);
     return {y, sum};
+}
+
+// multiplier and offset of the norm, for an op that applies them as it reads x.
+std::tuple<Tensor, Tensor> group_norm_affine(Tensor x, int64_t num_groups, OptionalTensor weight, OptionalTensor bias,
+                                             double eps, OptionalTensor scale, OptionalTensor shift) {
+    STD_TORCH_CHECK(x.dim() == 4, "group_norm_affine: the CPU kernel takes x with 4 dimensions");
+    const int64_t n = x.size(0), c = x.size(1), s = x.size(2) * x.size(3);
+    STD_TORCH_CHECK(num_groups >= 1 && c % num_groups == 0, "group_norm_affine: num_groups must divide C");
+    STD_TORCH_CHECK(is_channels_last(x) || c == 1 || s == 1,
+                    "group_norm_affine: the CPU kernel takes channels_last tensors");
+    Tensor multiplier = new_float(n, c), offset = new_float(n, c);
+    if (x.numel() == 0) return {multiplier, offset};
+    GroupNormSiluArgs args{};
+    args.x = x.data_ptr();
+    args.dtype = dtype_of(x, "x");
+    args.weight = param_of(weight, n, c, false, "weight");
+    args.bias = param_of(bias, n, c, false, "bias");
+    args.scale = param_of(scale, n, c, true, "scale");
+    args.shift = param_of(shift, n, c, true, "shift");
+    args.n = n, args.c = c, args.s = s, args.groups = num_groups;
+    args.eps = eps;
+    const ChannelMoments moments(args);
+    float* const a = static_cast<float*>(multiplier.data_ptr());
+    float* const b = static_cast<float*>(offset.data_ptr());
+    for (int64_t i = 0; i < n; ++i) {
+        const float* center = args.channels + (i * 4 + 1) * c;
+        for (int64_t k = 0; k < c; ++k) {
+            a[i * c + k] = center[c + k];
+            b[i * c + k] = static_cast<float>(center[2 * c + k] - static_cast<double>(center[k]) * center[c + k]);
+        }
+    }
+    return {multiplier, offset};
 }
 
 // The arithmetic alone of group_norm_silu over `elements` elements and torch's threads: its act and, if asked, its
@@ -128,4 +170,7 @@ void define_group_norm_silu(pybind11::module_& m) { m.def("group_norm_silu_floor
 
 }  // namespace difusores
 
-STABLE_TORCH_LIBRARY_IMPL(difusores, CPU, m) { m.impl("group_norm_silu", TORCH_BOX(&difusores::group_norm_silu)); }
+STABLE_TORCH_LIBRARY_IMPL(difusores, CPU, m) {
+    m.impl("group_norm_silu", TORCH_BOX(&difusores::group_norm_silu));
+    m.impl("group_norm_affine", TORCH_BOX(&difusores::group_norm_affine));
+}

@@ -7,9 +7,11 @@ from difusores import native
 from difusores.ops.attention import attention
 from difusores.ops.dispatch import BackendUnavailable, availability, use_backend
 from difusores.ops.geglu import geglu
+from difusores.ops.group_norm_affine import group_norm_affine
 from difusores.ops.group_norm_silu import group_norm_silu
 from difusores.ops.layer_norm import layer_norm
 from difusores.ops.scheduler_step import scheduler_step
+from difusores.ops.winograd_conv import winograd_conv
 
 native.load()
 
@@ -18,8 +20,10 @@ __all__ = [
     "attention",
     "availability",
     "geglu",
+    "group_norm_affine",
     "group_norm_silu",
     "layer_norm",
     "scheduler_step",
     "use_backend",
+    "winograd_conv",
 ]

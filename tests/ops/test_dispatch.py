@@ -34,7 +34,10 @@ def test_the_native_kernels_are_there() -> None:
 
 def test_availability_names_every_op_and_backend() -> None:
     table = ops.availability()
-    assert set(table) == {"group_norm_silu", "attention", "scheduler_step", "geglu", "layer_norm"}
+    assert set(table) == {
+        *("group_norm_silu", "group_norm_affine", "attention", "scheduler_step", "geglu", "layer_norm"),
+        "winograd_conv",
+    }
     for backends in table.values():
         assert set(backends) == set(dispatch.BACKENDS)
         assert backends["reference"] is None

@@ -1,0 +1,129 @@
+"""A group norm as a multiplier and an offset per image and channel, for an op that applies them as it reads.
+
+    multiplier[n, c] = (1 + scale[n, c]) * weight[c] * rstd
+    offset[n, c]     = (1 + scale[n, c]) * bias[c] + shift[n, c] - mean * multiplier[n, c]
+
+mean and rstd = 1 / sqrt(var + eps) over each image's group of C / num_groups channels (Wu & He 2018), so that
+multiplier * x + offset is the normalised x. It is read once and not written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register
+from difusores.ops.group_norm_silu import _check as check_group_norm
+from difusores.ops.group_norm_silu import _row as side_by_side
+
+LIBRARY.define(
+    "group_norm_affine(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? scale, "
+    "Tensor? shift) -> (Tensor, Tensor)"
+)
+register("group_norm_affine", "cpu")
+
+
+def reference(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The op in plain PyTorch: fp32, or fp64 for an x of that."""
+    n, c = x.shape[:2]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    per_group = c // num_groups
+    grouped = x.to(wide).reshape(n, num_groups, per_group * x.shape[2:].numel())
+    mean = grouped.mean(dim=2)
+    var = (grouped - mean[:, :, None]).square().mean(dim=2)
+    multiplier = torch.rsqrt(var + eps).repeat_interleave(per_group, dim=1)
+    if weight is not None:
+        multiplier = multiplier * weight.to(wide)
+    if scale is not None:
+        multiplier = multiplier * (1 + scale.to(wide))
+    offset = -mean.repeat_interleave(per_group, dim=1) * multiplier
+    if bias is not None:
+        offset = offset + (bias.to(wide) if scale is None else bias.to(wide) * (1 + scale.to(wide)))
+    if shift is not None:
+        offset = offset + shift.to(wide)
+    return multiplier, offset
+
+
+LIBRARY.impl("group_norm_affine", reference, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("difusores::group_norm_affine", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _fake(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape[:2], dtype=wide), x.new_empty(x.shape[:2], dtype=wide)
+
+
+_OP = torch.ops.difusores.group_norm_affine.default
+
+
+def supports(
+    backend: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> str | None:
+    """None if `backend` takes this call, else the reason in words."""
+    dtype = x.dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernel takes float32, bfloat16 and float16, not {dtype}"
+    for p in (weight, bias, scale, shift):
+        if p is not None and p.dtype is not dtype and p.dtype is not torch.float32:
+            return f"the kernel takes parameters in float32 or {dtype}, not {p.dtype}"
+    if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        return "the kernel takes channels_last images, not other strides"
+    return None
+
+
+def group_norm_affine(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """multiplier and offset such that multiplier * x + offset = (1 + scale) * GroupNorm(x) + shift.
+
+    Args:
+        x: [N, C, *spatial], 3-D to 5-D; fp32, bf16, fp16 (fp64 by the reference). The kernel takes 4-D
+            channels_last.
+        num_groups: any divisor of C.
+        weight, bias: [C] in x's dtype or fp32, or None.
+        eps: added to the variance.
+        scale, shift: [N, C] in x's dtype or fp32, or None.
+
+    Returns:
+        multiplier, offset: [N, C] fp32 (fp64 for an x of that), for `winograd_conv`. Where a gradient is
+        needed the reference runs, which is differentiable in every tensor.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, named. TypeError: x is not floating point.
+    """
+    check_group_norm(x, num_groups, weight, bias, scale, shift, None, None)
+    weight, bias, scale, shift = map(side_by_side, (weight, bias, scale, shift))
+    backend = choose("group_norm_affine", x.device.type, supports, x, weight, bias, scale, shift)
+    call = (x, num_groups, weight, bias, eps, scale, shift)
+    if backend == "reference" or needs_grad(x, weight, bias, scale, shift):
+        return reference(*call)
+    multiplier, offset = below_autograd(_OP, *call)
+    return multiplier, offset

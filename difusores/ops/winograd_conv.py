@@ -1,0 +1,315 @@
+"""3x3 convolution by Winograd's minimal filtering, F(4x4, 3x3), with what surrounds it in a diffusion UNet.
+
+    h = act(multiplier[n, c] * x + offset[n, c])               a group norm with SiLU, its statistics known
+    y = output_scale * (conv3x3(h, weight) + bias[o] + add[n, o] + residual)
+
+stride 1, one row of zeros around h (Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks").
+A 4x4 tile of outputs takes 36 multiplications per pair of channels instead of 144; what that saves, it pays
+with rounding errors that depend on the points of interpolation (docs/kernels/winograd_conv.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from difusores import native
+from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register, wanted
+
+LIBRARY.define(
+    "winograd_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? multiplier, Tensor? offset, bool silu, "
+    "Tensor? add, Tensor? residual, float output_scale, Tensor? packed) -> Tensor"
+)
+LIBRARY.define("winograd_conv_pack(Tensor weight) -> Tensor")
+register("winograd_conv")
+
+LANES = 16  # output channels of a packed weight are padded to a multiple of it
+BLOCK = 64  # channels, in and out, of a block of a packed weight
+
+# The points at which the polynomials are evaluated: 0, +-A, +-B and infinity. With (5/8, 3/2) the images'
+# transforms have coefficients that are exact in fp32, and errors are half those of the usual (1, 2).
+A, B = 5 / 8, 3 / 2
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How a stride-1 3x3 convolution of one shape is best computed; see `plan`.
+
+    Attributes:
+        winograd: whether this op's kernel is expected to be faster than the convolution of PyTorch.
+        reason: why not, in words; None where it is.
+        packed_bytes: size of `pack_weight`'s tensor.
+        gain: expected time without packed weights over time with them, at one image.
+    """
+
+    winograd: bool
+    reason: str | None
+    packed_bytes: int
+    gain: float
+
+
+def plan(in_channels: int, out_channels: int, height: int, width: int) -> LayerPlan:
+    """Which algorithm a fp32 layer takes: from its shape and this process's ISA level, never from a batch
+    size, a number of threads or a timing, so that bits do not move.
+
+    Args:
+        in_channels, out_channels: C and O.
+        height, width: of the image.
+    """
+    tiles = -(-height // 4) * -(-width // 4)
+    padded = -(-out_channels // LANES) * LANES
+    gain = 1.0 + 4.0 / max(tiles, 1)
+    return LayerPlan(
+        *_decide(in_channels, out_channels, height, width, tiles, padded), 144 * in_channels * padded, gain
+    )
+
+
+def _decide(c: int, o: int, height: int, width: int, tiles: int, padded: int) -> tuple[bool, str | None]:
+    status = native.status("cpu")
+    if status is not None:
+        return False, status
+    isa = native.build_info()["isa_used"]
+    if isa == "base":
+        return False, "without AVX2 and FMA the convolution of PyTorch is faster"
+    if c < LANES or o < LANES:
+        return False, f"with {c} to {o} channels most lanes of the transforms are empty: F.conv2d is faster"
+    # Multiplications of the direct sum over those of Winograd, with tiles at the border and lanes of padding.
+    saved = 9 * height * width * o / (36 * tiles * padded) if tiles else 0.0
+    if saved < 1.5:
+        return False, f"at {height}x{width} the tiles are mostly border: F.conv2d is faster"
+    return True, None
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """The transformed weights, four times as large: `winograd_conv` then skips the transform in each call.
+
+    Worth its memory where a call has few tiles (small images, small batches). The tensor is read as it is:
+    make it anew when `weight` changes, and do not save it, for its layout belongs to this version.
+
+    Args:
+        weight: [O, C, 3, 3] fp32 on the CPU.
+
+    Returns:
+        [36 * C * ceil(O / 16) * 16] fp32.
+
+    Raises:
+        ValueError: another shape, dtype or device.
+    """
+    if weight.ndim != 4 or weight.shape[2:] != (3, 3):
+        raise ValueError(f"weight must have shape [O, C, 3, 3], got {tuple(weight.shape)}")
+    if weight.dtype is not torch.float32 or not weight.is_cpu:
+        raise ValueError(f"weight must be float32 on the CPU, got {weight.dtype} on {weight.device}")
+    with torch.no_grad():
+        packed: Tensor = torch.ops.difusores.winograd_conv_pack(weight)
+    return packed
+
+
+def pack_reference(weight: Tensor) -> Tensor:
+    """Blocks of BLOCK output channels, in them blocks of BLOCK input channels, in them [36, C, O]."""
+    o, c = weight.shape[:2]
+    near, far = 1 / (2 * A * A * (A * A - B * B)), 1 / (2 * B * B * (B * B - A * A))
+    g = weight.new_tensor(
+        [
+            [1 / (A * A * B * B), 0, 0],
+            *([near, sign * A * near, A * A * near] for sign in (1, -1)),
+            *([far, sign * B * far, B * B * far] for sign in (1, -1)),
+            [0, 0, 1],
+        ],
+        dtype=torch.float64,
+    )
+    u = torch.einsum("iy,ocyx,jx->ijco", g, weight.double(), g).reshape(36, c, o).to(weight.dtype)
+    u = F.pad(u, (0, -o % LANES))
+    blocks = [part.flatten() for wide in u.split(BLOCK, dim=2) for part in wide.split(BLOCK, dim=1)]
+    return torch.cat(blocks) if blocks else u.flatten()
+
+
+LIBRARY.impl("winograd_conv_pack", pack_reference, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("difusores::winograd_conv_pack", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _pack_fake(weight: Tensor) -> Tensor:
+    return weight.new_empty(36 * weight.shape[1] * (-(-weight.shape[0] // LANES) * LANES))
+
+
+def _per_channel(t: Tensor, x: Tensor) -> Tensor:
+    return t.to(x.dtype)[:, :, None, None]
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    silu: bool,
+    add: Tensor | None,
+    residual: Tensor | None,
+    output_scale: float,
+    packed: Tensor | None,
+) -> Tensor:
+    """The op in plain PyTorch; `packed` is not read."""
+    h = x
+    if multiplier is not None:
+        h = h * _per_channel(multiplier, x)
+    if offset is not None:
+        h = h + _per_channel(offset, x)
+    if silu:
+        h = F.silu(h)
+    y = F.conv2d(h, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), padding=1)
+    if add is not None:
+        y = y + _per_channel(add, x)
+    if residual is not None:
+        y = y + residual
+    if output_scale != 1.0:
+        y = y * output_scale
+    return y.contiguous(memory_format=_memory_format(x))
+
+
+LIBRARY.impl("winograd_conv", reference, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("difusores::winograd_conv", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    silu: bool,
+    add: Tensor | None,
+    residual: Tensor | None,
+    output_scale: float,
+    packed: Tensor | None,
+) -> Tensor:
+    shape = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+
+
+_OP = torch.ops.difusores.winograd_conv.default
+
+
+def supports(
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+    packed: Tensor | None,
+) -> str | None:
+    """None if `backend` takes this call, else the reason in words."""
+    for t in (x, weight, bias, multiplier, offset, add, residual):
+        if t is not None and t.dtype is not torch.float32:
+            return f"the kernel takes float32, not {t.dtype}"
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return "the kernel takes channels_last images, not other strides"
+    if residual is not None and not residual.is_contiguous(memory_format=torch.channels_last):
+        return "the kernel takes a channels_last residual"
+    return None
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+    packed: Tensor | None,
+) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"x must be [N, C, H, W], got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+    n, c, height, width = x.shape
+    if weight.ndim != 4 or weight.shape[1:] != (c, 3, 3):
+        raise ValueError(f"weight must have shape [O, C, 3, 3] with C = {c}, got {tuple(weight.shape)}")
+    o = weight.shape[0]
+    if bias is not None and bias.shape != (o,):
+        raise ValueError(f"bias must have shape [O] = [{o}], got {tuple(bias.shape)}")
+    for name, p, channels in (("multiplier", multiplier, c), ("offset", offset, c), ("add", add, o)):
+        if p is not None and p.shape != (n, channels):
+            raise ValueError(f"{name} must have shape {[n, channels]}, got {tuple(p.shape)}")
+    if residual is not None and (residual.shape != (n, o, height, width) or residual.dtype is not x.dtype):
+        raise ValueError(
+            f"residual must be like the output, {(n, o, height, width)} {x.dtype}, "
+            f"got {tuple(residual.shape)} {residual.dtype}"
+        )
+    size = 36 * c * (-(-o // LANES) * LANES)
+    if packed is not None and (packed.shape != (size,) or packed.dtype is not torch.float32):
+        raise ValueError(
+            f"packed must be what pack_weight made of this weight, [{size}] torch.float32, "
+            f"got {tuple(packed.shape)} {packed.dtype}"
+        )
+    named = {"weight": weight, "bias": bias, "multiplier": multiplier, "offset": offset, "add": add}
+    for name, t in {**named, "residual": residual, "packed": packed}.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
+
+
+def _row(p: Tensor | None) -> Tensor | None:
+    """p with its channels side by side, as the kernel reads them."""
+    return p if p is None or p.stride(-1) == 1 else p.contiguous()
+
+
+def winograd_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    multiplier: Tensor | None = None,
+    offset: Tensor | None = None,
+    silu: bool = False,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    output_scale: float = 1.0,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """y = output_scale * (conv3x3(act(multiplier * x + offset), weight) + bias + add + residual).
+
+    Stride 1, zero padding 1. The kernel takes channels_last fp32 on the CPU; everything else, and layers for
+    which `plan` expects it to be slower, runs as `F.conv2d` with the other parts around it.
+
+    Args:
+        x: [N, C, H, W]; its layout is kept.
+        weight: [O, C, 3, 3], contiguous or channels_last.
+        bias: [O] or None.
+        multiplier, offset: [N, C] or None, applied to x before the convolution (`group_norm_affine` makes
+            them of a group norm).
+        silu: whether act is SiLU; else the identity.
+        add: [N, O] (a time embedding) or None.
+        residual: like y, or None.
+        output_scale: the factor of the whole.
+        packed: `pack_weight(weight)`, or None.
+
+    Returns:
+        y [N, O, H, W] in x's dtype and layout. Relative L2 error at most 1e-5. A NaN or Inf in x makes NaN of
+        the 4x4 tiles of outputs which read it, not only of the outputs next to it. Where a gradient is needed
+        the reference runs, in whose every tensor but `packed` the call is differentiable.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, named. TypeError: x is not floating point.
+    """
+    tensors = (x, weight, bias, multiplier, offset, add, residual, packed)
+    _check(*tensors)
+    multiplier, offset, add, bias = map(_row, (multiplier, offset, add, bias))
+    call = (x, weight, bias, multiplier, offset, silu, add, residual, output_scale, packed)
+    if wanted() is None and not plan(x.shape[1], weight.shape[0], x.shape[2], x.shape[3]).winograd:
+        return reference(*call)
+    backend = choose("winograd_conv", x.device.type, supports, *tensors)
+    if backend == "reference" or needs_grad(*tensors):
+        return reference(*call)
+    y: Tensor = below_autograd(_OP, *call)
+    return y

@@ -1,0 +1,203 @@
+"""winograd_conv on every backend against one float64 oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from difusores import ops
+from difusores.ops import dispatch
+from difusores.ops.winograd_conv import pack_reference, pack_weight, plan
+
+OP = "winograd_conv"
+LIMIT = 1e-5  # relative L2; the named exception to the tolerance rule (docs/design.md, section 5)
+
+# (N, C, O, H, W): single elements and tiles, tails in every dimension, several blocks of channels and tiles
+CASES = [
+    (1, 1, 1, 1, 1),
+    (2, 3, 5, 4, 4),
+    (1, 16, 16, 8, 8),
+    (3, 20, 33, 7, 5),
+    (2, 65, 70, 3, 9),
+    (1, 130, 48, 13, 6),
+    (2, 8, 17, 37, 34),
+    (1, 4, 130, 1, 41),
+    (5, 32, 16, 12, 20),
+    (1, 64, 80, 33, 2),
+]
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "first": ("bias", "multiplier", "offset", "silu", "add"),
+    "second": ("bias", "multiplier", "offset", "silu", "residual", "output_scale"),
+    "offset": ("offset", "residual"),
+    "act": ("silu", "add", "output_scale"),
+}
+
+
+def make(case: tuple[int, ...], options: tuple[str, ...], layout: str = "channels_last") -> dict[str, Any]:
+    n, c, o, h, w = case
+
+    def image(channels: int) -> Tensor:
+        t = torch.randn(n, channels, h, w)
+        return t.to(memory_format=torch.channels_last) if layout == "channels_last" else t
+
+    parts: dict[str, Any] = {
+        "bias": torch.randn(o),
+        "multiplier": torch.randn(n, 2 * c)[:, c:],  # rows with a stride
+        "offset": torch.randn(n, c) / 2,
+        "silu": True,
+        "add": torch.randn(n, o),
+        "residual": image(o),
+        "output_scale": 0.7,
+    }
+    return {
+        "x": image(c),
+        "weight": torch.randn(o, c, 3, 3) / (3 * c**0.5),
+        **{k: parts[k] for k in options},
+    }
+
+
+def run(backend: str | None, call: dict[str, Any]) -> Tensor:
+    if backend is None:
+        return ops.winograd_conv(**call)
+    with ops.use_backend(backend):
+        return ops.winograd_conv(**call)
+
+
+def wide(call: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.double() if isinstance(v, Tensor) else v for k, v in call.items() if k != "packed"}
+
+
+def distance(y: Tensor, oracle: Tensor) -> float:
+    return float((y.double() - oracle).norm() / oracle.norm())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_the_oracle(backend: str, case: tuple[int, ...]) -> None:
+    for options in OPTIONS.values():
+        call = make(case, options)
+        oracle = run("reference", wide(call))
+        for weights in ("contiguous", "channels_last", "packed"):
+            if weights == "packed":
+                call["packed"] = pack_weight(call["weight"])
+            elif weights == "channels_last":
+                call["weight"] = call["weight"].to(memory_format=torch.channels_last)
+            y = run(backend, call)
+            assert y.shape == oracle.shape and y.dtype is torch.float32
+            assert y.is_contiguous(memory_format=torch.channels_last), "the layout comes out as it went in"
+            assert distance(y, oracle) <= LIMIT, (options, weights)
+
+
+def test_reference_is_the_convolution_with_its_parts() -> None:
+    call = make((2, 6, 4, 5, 7), OPTIONS["second"], "contiguous")
+    h = F.silu(call["x"] * call["multiplier"][:, :, None, None] + call["offset"][:, :, None, None])
+    y = F.conv2d(h, call["weight"], call["bias"], padding=1)
+    torch.testing.assert_close(run("reference", call), 0.7 * (y + call["residual"]))
+    y = F.conv2d(call["x"], call["weight"], padding=1) + (add := torch.randn(2, 4))[:, :, None, None]
+    torch.testing.assert_close(run(None, {"x": call["x"], "weight": call["weight"], "add": add}), y)
+
+
+@pytest.mark.parametrize(("c", "o"), [(3, 5), (70, 130)])
+def test_packed_weights_are_the_transform(c: int, o: int) -> None:
+    """Of the reference: multiplied with the transform of a tile they give its convolution."""
+    weight = torch.randn(o, c, 3, 3)
+    packed = pack_reference(weight)
+    assert packed.numel() * 4 == plan(c, o, 8, 8).packed_bytes
+    torch.testing.assert_close(pack_weight(weight), packed, rtol=1e-6, atol=1e-6)
+    channels_last = weight.to(memory_format=torch.channels_last)
+    assert torch.equal(pack_weight(channels_last), pack_weight(weight))
+
+
+def test_plan() -> None:
+    """It depends on the layer alone, and says in words what goes to PyTorch's convolution."""
+    wide_layer = plan(128, 256, 32, 32)
+    assert wide_layer.packed_bytes == 4 * 36 * 128 * 256
+    for shape in ((3, 128, 32, 32), (128, 4, 64, 64), (256, 256, 1, 1)):
+        refused = plan(*shape)
+        assert not refused.winograd and refused.reason
+    fast = dispatch.status("cpu") is None and ops.dispatch.native.build_info()["isa_used"] != "base"
+    assert wide_layer.winograd == fast and (wide_layer.reason is None) == fast
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.randn(2, 8, 4)}, r"x must be \[N, C, H, W\]"),
+        ({"weight": torch.randn(4, 7, 3, 3)}, r"weight must have shape \[O, C, 3, 3\] with C = 8"),
+        ({"weight": torch.randn(4, 8, 1, 1)}, "weight must have shape"),
+        ({"bias": torch.randn(8)}, r"bias must have shape \[O\] = \[4\]"),
+        ({"multiplier": torch.randn(8)}, r"multiplier must have shape \[2, 8\]"),
+        ({"offset": torch.randn(1, 8)}, r"offset must have shape \[2, 8\]"),
+        ({"add": torch.randn(2, 8)}, r"add must have shape \[2, 4\]"),
+        ({"residual": torch.randn(2, 8, 5, 5)}, "residual must be like the output"),
+        ({"residual": torch.randn(2, 4, 5, 5).half()}, "residual must be like the output"),
+        ({"packed": torch.randn(10)}, "packed must be what pack_weight made"),
+        ({"add": torch.randn(2, 4, device="meta")}, "add must be on the device of x"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+    call: dict[str, Any] = {"x": torch.randn(2, 8, 5, 5), "weight": torch.randn(4, 8, 3, 3), **change}
+    with pytest.raises(ValueError, match=message):
+        ops.winograd_conv(**call)
+
+
+def test_other_types_and_strides() -> None:
+    with pytest.raises(TypeError, match="floating-point"):
+        ops.winograd_conv(torch.ones(1, 2, 4, 4, dtype=torch.int64), torch.ones(2, 2, 3, 3))
+    with pytest.raises(ValueError, match="float32 on the CPU"):
+        pack_weight(torch.ones(2, 2, 3, 3).half())
+    with pytest.raises(ValueError, match=r"\[O, C, 3, 3\]"):
+        pack_weight(torch.ones(2, 2, 1, 1))
+    call = make((2, 16, 32, 8, 8), (), "contiguous")
+    y = run(None, call)
+    assert y.is_contiguous() and distance(y, run("reference", wide(call))) <= LIMIT
+    half = {k: v.bfloat16() for k, v in call.items()}
+    assert run(None, half).dtype is torch.bfloat16
+    if dispatch.status("cpu") is None and "cpu" in dispatch._OPS[OP]:
+        with pytest.raises(ops.BackendUnavailable, match="channels_last"):
+            run("cpu", call)
+        with pytest.raises(ops.BackendUnavailable, match=r"not torch\.bfloat16"):
+            run("cpu", half)
+
+
+def test_gradients_come_from_the_reference() -> None:
+    call = make((2, 16, 32, 8, 8), OPTIONS["second"])
+    leaves = {k: v.clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in call.items()}
+    run(None, leaves).square().sum().backward()
+    twins = {k: v.clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in call.items()}
+    run("reference", twins).square().sum().backward()
+    for name, leaf in leaves.items():
+        if isinstance(leaf, Tensor):
+            torch.testing.assert_close(leaf.grad, twins[name].grad)
+
+
+def test_empty_batch(backend: str) -> None:
+    call = make((0, 16, 16, 8, 8), OPTIONS["second"])
+    assert run(backend, call).shape == (0, 16, 8, 8)
+
+
+@pytest.mark.parametrize("options", ["plain", "second"])
+def test_opcheck(options: str) -> None:
+    call = make((2, 16, 24, 5, 6), OPTIONS[options])
+    get = call.get
+    torch.library.opcheck(
+        torch.ops.difusores.winograd_conv.default,
+        (
+            *(call["x"], call["weight"], get("bias"), get("multiplier"), get("offset"), get("silu", False)),
+            *(get("add"), get("residual"), get("output_scale", 1.0), None),
+        ),
+    )
+    torch.library.opcheck(torch.ops.difusores.winograd_conv_pack.default, (call["weight"],))
+
+
+def test_compiles_without_a_break(backend: str) -> None:
+    torch.compiler.reset()  # a graph keeps the backend that was in force when it was traced
+    call = make((2, 16, 16, 8, 8), OPTIONS["first"])
+    compiled = torch.compile(lambda: run(None, call), fullgraph=True, backend="aot_eager")
+    with ops.use_backend(backend):
+        torch.testing.assert_close(compiled(), run(None, call), rtol=1e-5, atol=1e-5)
