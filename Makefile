@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup remake demo fetch-terrain test test-core test-cpp lint format bench clean
+.PHONY: help setup remake demo fetch-terrain test test-core test-cpp cuda-check lint format bench clean
 
 # The first Python that the pinned tools run on; `make PYTHON=… setup` names another.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -16,7 +16,7 @@ endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 GENERATE := $(BIN)/python -m difusores generate --model bundled:digits --num 36 --steps 25 --seed 1
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/cpp/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.cpp tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp)
 
 stop = { printf '\n%s\n' $(1) >&2; exit 1; }
 NO_PYTHON := "Python 3.11 or newer was not found: run 'apt install python3.11 python3.11-venv python3.11-dev'"
@@ -34,6 +34,7 @@ help:
   'make test       the whole suite' \
 	  'make test-core  the core of the suite without the compiled module' \
 	  'make test-cpp   the kernels in a plain C++ test under the sanitizers' \
+	  'make cuda-check the CUDA kernels compiled for every architecture and held to their budget; needs nvcc' \
 	  'make lint       ruff, mypy, clang-format' \
 	  'make format     ruff and clang-format write what lint asks for' \
 	  'make bench      the benchmarks' \
@@ -83,6 +84,9 @@ test-cpp: .venv/tools.stamp
 	  -DDIFUSORES_MODULE=OFF -DDIFUSORES_CPP_TESTS=ON -DDIFUSORES_SANITIZE=ON
 	@$(BIN)/cmake --build build/cpp-tests
 	@$(BIN)/ctest --test-dir build/cpp-tests --output-on-failure
+
+cuda-check: .venv/test.stamp
+	@$(BIN)/python tests/cuda_budget.py
 
 lint: .venv/test.stamp
 	@$(BIN)/ruff format --check .

@@ -55,7 +55,7 @@ struct Result {
 
 // See cpu/scheduler_step.cpp and difusores/ops/scheduler_step.py for the formula and the row's layout.
 struct SchedulerStepArgs {
-    const double* row;       // [40]
+    const double* row;       // [40]; CUDA has StepRow
     Operand sample;          // x
     Operand e[3];            // model outputs
     Operand noise;           // z
@@ -68,6 +68,14 @@ struct SchedulerStepArgs {
 };
 
 constexpr int64_t kStepBlock = 1024;
+
+// CUDA: where a step's row comes from, for the host must not wait for the device to say.
+struct StepRow {
+    const double* table;  // [count, 40] in device memory; nullptr: `row` is the row
+    const int64_t* step;  // the row's number, in device memory; nullptr: 0
+    int64_t count;
+    double row[40];
+};
 
 // The functions of one ISA level. They work on tasks [begin, end).
 #define DIFUSORES_DECLARE_KERNELS(isa)                                                  \

@@ -18,6 +18,8 @@ ALLOWED_SKIPS = re.compile(
         [
             "needs AVX-512",
             "switched off by DIFUSORES_DISABLE=1",
+            "needs nvcc",
+            "needs an x86-64 processor",
         ]
     )
 )

@@ -1,0 +1,139 @@
+"""What nvcc makes of the CUDA kernels, held to a budget: registers, stack, spills, shared memory, accesses.
+
+`make cuda-check` compiles every kernel for every architecture and compares with cuda_budget.json, which was
+measured with nvcc 13.0. No GPU is needed. `python tests/cuda_budget.py --write` writes the budget anew after
+a change that is meant: read its diff.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BUDGET = Path(__file__).with_name("cuda_budget.json")
+ARCHITECTURES = ("75", "80", "86", "89", "90a", "100a", "120")
+FLAGS = ("-std=c++20", "-O3", "--Werror=all-warnings")
+
+Usage = dict[str, int]
+AT_MOST = ("registers", "stack", "spills", "shared")
+AT_LEAST = ("wide_loads", "wide_stores")
+# A spill is a load or store of local memory; a wide access one of 128 bits of global memory.
+INSTRUCTIONS = {"spills": r"LDL|STL", "wide_loads": r"LDG\.\S*128", "wide_stores": r"STG\.\S*128"}
+
+
+def why_not() -> str | None:
+    """None if the kernels can be compiled and looked at here, else the reason in words."""
+    if shutil.which("nvcc") is None:
+        return "needs nvcc"
+    return None if cuobjdump() else "needs cuobjdump, which the Python package triton brings"
+
+
+def cuobjdump() -> Path | None:
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    program = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return program if program.is_file() else None
+
+
+def sources() -> list[Path]:
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def output_of(*command: str | Path) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def short_name(symbol: str) -> str:
+    """A kernel's name with its template arguments, without namespaces and parameters."""
+    whole = output_of("c++filt", symbol).strip()
+    return (
+        whole.replace("(difusores::DType)", "")
+        .replace("difusores::cuda::", "")
+        .split("(")[0]
+        .split(" ", 1)[1]
+    )
+
+
+def usage_of(source: Path, architecture: str) -> dict[str, Usage]:
+    """Compiles a file and reads each kernel's resources and instructions from the result."""
+    program = cuobjdump()
+    assert program is not None, why_not()
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        output_of(
+            "nvcc", *FLAGS, f"-I{ROOT / 'csrc'}", "-cubin", f"-arch=sm_{architecture}", source, "-o", cubin
+        )
+        resources, listing = output_of(program, "-res-usage", cubin), output_of(program, "-sass", cubin)
+    usages: dict[str, Usage] = {}
+    for symbol, line in re.findall(r"Function (\w+):\n(.*)", resources):
+        found = dict(re.findall(r"(\w+):(\d+)", line))
+        usages[symbol] = {
+            "registers": int(found["REG"]),
+            "stack": int(found["STACK"]),
+            "shared": int(found["SHARED"]),
+        }
+    for part in listing.split("Function : ")[1:]:
+        symbol, body = part.split("\n", 1)
+        for name, pattern in INSTRUCTIONS.items():
+            usages[symbol.strip()][name] = len(re.findall(rf"\b(?:{pattern})\b", body))
+    return usages
+
+
+def violations(budget: dict[str, Usage], measured: dict[str, Usage]) -> list[str]:
+    """A sentence for each kernel that is missing, unknown, or outside its budget."""
+    found = [f"{name} has no budget" for name in sorted(set(measured) - set(budget))]
+    found += [f"{name} has a budget and is not compiled" for name in sorted(set(budget) - set(measured))]
+    for name in sorted(set(budget) & set(measured)):
+        for what in (*AT_MOST, *AT_LEAST):
+            ours, limit = measured[name][what], budget[name][what]
+            if ours > limit if what in AT_MOST else ours < limit:
+                bound = "at most" if what in AT_MOST else "at least"
+                found.append(f"{name}: {ours} {what.replace('_', ' ')}, the budget says {bound} {limit}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="make what is measured the budget")
+    reason = why_not()
+    if reason is not None:
+        raise SystemExit(f"the CUDA kernels cannot be checked here: {reason}")
+    write = parser.parse_args().write
+    measured: dict[str, dict[str, Usage]] = {}
+    broken = 0
+    budget = {} if write else json.loads(BUDGET.read_text(encoding="utf-8"))
+    for architecture in ARCHITECTURES:
+        usages = measured.setdefault(f"sm_{architecture}", {})
+        for source in sources():
+            usages |= {short_name(symbol): usage for symbol, usage in usage_of(source, architecture).items()}
+        print(f"sm_{architecture}: {len(usages)} kernels")
+        for sentence in [] if write else violations(budget[f"sm_{architecture}"], usages):
+            print(f"  {sentence}")
+            broken += 1
+    if write:
+        lines = (
+            f"{json.dumps(name)}: {{\n"
+            + ",\n".join(f"  {json.dumps(kernel)}: {json.dumps(usages[kernel])}" for kernel in sorted(usages))
+            + "\n}"
+            for name, usages in measured.items()
+        )
+        BUDGET.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""Runs the CUDA kernels' own source on the CPU: compiled behind emulation.h, called with torch's tensors.
+
+Each op's library is compiled once and kept under build/, named by what went into it. A call runs under three
+schedules of the threads and asserts that they give the same bits. `SANITIZE=1` (with libasan preloaded, see
+test_emulation.py) compiles with the address and undefined-behaviour sanitizers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SCHEDULES = ("in order", "reversed", "random")
+WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++20", "-fPIC", "-shared", "-fno-strict-aliasing", "-fno-gnu-unique", *WARNINGS)
+SANITIZERS = (
+    "-g1",
+    "-fsanitize=address,signed-integer-overflow,shift,bounds,alignment",
+    "-fno-sanitize-recover=all",
+)
+
+
+def why_not() -> str | None:
+    """None if kernels can be emulated on this machine, else the reason in words."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return "the emulation of CUDA needs an x86-64 processor"
+    return None if shutil.which("g++") else "the emulation of CUDA needs g++"
+
+
+@functools.cache
+def library(op: str, change: tuple[str, str] | None = None) -> ctypes.CDLL:
+    """The compiled test library of an op.
+
+    change: text of the kernel's source and what takes its place, to see whether the tests notice.
+    """
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cuh")), ROOT / "csrc" / "kernels.h"]
+    ours = [*sorted(HERE.glob("*.h")), HERE / f"{op}.cpp"]
+    flags = [*FLAGS, *(SANITIZERS if os.environ.get("SANITIZE") == "1" else ()), "-O1"]
+    texts = {path.relative_to(ROOT / "csrc"): path.read_text(encoding="utf-8") for path in sources}
+    if change is not None:
+        changed = Path("cuda", f"{op}.cuh")
+        assert texts[changed].count(change[0]) == 1, f"{change[0]!r} must stand once in {changed}"
+        texts[changed] = texts[changed].replace(*change)
+    key = "\n".join([*flags, *texts.values(), *(path.read_text(encoding="utf-8") for path in ours)])
+    folder = ROOT / "build" / "cuda_emulation" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    target = folder / f"{op}.so"
+    if not target.is_file():
+        for path, text in texts.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text, encoding="utf-8")
+        unfinished = folder / f"{op}.{os.getpid()}.so"
+        command = ["g++", *flags, f"-I{folder}", f"-I{HERE}", "-include", HERE / "emulation.h", ours[-1]]
+        built = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True)
+        assert built.returncode == 0 and not built.stderr, built.stderr[-3000:]
+        unfinished.rename(target)
+    loaded = ctypes.CDLL(str(target))
+    loaded.launched_kernels.restype = ctypes.c_char_p
+    return loaded
+
+
+def launched(op: str) -> set[str]:
+    """The symbols of the kernels that ran in this process."""
+    names: bytes = library(op).launched_kernels()
+    return set(names.decode().split())
+
+
+class EmulationError(RuntimeError):
+    """What the hardware would leave undefined: a deadlock, barriers that differ, a grid that is none."""
+
+
+def under_all_schedules(run: Callable[[int], bytes | None], outputs: Sequence[Tensor]) -> None:
+    """Runs a launch for each schedule on outputs full of NaN; they must hold the same bits afterwards."""
+    before: list[Tensor] | None = None
+    for number, name in enumerate(SCHEDULES):
+        for t in outputs:
+            t.fill_(torch.nan)
+        message = run(number)
+        if message is not None:
+            raise EmulationError(message.decode())
+        # Bits and not numbers: NaN equals NaN, and 0 does not equal -0.
+        bits = [t.view(torch.int32 if t.element_size() == 4 else torch.int16).clone() for t in outputs]
+        if before is not None:
+            same = all(torch.equal(a, b) for a, b in zip(before, bits, strict=True))
+            assert same, f"other bits with the threads {name}: a barrier is missing"
+        before = bits
+
+
+# --- scheduler_step ---
+
+
+class Operand(ctypes.Structure):
+    _fields_ = (("ptr", ctypes.c_void_p), ("dtype", ctypes.c_int32), ("batch_stride", ctypes.c_int64))
+
+
+class Result(ctypes.Structure):
+    _fields_ = (("ptr", ctypes.c_void_p), ("dtype", ctypes.c_int32), ("repeats", ctypes.c_int64))
+
+
+class SchedulerStepArgs(ctypes.Structure):
+    _fields_ = (
+        ("row", ctypes.c_void_p),
+        ("sample", Operand),
+        ("e", Operand * 3),
+        ("noise", Operand),
+        ("variance", Operand),
+        ("slots", Operand * 5),
+        ("threshold", ctypes.c_void_p),
+        ("seeds", ctypes.c_void_p),
+        *((name, Result) for name in ("y", "d", "u", "x0", "m")),
+        ("batch", ctypes.c_int64),
+        ("inner", ctypes.c_int64),
+    )
+
+
+class StepRow(ctypes.Structure):
+    _fields_ = (
+        ("table", ctypes.c_void_p),
+        ("step", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("row", ctypes.c_double * 40),
+    )
+
+
+def _check_layouts(
+    sample: Tensor, operands: Sequence[Tensor | None], outputs: Sequence[Tensor | None]
+) -> None:
+    """What the binding refuses: images that are laid out in other ways than the sample's, or with gaps."""
+
+    def of_image(t: Tensor) -> list[tuple[int, int]]:
+        return [(n, s) for n, s in zip(t.shape[1:], t.stride()[1:], strict=True) if n > 1]
+
+    covered = 1
+    for stride, size in sorted((s, n) for n, s in of_image(sample)):
+        if stride != covered:
+            raise RuntimeError("the images of sample must be dense")
+        covered *= size
+    for t in (*operands, *outputs):
+        if t is not None and of_image(t) != of_image(sample):
+            raise RuntimeError("another layout than the sample's")
+    if any(t is not None and len(t) > 1 and t.stride(0) != covered for t in outputs):
+        raise RuntimeError("outputs must be dense")
+
+
+def _operand(t: Tensor | None) -> Operand:
+    return Operand() if t is None else Operand(t.data_ptr(), DTYPES[t.dtype], t.stride(0))
+
+
+def scheduler_step(
+    row: Tensor,
+    step: Tensor | None,
+    sample: Tensor,
+    *tensors: Tensor | None,
+    change: tuple[str, str] | None = None,
+) -> None:
+    """The registered op `scheduler_step`, arguments as in its schema, carried out by the CUDA kernel."""
+    e, (noise, variance, threshold), slots = tensors[:3], tensors[3:6], tensors[6:11]
+    seeds, outputs = tensors[11], tensors[12:]
+    _check_layouts(sample, (*e, noise, variance, *slots), outputs)
+    batch = sample.shape[0]
+    args = SchedulerStepArgs(
+        sample=_operand(sample),
+        e=(Operand * 3)(*map(_operand, e)),
+        noise=_operand(noise),
+        variance=_operand(variance),
+        slots=(Operand * 5)(*map(_operand, slots)),
+        threshold=None if threshold is None else threshold.data_ptr(),
+        seeds=None if seeds is None else seeds.data_ptr(),
+        batch=batch,
+        inner=sample[0].numel(),
+    )
+    for name, t in zip(("y", "d", "u", "x0", "m"), outputs, strict=True):
+        if t is not None:
+            setattr(args, name, Result(t.data_ptr(), DTYPES[t.dtype], t.shape[0] // batch))
+    source = StepRow()
+    if step is None:
+        source.row[:] = row.tolist()
+    else:
+        source.table, source.step, source.count = row.data_ptr(), step.data_ptr(), len(row)
+    function = library("scheduler_step", change).scheduler_step
+    function.restype = ctypes.c_char_p
+    under_all_schedules(
+        lambda schedule: function(ctypes.byref(args), ctypes.byref(source), schedule),
+        [t for t in outputs if t is not None],
+    )
+
+
+OPS: dict[str, Any] = {"scheduler_step": scheduler_step}

@@ -1,0 +1,378 @@
+// Runs the bodies of CUDA kernels on a CPU: included before the .cuh files, which then compile as C++.
+//
+// The threads of a block are fibers on one thread of the system. A fiber runs until it waits at __syncthreads, a
+// shuffle or a vote; which one runs next is the schedule's choice: in order, reversed, or at random. A kernel that
+// forgets a barrier gives other bits under another schedule. Blocks run one after another, in the schedule's order.
+// Shared memory, static and dynamic, is a fresh heap block for every block of threads, filled with NaN (all bits one);
+// a sanitizer therefore sees accesses beyond it. What hardware leaves undefined ends the launch with a message:
+// threads that wait for others which have ended, for each other, at different places of the source, or for lanes that
+// do not exist.
+//
+// Not covered: the memory model (every store is seen at once), the bits of approximate functions, wgmma, TMA.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <source_location>
+#include <string>
+#include <vector>
+
+#if !defined(__x86_64__)
+#error "the fibers of this emulation are written for x86-64"
+#endif
+
+#define DIFUSORES_EMULATION 1
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __restrict__ __restrict
+
+// --- the vocabulary of CUDA C++ that the kernels use ---
+
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fiber that runs
+
+// Conversions of 16-bit floats by their bits, rounded to nearest even, NaN kept.
+struct __half_raw {
+    unsigned short x;
+};
+struct __nv_bfloat16_raw {
+    unsigned short x;
+};
+inline float __half2float(__half_raw h) {
+    _Float16 v;
+    std::memcpy(&v, &h, 2);
+    return static_cast<float>(v);
+}
+inline __half_raw __float2half_rn(float f) {
+    const _Float16 v = static_cast<_Float16>(f);
+    __half_raw h;
+    std::memcpy(&h, &v, 2);
+    return h;
+}
+inline float __uint_as_float(unsigned u) {
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+inline unsigned __float_as_uint(float f) {
+    unsigned u;
+    std::memcpy(&u, &f, 4);
+    return u;
+}
+inline __nv_bfloat16_raw __float2bfloat16_rn(float f) {
+    const unsigned u = __float_as_uint(f);
+    if (f != f) return {0x7FFF};
+    return {static_cast<unsigned short>((u + 0x7FFF + ((u >> 16) & 1)) >> 16)};
+}
+
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32); }
+inline float __expf(float x) { return std::exp2(x * 1.44269504f); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline void sincospif(float x, float* sine, float* cosine) {
+    constexpr double kPi = 3.14159265358979323846;
+    *sine = static_cast<float>(std::sin(kPi * x)), *cosine = static_cast<float>(std::cos(kPi * x));
+}
+
+// --- fibers ---
+
+// Keeps the callee-saved registers on the stack that it leaves, and takes those of the stack that it enters.
+extern "C" void emulation_switch(void** left, void* entered);
+asm(R"(
+.text
+.globl emulation_switch
+.type emulation_switch, @function
+emulation_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size emulation_switch, .-emulation_switch
+)");
+
+namespace emulation {
+
+constexpr int kWarp = 32;
+constexpr unsigned kMaxThreads = 1024;
+constexpr size_t kStackBytes = 256 << 10, kPage = 4 << 10;
+
+enum class Wait { nothing, barrier, warp, end };
+
+struct Fiber {
+    void* stack_pointer = nullptr;
+    Wait wait = Wait::nothing;
+    std::source_location where;
+    unsigned mask = 0;       // of the lanes that take part in the exchange that it waits for
+    uint64_t deposit = 0;    // its value there
+    uint64_t collected = 0;  // the deposit of this lane when the exchange took place
+};
+
+struct Shared {
+    const void* tag;
+    size_t bytes;
+    std::unique_ptr<unsigned char[]> memory;
+};
+
+// What runs now: one launch at a time.
+inline Fiber fibers[kMaxThreads];
+inline void* scheduler_stack = nullptr;
+inline unsigned running = 0;
+inline std::vector<Shared> shared_arrays;
+inline std::string failure;
+inline void (*thread_body)(void*) = nullptr;
+inline void* thread_argument = nullptr;
+
+inline unsigned char* stack_of(unsigned thread) {
+    static unsigned char* const all = [] {
+        void* p = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (p == MAP_FAILED) std::abort();
+        for (unsigned k = 0; k < kMaxThreads; ++k)  // a page below each stack that may not be touched
+            mprotect(static_cast<unsigned char*>(p) + k * kStackBytes, kPage, PROT_NONE);
+        return static_cast<unsigned char*>(p);
+    }();
+    return all + thread * kStackBytes;
+}
+
+inline void suspend() { emulation_switch(&fibers[running].stack_pointer, scheduler_stack); }
+
+inline void wait_for(Wait what, std::source_location where, unsigned mask = 0) {
+    Fiber& self = fibers[running];
+    self.wait = what, self.where = where, self.mask = mask;
+    suspend();
+}
+
+inline void fiber_main() {
+    thread_body(thread_argument);
+    fibers[running].wait = Wait::end;
+    suspend();
+    std::abort();  // never resumed
+}
+
+inline void prepare(unsigned thread) {
+    Fiber& fiber = fibers[thread];
+    fiber = {};
+    void** top = reinterpret_cast<void**>(stack_of(thread) + kStackBytes) - 2;  // aligned as after a call
+    *top = reinterpret_cast<void*>(&fiber_main);
+    fiber.stack_pointer = top - 6;
+    std::fill_n(static_cast<void**>(fiber.stack_pointer), 6, nullptr);
+}
+
+inline void* shared_array(const void* tag, size_t bytes) {
+    for (const Shared& array : shared_arrays)
+        if (array.tag == tag) return array.memory.get();
+    shared_arrays.push_back({tag, bytes, std::make_unique<unsigned char[]>(bytes)});
+    std::memset(shared_arrays.back().memory.get(), 0xFF, bytes);
+    return shared_arrays.back().memory.get();
+}
+
+inline const char dynamic_tag = 0;
+
+// --- what threads wait for each other with ---
+
+// Each lane of `mask` leaves its value; afterwards `collected` of every lane of the mask holds what it left.
+inline void exchange(unsigned mask, uint64_t value, std::source_location where) {
+    fibers[running].deposit = value;
+    wait_for(Wait::warp, where, mask);
+}
+
+template <class T>
+T shuffle(unsigned mask, T value, int lane, std::source_location where) {
+    static_assert(sizeof(T) <= 8);
+    uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof(T));
+    exchange(mask, bits, where);
+    const unsigned self = running % kWarp;
+    const unsigned source = lane < 0 || lane >= kWarp ? self : static_cast<unsigned>(lane);
+    if (!(mask >> source & 1)) failure = "a shuffle reads a lane that does not take part";
+    std::memcpy(&value, &fibers[running - self + source].collected, sizeof(T));
+    return value;
+}
+
+inline std::string place(const Fiber& fiber) {
+    const std::string file = fiber.where.file_name();
+    return file.substr(file.find_last_of('/') + 1) + ":" + std::to_string(fiber.where.line());
+}
+
+// Lets the fibers go on whose wait is over; false if none does.
+inline bool release(unsigned threads) {
+    bool any = false;
+    unsigned at_barrier = 0, first = 0;
+    for (unsigned t = threads; t-- > 0;)
+        if (fibers[t].wait == Wait::barrier) ++at_barrier, first = t;
+    if (at_barrier == threads) {
+        for (unsigned t = 0; t < threads; ++t) {
+            if (fibers[t].where.line() != fibers[first].where.line()) {
+                failure = "threads of a block wait at different barriers: thread " + std::to_string(first) + " at " +
+                          place(fibers[first]) + ", thread " + std::to_string(t) + " at " + place(fibers[t]);
+                return false;
+            }
+        }
+        for (unsigned t = 0; t < threads; ++t) fibers[t].wait = Wait::nothing;
+        return true;
+    }
+    for (unsigned t = 0; t < threads; ++t) {
+        const Fiber& fiber = fibers[t];
+        const unsigned warp = t / kWarp * kWarp;
+        if (fiber.wait != Wait::warp) continue;
+        bool complete = fiber.mask >> (t - warp) & 1;
+        for (unsigned lane = 0; lane < kWarp && complete; ++lane) {
+            if (!(fiber.mask >> lane & 1)) continue;
+            const Fiber& other = fibers[warp + lane];
+            complete = warp + lane < threads && other.wait == Wait::warp && other.mask == fiber.mask &&
+                       other.where.line() == fiber.where.line();
+        }
+        if (!complete) continue;
+        const unsigned mask = fiber.mask;
+        for (unsigned lane = 0; lane < kWarp; ++lane)
+            if (mask >> lane & 1) {
+                fibers[warp + lane].collected = fibers[warp + lane].deposit;
+                fibers[warp + lane].wait = Wait::nothing;
+            }
+        any = true;
+    }
+    return any;
+}
+
+inline void describe_deadlock(unsigned threads) {
+    failure = "deadlock in block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + "):";
+    std::string last;
+    for (unsigned t = 0; t < threads; ++t) {
+        const Fiber& fiber = fibers[t];
+        const std::string state = fiber.wait == Wait::end       ? "has ended"
+                                  : fiber.wait == Wait::barrier ? "waits at the barrier in " + place(fiber)
+                                                                : "waits for its warp in " + place(fiber);
+        if (state != last) failure += " thread " + std::to_string(t) + " " + state + ";";
+        last = state;
+    }
+}
+
+enum class Schedule { in_order, reversed, random };
+
+struct Order {
+    Schedule schedule;
+    std::mt19937 generator{12345};
+    void arrange(std::vector<unsigned>& items) {
+        if (schedule == Schedule::reversed) std::reverse(items.begin(), items.end());
+        if (schedule == Schedule::random) std::shuffle(items.begin(), items.end(), generator);
+    }
+    std::vector<unsigned> of(unsigned count) {
+        std::vector<unsigned> items(count);
+        std::iota(items.begin(), items.end(), 0u);
+        arrange(items);
+        return items;
+    }
+};
+
+inline void run_block(unsigned threads, Order& order) {
+    for (unsigned t = 0; t < threads; ++t) prepare(t);
+    std::vector<unsigned> turn = order.of(threads);
+    unsigned left = threads;
+    while (left > 0 && failure.empty()) {
+        bool ran = false;
+        for (const unsigned t : turn) {
+            if (fibers[t].wait != Wait::nothing) continue;
+            running = t, threadIdx = {t, 0, 0}, ran = true;
+            emulation_switch(&scheduler_stack, fibers[t].stack_pointer);
+            left -= fibers[t].wait == Wait::end;
+            if (!failure.empty()) return;
+        }
+        if (left > 0 && !release(threads) && !ran && failure.empty()) describe_deadlock(threads);
+        if (order.schedule == Schedule::random) order.arrange(turn);
+    }
+}
+
+// Runs `body` as every thread of the grid; the message if that could not be done, else an empty string.
+template <class Body>
+std::string launch(dim3 grid, unsigned threads, size_t dynamic_shared, Schedule schedule, const Body& body) {
+    failure.clear();
+    if (threads == 0 || threads > kMaxThreads) return "a block has 1 to 1024 threads";
+    if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || grid.z != 1) return "the grid is empty, or beyond the limits";
+    Order order{schedule};
+    gridDim = grid, blockDim = {threads, 1, 1};
+    thread_body = [](void* b) { (*static_cast<const Body*>(b))(); };
+    thread_argument = const_cast<Body*>(&body);
+    for (const unsigned block : order.of(grid.x * grid.y)) {
+        blockIdx = {block % grid.x, block / grid.x, 0};
+        shared_arrays.clear();
+        shared_array(&dynamic_tag, dynamic_shared);
+        run_block(threads, order);
+        if (!failure.empty()) break;
+    }
+    return failure;
+}
+
+}  // namespace emulation
+
+// A reference to the block's own array; the macro's other meaning stands in csrc/cuda/common.cuh.
+#define DIFUSORES_SHARED(type, name, count)   \
+    static const char name##_tag_storage = 0; \
+    type* const name = static_cast<type*>(emulation::shared_array(&name##_tag_storage, sizeof(type) * (count)))
+#define DIFUSORES_DYNAMIC_SHARED(name) \
+    unsigned char* const name = static_cast<unsigned char*>(emulation::shared_array(&emulation::dynamic_tag, 0))
+
+inline void __syncthreads(std::source_location where = std::source_location::current()) {
+    emulation::wait_for(emulation::Wait::barrier, where);
+}
+inline void __syncwarp(unsigned mask = ~0u, std::source_location where = std::source_location::current()) {
+    emulation::exchange(mask, 0, where);
+}
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane, std::source_location where = std::source_location::current()) {
+    return emulation::shuffle(mask, value, lane & 31, where);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int other, std::source_location where = std::source_location::current()) {
+    return emulation::shuffle(mask, value, static_cast<int>(emulation::running % 32) ^ other, where);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, int by, std::source_location where = std::source_location::current()) {
+    return emulation::shuffle(mask, value, static_cast<int>(emulation::running % 32) + by, where);
+}
+inline unsigned __ballot_sync(unsigned mask, bool vote, std::source_location where = std::source_location::current()) {
+    emulation::exchange(mask, vote, where);
+    unsigned result = 0;
+    const unsigned warp = emulation::running / 32 * 32;
+    for (unsigned lane = 0; lane < 32; ++lane)
+        if (mask >> lane & 1) result |= static_cast<unsigned>(emulation::fibers[warp + lane].collected & 1) << lane;
+    return result;
+}

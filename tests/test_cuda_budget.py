@@ -1,0 +1,40 @@
+"""What nvcc makes of the CUDA kernels stays within tests/cuda_budget.json, for two of the architectures."""
+
+from __future__ import annotations
+
+import json
+
+import cuda_budget
+import pytest
+
+BUDGET = json.loads(cuda_budget.BUDGET.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cuda_budget.why_not() is not None, reason=cuda_budget.why_not() or "")
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+def test_kernels_keep_their_budget(architecture: str) -> None:
+    measured = {}
+    for source in cuda_budget.sources():
+        for symbol, usage in cuda_budget.usage_of(source, architecture).items():
+            measured[cuda_budget.short_name(symbol)] = usage
+    assert measured, "no kernel was found"
+    assert cuda_budget.violations(BUDGET[f"sm_{architecture}"], measured) == []
+
+
+def test_the_budget_covers_every_architecture() -> None:
+    assert list(BUDGET) == [f"sm_{architecture}" for architecture in cuda_budget.ARCHITECTURES]
+    for kernels in BUDGET.values():
+        assert set(kernels) == set(BUDGET["sm_80"])
+        for usage in kernels.values():
+            assert usage["stack"] == usage["spills"] == 0
+
+
+def test_a_kernel_outside_its_budget_is_named() -> None:
+    budget = BUDGET["sm_80"]
+    name = next(iter(budget))
+    for what, by in (("registers", 1), ("spills", 1), ("stack", 8), ("shared", 4), ("wide_loads", -1)):
+        measured = {**budget, name: {**budget[name], what: budget[name][what] + by}}
+        (sentence,) = cuda_budget.violations(budget, measured)
+        assert sentence.startswith(f"{name}: ") and what.split("_")[-1] in sentence
+    assert cuda_budget.violations(budget, {}) and cuda_budget.violations({}, budget)
