@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from difusores.acceleration import accelerate as accelerate
+    from difusores.acceleration import restore as restore
     from difusores.functional import sample as sample
     from difusores.models import ADMClassifier as ADMClassifier
     from difusores.models import ADMUNet as ADMUNet
@@ -141,10 +143,13 @@ _PUBLIC = {
     "UnCLIPScheduler": "difusores.schedulers",
     "UniPCMultistepScheduler": "difusores.schedulers",
     "VQModel": "difusores.models",
+    "accelerate": "difusores.acceleration",
+    "restore": "difusores.acceleration",
     "sample": "difusores.functional",
     "use_backend": "difusores.ops",
 }
 _SUBMODULES = (
+    "acceleration",
     "functional",
     "models",
     "ops",

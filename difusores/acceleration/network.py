@@ -1,0 +1,45 @@
+"""Replacement of a whole network's forward: what goes in and comes out, around layers in channels_last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difusores.acceleration.layers import CHANNELS_LAST
+from difusores.acceleration.session import Forward
+
+
+class NetworkForward(Forward):
+    """Hands images on in channels_last, and returns the layout and dtype that came."""
+
+    how = "network: channels_last within, layout and dtype of the input outside"
+    timed = False
+
+    def declines(self, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+        return None if x.ndim == 4 else "the input's shape is not [N, C, H, W]"
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        name = None if args else next(iter(kwargs))
+        x: Tensor = kwargs[name] if name is not None else args[0]
+        inside = x.contiguous(memory_format=CHANNELS_LAST)
+        if name is None:
+            args = (inside, *args[1:])
+        else:
+            kwargs = {**kwargs, name: inside}
+        out = type(self.module).forward(self.module, *args, **kwargs)
+        layout = torch.contiguous_format if x.is_contiguous() else CHANNELS_LAST
+
+        def outside(t: Any) -> Any:
+            if isinstance(t, Tensor):
+                return t.to(x.dtype).contiguous(memory_format=layout) if t.ndim == 4 else t
+            if type(t) in (tuple, list):
+                return type(t)(outside(part) for part in t)
+            return t
+
+        if isinstance(out, (Tensor, tuple, list)):
+            return outside(out)
+        for key in list(out):
+            out[key] = outside(out[key])
+        return out

@@ -1,0 +1,93 @@
+"""Replacement of a residual block, ours and diffusers' `ResnetBlock2D`.
+
+    h = conv1(act(norm1(x)))
+    h = conv2(act(norm2(h + time)))      or  act(norm2(h) * (1 + scale) + shift)
+    y = (shortcut(x) + h) / divisor
+
+Each normalisation is one op with its activation and the time embedding; the sum rides in the last
+convolution.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from difusores.acceleration.layers import CHANNELS_LAST, apply_conv, apply_linear, normalize, plain_norm
+from difusores.acceleration.session import Forward, Session, hooked
+
+
+class ResnetForward(Forward):
+    """See the head of this file."""
+
+    how = "residual block: norm, SiLU and time embedding in one op, residual in the convolution"
+
+    def __init__(self, module: nn.Module, session: Session) -> None:
+        super().__init__(module, session)
+        scale_shift = getattr(module, "scale_shift", None)  # ours; diffusers has a word for it
+        self.scale_shift = (
+            self.module.time_embedding_norm == "scale_shift" if scale_shift is None else bool(scale_shift)
+        )
+
+    @classmethod
+    def refuses(cls, module: Any) -> str | None:
+        if type(module.nonlinearity) is not nn.SiLU:
+            return f"its activation is {type(module.nonlinearity).__name__}"
+        for norm in (module.norm1, module.norm2):
+            if not plain_norm(norm) or not getattr(norm, "fused_silu", True):
+                return "its normalisation is no plain group norm with SiLU"
+        return None
+
+    def declines(self, x: Tensor, temb: Tensor | None = None, *args: object, **kwargs: object) -> str | None:
+        m = self.module
+        if x.ndim != 4:
+            return "the input's shape is not [N, C, H, W]"
+        if not (plain_norm(m.norm1) and plain_norm(m.norm2)):
+            return "a hook or another module stands at a normalisation"
+        if hooked(m.nonlinearity) or hooked(m.dropout):
+            return "a hook stands at the activation or the dropout"
+        if m.time_emb_proj is None:
+            return "a time embedding is given to a block without one" if temb is not None else None
+        if temb is None or temb.ndim != 2:
+            return "the time embedding is not [N, width]"
+        return None
+
+    def run(
+        self, x: Tensor, temb: Tensor | None = None, size: torch.Size | None = None, **ignored: object
+    ) -> Tensor:
+        m = self.module
+        if self.session.dtype is not None:
+            x = x.to(self.session.dtype)
+        x = x.contiguous(memory_format=CHANNELS_LAST)
+        h = self._resample(normalize(m.norm1, x, silu=True), size)
+        x = self._resample(x, size)
+        h = apply_conv(m.conv1, h)
+        h = normalize(m.norm2, h, silu=True, **self._time(temb))
+        owned = m.conv_shortcut is not None
+        skip = apply_conv(m.conv_shortcut, x) if owned else x
+        out = apply_conv(m.conv2, h, residual=skip, owned=owned)
+        return out if m.output_scale_factor == 1 else out.div_(m.output_scale_factor)
+
+    def _resample(self, x: Tensor, size: torch.Size | None) -> Tensor:
+        m = self.module
+        if hasattr(m, "_resample"):
+            out: Tensor = m._resample(x, size)
+            return out
+        resample = m.upsample or m.downsample
+        if resample is not None:
+            x = resample(x)
+        return x
+
+    def _time(self, temb: Tensor | None) -> dict[str, Tensor | None]:
+        m = self.module
+        if m.time_emb_proj is None or temb is None:
+            return {}
+        if not getattr(m, "skip_time_act", False):
+            temb = m.nonlinearity(temb)
+        embedding = apply_linear(m.time_emb_proj, temb)
+        if self.scale_shift:
+            scale, shift = embedding.chunk(2, dim=1)
+            return {"scale": scale, "shift": shift}
+        return {"add": embedding}

@@ -1,0 +1,184 @@
+"""What the replaced layers of one `accelerate` call share, and the base of every replacement."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from difusores.ops.dispatch import transformed, wanted
+
+SESSION = "_difusores_acceleration"  # the key in a model's __dict__ under which its session stands
+DTYPES = (torch.float32, torch.bfloat16)
+_INT_VIEW = {2: torch.int16, 4: torch.int32}
+_SAMPLES = 64  # elements of a weight that are compared at each use
+
+
+class Session:
+    """One call of `accelerate`.
+
+    Attributes:
+        settings: its arguments, to tell whether a second call asks for the same.
+        dtype: in which the layers compute; None for each layer's own.
+        budget, packed: bytes that prepared weights may take, and take now.
+        clock: seconds within replaced layers while somebody counts them, else None.
+    """
+
+    def __init__(self, settings: tuple[Any, ...], dtype: torch.dtype | None, budget: int) -> None:
+        self.settings = settings
+        self.dtype = dtype
+        self.budget = budget
+        self.packed = 0
+        self.clock: float | None = None
+        self.lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "lock": None, "packed": 0, "clock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.RLock())
+
+
+class Packed:
+    """One prepared form of some weights, made at first use and again when one of them has changed.
+
+    A change is seen by the parameter itself, its version, its memory, and 64 of its elements: peft adds its
+    matrices through `.data`, which leaves the first three as they were.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.bytes = 0
+        self._made: tuple[list[tuple[Any, ...]], Tensor | None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"session": self.session, "bytes": 0, "_made": None}
+
+    def get(self, sources: tuple[Tensor, ...], make: Callable[[], Tensor], size: int) -> Tensor | None:
+        """What `make` returns, of `size` bytes; None where the session's budget has no room for it."""
+        made = self._made
+        if made is not None and all(map(_unchanged, sources, made[0])):
+            return made[1]
+        with self.session.lock:
+            self.drop()
+            result = None
+            if self.session.packed + size <= self.session.budget:
+                self.session.packed += size
+                self.bytes = size
+                result = make()
+            self._made = ([_fingerprint(source) for source in sources], result)
+        return result
+
+    def drop(self) -> None:
+        """Forget it and give its bytes back."""
+        self.session.packed -= self.bytes
+        self.bytes, self._made = 0, None
+
+
+def _fingerprint(source: Tensor) -> tuple[Any, ...]:
+    count = source.numel()
+    step = max(1, count // _SAMPLES)
+    flat = source.detach().as_strided((min(count, _SAMPLES),), (step,), source.storage_offset())
+    sample = flat.view(_INT_VIEW[source.element_size()])
+    return source, source._version, source.data_ptr(), sample, sample.clone()
+
+
+def _unchanged(source: Tensor, seen: tuple[Any, ...]) -> bool:
+    before, version, pointer, sample, copy = seen
+    if source is not before or source._version != version or source.data_ptr() != pointer:
+        return False
+    return torch.equal(sample, copy)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody would miss a call that goes around the module's `__call__`."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+    )
+
+
+class Forward:
+    """Stands in a module's `__dict__` as `forward`; its class's forward still answers what it declines.
+
+    Attributes:
+        how: what it does, in words.
+        invariant: whether its bits depend neither on the batch nor on the number of threads.
+        declined: reason -> number of calls that the class's forward answered.
+    """
+
+    how: ClassVar[str] = ""
+    invariant = False
+
+    module: Any  # of classes that two packages define: checked by name, not by type
+
+    def __init__(self, module: nn.Module, session: Session) -> None:
+        self.module = module
+        self.session = session
+        self.declined: Counter[str] = Counter()
+
+    @classmethod
+    def refuses(cls, module: Any) -> str | None:
+        """Why this module cannot be replaced at all, or None."""
+        return None
+
+    def declines(self, *args: Any, **kwargs: Any) -> str | None:
+        """Why this call goes to the class's forward, or None."""
+        return None
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The replacement; the first argument is a tensor."""
+        raise NotImplementedError
+
+    def packs(self) -> Iterator[Packed]:
+        """The prepared weights."""
+        return (value for value in self.__dict__.values() if isinstance(value, Packed))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        reason = self._why_plain(args, kwargs) or self.declines(*args, **kwargs)
+        if reason is not None:
+            if not torch.compiler.is_compiling():
+                self.declined[reason] += 1
+            return type(self.module).forward(self.module, *args, **kwargs)
+        if self.session.clock is None or not self.timed:
+            return self.run(*args, **kwargs)
+        before, start = self.session.clock, time.perf_counter()
+        result = self.run(*args, **kwargs)
+        self.session.clock = before + time.perf_counter() - start  # what is within it counts once
+        return result
+
+    timed: ClassVar[bool] = True
+
+    def _why_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if type(x) is not Tensor and type(x) is not nn.Parameter:
+            return "the input is no plain tensor"
+        if torch.compiler.is_compiling():
+            return "torch.compile traces"
+        if not x.is_cpu:
+            return f"the input is on {x.device}"
+        if x.dtype not in DTYPES:
+            return f"the input is {x.dtype}"
+        if x.numel() == 0:
+            return "the input is empty"
+        if self.module.training:
+            return "the module is in training mode"
+        if transformed() or torch._C._is_tracing():
+            return "a transform or a trace looks on"
+        if wanted() not in (None, "cpu"):
+            return "another backend was asked for"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        if torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.module.parameters())
+        ):
+            return "gradients are recorded"
+        return None

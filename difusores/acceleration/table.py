@@ -1,0 +1,60 @@
+"""Which class is replaced by what."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from difusores.acceleration.layers import ConvForward, GroupNormForward, LinearForward
+from difusores.acceleration.network import NetworkForward
+from difusores.acceleration.resnet import ResnetForward
+from difusores.acceleration.session import Forward
+from difusores.acceleration.transformer import (
+    CrossAttentionForward,
+    DiffusersAttentionForward,
+    DiffusersTransformerForward,
+    GEGLUForward,
+    ImageAttentionForward,
+    TransformerForward,
+)
+
+# Class, by module and name, -> its replacement. Names and not classes: diffusers is not imported for it.
+OURS = "difusores.models."
+THEIRS = "diffusers.models."
+BLOCKS: dict[tuple[str, str], type[Forward]] = {
+    (OURS + "layers", "ResnetBlock2D"): ResnetForward,
+    (OURS + "layers", "Attention"): ImageAttentionForward,
+    (OURS + "transformer", "CrossAttention"): CrossAttentionForward,
+    (OURS + "transformer", "GEGLU"): GEGLUForward,
+    (OURS + "transformer", "Transformer2DModel"): TransformerForward,
+    (OURS + "unet_2d", "UNet2DModel"): NetworkForward,
+    (OURS + "unet_2d_condition", "UNet2DConditionModel"): NetworkForward,
+    (OURS + "controlnet", "ControlNetModel"): NetworkForward,
+    (OURS + "autoencoder", "Encoder"): NetworkForward,
+    (OURS + "autoencoder", "Decoder"): NetworkForward,
+    (THEIRS + "resnet", "ResnetBlock2D"): ResnetForward,
+    (THEIRS + "attention_processor", "Attention"): DiffusersAttentionForward,
+    (THEIRS + "activations", "GEGLU"): GEGLUForward,
+    (THEIRS + "transformers.transformer_2d", "Transformer2DModel"): DiffusersTransformerForward,
+    (THEIRS + "unets.unet_2d", "UNet2DModel"): NetworkForward,
+    (THEIRS + "unets.unet_2d_condition", "UNet2DConditionModel"): NetworkForward,
+    (THEIRS + "controlnets.controlnet", "ControlNetModel"): NetworkForward,
+    (THEIRS + "autoencoders.vae", "Encoder"): NetworkForward,
+    (THEIRS + "autoencoders.vae", "Decoder"): NetworkForward,
+}
+LAYERS: dict[type[nn.Module], type[Forward]] = {
+    nn.Linear: LinearForward,
+    nn.Conv2d: ConvForward,
+    nn.GroupNorm: GroupNormForward,
+}
+# Parts of a name whose layers keep the dtype of their weights: a few rows of time, class and size embeddings.
+KEEPS_DTYPE = ("time_emb", "time_proj", "add_emb", "class_emb")
+
+
+def replacement(module: nn.Module) -> tuple[type[Forward] | None, str | None]:
+    """A module's replacement, and why it cannot be put there; (None, None) where its class is not listed."""
+    kind = LAYERS.get(type(module)) or BLOCKS.get((type(module).__module__, type(module).__name__))
+    if kind is None:
+        return None, None
+    if "forward" in module.__dict__:
+        return kind, "it has a forward of its own already"
+    return kind, kind.refuses(module)
