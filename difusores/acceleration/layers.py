@@ -124,15 +124,16 @@ class ConvForward(Forward):
         return (m.kernel_size, m.stride, m.padding) == ((1, 1), (1, 1), (0, 0))
 
     def run(self, input: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, O, H', W'], channels_last."""
-        return self.apply(input)
+        """[N, C, H, W] -> [N, O, H', W'], in the layout in which it came."""
+        out = self.apply(input)
+        return out if input.is_contiguous(memory_format=CHANNELS_LAST) else out.contiguous()
 
     def tokens(self, x: Tensor) -> Tensor:
         """[N, L, C] -> [N, L, O], of a 1x1 convolution."""
         return matmul(x, self.module, self.dtype, self.weights)
 
     def apply(self, x: Tensor, residual: Tensor | None = None, owned: bool = False) -> Tensor:
-        """The convolution plus `residual`, over whose memory it may write where `owned`."""
+        """The convolution plus `residual`, over whose memory it may write where `owned`; channels_last."""
         if self.pointwise:
             n, _, h, w = x.shape
             rows = x.contiguous(memory_format=CHANNELS_LAST).permute(0, 2, 3, 1).reshape(n, h * w, -1)

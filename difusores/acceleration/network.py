@@ -29,7 +29,8 @@ class NetworkForward(Forward):
         else:
             kwargs = {**kwargs, name: inside}
         out = type(self.module).forward(self.module, *args, **kwargs)
-        layout = torch.contiguous_format if x.is_contiguous() else CHANNELS_LAST
+        last = x.is_contiguous(memory_format=CHANNELS_LAST) and not x.is_contiguous()
+        layout = CHANNELS_LAST if last else torch.contiguous_format
 
         def outside(t: Any) -> Any:
             if isinstance(t, Tensor):

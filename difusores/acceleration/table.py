@@ -46,8 +46,9 @@ LAYERS: dict[type[nn.Module], type[Forward]] = {
     nn.Conv2d: ConvForward,
     nn.GroupNorm: GroupNormForward,
 }
-# Parts of a name whose layers keep the dtype of their weights: a few rows of time, class and size embeddings.
-KEEPS_DTYPE = ("time_emb", "time_proj", "add_emb", "class_emb")
+# Parts of a name whose layers keep the dtype of their weights: they are few rows or
+# channels, and stand at a network's border.
+KEEPS_DTYPE = ("time_emb", "time_proj", "add_emb", "class_emb", "quant_conv")
 
 
 def replacement(module: nn.Module) -> tuple[type[Forward] | None, str | None]:

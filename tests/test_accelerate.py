@@ -1,0 +1,425 @@
+"""accelerate and restore: everything that they touch, against the plain model."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import pickle
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+import difusores
+from difusores.acceleration.session import Forward
+from difusores.models.lora import LowRank, make_adapters
+
+BOUND = 5e-5  # of a whole network, relative L2, against float64
+
+PIXELS: dict[str, Any] = {
+    "block_out_channels": [32, 64],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 16,
+    "norm_num_groups": 8,
+    "layers_per_block": 1,
+}
+LATENTS: dict[str, Any] = {
+    "block_out_channels": [32, 64],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "attention_head_dim": 4,
+    "cross_attention_dim": 24,
+    "norm_num_groups": 8,
+    "layers_per_block": 1,
+}
+VAE: dict[str, Any] = {
+    "block_out_channels": [16, 32],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "norm_num_groups": 8,
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pixels": ("UNet2DModel", PIXELS),
+    "scale_shift": ("UNet2DModel", {**PIXELS, "resnet_time_scale_shift": "scale_shift"}),
+    "resample": (
+        "UNet2DModel",
+        {
+            **PIXELS,
+            "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
+            "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
+            "mid_block_scale_factor": 1.5,
+            "downsample_padding": 0,
+        },
+    ),
+    "latents": ("UNet2DConditionModel", LATENTS),
+    "linear": ("UNet2DConditionModel", {**LATENTS, "use_linear_projection": True}),
+    "vae": ("AutoencoderKL", VAE),
+}
+LIBRARIES = {"difusores": difusores, "diffusers": diffusers}
+
+
+def make(library: str, variant: str) -> nn.Module:
+    """A model whose weights are all random, the same in both libraries."""
+    name, config = VARIANTS[variant]
+    torch.manual_seed(1)
+    model: nn.Module = getattr(LIBRARIES[library], name)(**config).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def inputs(variant: str, batch: int = 1, size: tuple[int, int] = (10, 14)) -> tuple[Tensor, ...]:
+    name, _ = VARIANTS[variant]
+    generator = torch.Generator().manual_seed(3)
+    channels = 4 if name == "UNet2DConditionModel" else 3
+    x = torch.randn(batch, channels, *size, generator=generator)
+    if name == "AutoencoderKL":
+        return (x,)
+    t = torch.full((batch,), 371)
+    if name == "UNet2DModel":
+        return x, t
+    return x, t, torch.randn(batch, 7, 24, generator=generator)
+
+
+def run(model: nn.Module, *args: Tensor) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(*args).sample
+    return out
+
+
+def oracle(model: nn.Module, *args: Tensor) -> Tensor:
+    wide = copy.deepcopy(model)
+    difusores.restore(wide)
+    return run(wide.double(), *(t.double() if t.is_floating_point() else t for t in args))
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """More threads than free cores make tiny layers slow; tests that are about threads ask for two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=list(LIBRARIES))
+def library(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=list(VARIANTS))
+def variant(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def model(library: str) -> Iterator[nn.Module]:
+    """A tiny UNet with attention to a context."""
+    made = make(library, "latents")
+    yield made
+    difusores.restore(made)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_agrees_and_comes_back(library: str, variant: str, dtype: torch.dtype | None) -> None:
+    plain = make(library, variant)
+    model = copy.deepcopy(plain)
+    cases = [inputs(variant), inputs(variant, 3), inputs(variant, 2, (16, 8))]
+    before = [run(model, *case) for case in cases]
+    wanted = [oracle(model, *case) for case in cases]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    report = difusores.accelerate(model, dtype=dtype)
+    assert report.packed_bytes == 0  # until the first use
+    for case, old, want in zip(cases, before, wanted, strict=True):
+        got = run(model, *case)
+        assert got.is_contiguous() and got.dtype is torch.float32
+        assert distance(got, want) <= (BOUND if dtype is None else 3e-2)
+        assert torch.equal(got, run(model, *case))
+        last = case[0].to(memory_format=torch.channels_last)
+        again = run(model, last, *case[1:])
+        assert torch.equal(again, got)
+        # a half of an autoencoder's moments has neither layout
+        assert variant == "vae" or again.is_contiguous(memory_format=torch.channels_last)
+        assert not torch.equal(got, old)  # something was replaced
+    assert 0 < report.packed_bytes <= 1.2 * report.model_bytes
+    declined = {reason: count for layer in report.layers for reason, count in layer.declined.items()}
+    assert not declined
+    difusores.restore(model)
+    for case, old in zip(cases, before, strict=True):
+        assert torch.equal(run(model, *case), old)
+    assert list(model.state_dict()) == list(state)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]) and value.stride() == state[key].stride()
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_autoencoder_halves(library: str) -> None:
+    model = make(library, "vae")
+    image = inputs("vae")[0]
+    with torch.no_grad():
+        moments = model.encode(image).latent_dist.parameters
+        decoded = model.decode(moments[:, :4]).sample
+        difusores.accelerate(model)
+        assert distance(model.encode(image).latent_dist.parameters, moments.double()) <= BOUND
+        assert distance(model.decode(moments[:, :4]).sample, decoded.double()) <= BOUND
+
+
+def test_idempotent_and_anew(model: nn.Module) -> None:
+    difusores.accelerate(model)
+    forwards = {name: m.__dict__.get("forward") for name, m in model.named_modules()}
+    difusores.accelerate(model)
+    assert forwards == {name: m.__dict__.get("forward") for name, m in model.named_modules()}
+    report = difusores.accelerate(model, memory="fast")
+    assert forwards != {name: m.__dict__.get("forward") for name, m in model.named_modules()}
+    assert sum(layer.replaced for layer in report.layers) == sum(f is not None for f in forwards.values())
+    difusores.restore(model)
+    difusores.restore(model)
+
+
+def test_own_lora() -> None:
+    """Loaded, scaled and unloaded while accelerated; the layers that it changes and others."""
+    model, case = make("difusores", "latents"), inputs("latents")
+    before = run(model, *case)
+    difusores.accelerate(model)
+    unchanged = run(model, *case)
+    names = ["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", "mid_block.resnets.0.conv1"]
+    names += [
+        "down_blocks.0.attentions.0.proj_in",
+        "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0",
+    ]
+    changes = {}
+    for name in names:
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        down, up = (
+            torch.randn(2, *weight.shape[1:]),
+            torch.randn(weight.shape[0], 2, *[1] * (weight.ndim - 2)),
+        )
+        changes[name] = LowRank(down, up, 0.1)
+    adapters = make_adapters(model)
+    adapters.load("one", changes)
+    for weight in (1.0, 0.3):
+        adapters.activate({"one": weight})
+        got = run(model, *case)
+        difusores.restore(model)
+        want = run(model, *case)
+        difusores.accelerate(model)
+        assert distance(got, want.double()) <= BOUND and distance(got, before.double()) > 1e-3
+        adapters.fuse(1.0)
+        assert distance(run(model, *case), want.double()) <= BOUND
+        adapters.unfuse()
+    adapters.delete("one")
+    assert torch.equal(run(model, *case), unchanged)
+    difusores.restore(model)
+    assert torch.equal(run(model, *case), before)
+
+
+def test_weights_that_change(model: nn.Module) -> None:
+    """In place, through `.data` as peft merges, by a new parameter, by load_state_dict, by another dtype."""
+    case = inputs("latents")
+    state = copy.deepcopy(model.state_dict())
+    difusores.accelerate(model)
+    first = run(model, *case)
+
+    def in_place() -> None:
+        with torch.no_grad():
+            model.mid_block.resnets[0].conv1.weight.mul_(1.5)
+
+    def through_data() -> None:
+        model.mid_block.resnets[0].conv2.weight.data += 0.03 * torch.randn(64, 64, 3, 3)
+
+    def new_parameter() -> None:
+        layer = model.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
+        layer.weight = nn.Parameter(layer.weight.detach() * 1.5)
+
+    def new_bias() -> None:
+        with torch.no_grad():
+            model.conv_in.bias.add_(0.5)
+
+    changes: list[Callable[[], None]] = [in_place, through_data, new_parameter, new_bias]
+    for change in changes:
+        before = run(model, *case)
+        change()
+        got = run(model, *case)
+        assert distance(got, oracle(model, *case)) <= BOUND, change.__name__
+        assert distance(got, before.double()) > 1e-3, change.__name__
+    model.load_state_dict(state)
+    assert torch.equal(run(model, *case), first)
+    model.to(torch.bfloat16)
+    half = tuple(t.bfloat16() if t.is_floating_point() else t for t in case)
+    got = run(model, *half)
+    assert got.dtype is torch.bfloat16 and distance(got, first.double()) < 5e-2
+    model.to(torch.float64)
+    assert distance(run(model, case[0].double(), case[1], case[2].double()), first.double()) < 2e-2
+
+
+def test_training_is_refused_and_gradients_flow(model: nn.Module) -> None:
+    case = inputs("latents")
+    model.train()
+    with pytest.raises(ValueError, match="training mode"):
+        difusores.accelerate(model)
+    model.eval()
+
+    def gradient() -> Tensor:
+        model.zero_grad()
+        model(*case).sample.square().sum().backward()
+        weight = model.conv_in.weight.grad
+        assert isinstance(weight, Tensor)
+        return weight.clone()
+
+    want, plain = gradient(), run(model, *case)
+    report = difusores.accelerate(model)
+    assert torch.equal(gradient(), want)
+    assert any("gradients are recorded" in layer.declined for layer in report.layers)
+    model.train()
+    assert torch.equal(run(model, *case), plain)
+    assert any("the module is in training mode" in layer.declined for layer in report.layers)
+    model.eval()
+    assert not torch.equal(run(model, *case), plain)
+    with difusores.use_backend("reference"):
+        run(model, *case)
+    assert any("another backend was asked for" in layer.declined for layer in report.layers)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_not_a_number(model: nn.Module, bad: float) -> None:
+    x, t, states = inputs("latents", 2)
+    x[1, 2, 3, 4] = bad
+    want = run(model, x, t, states)
+    difusores.accelerate(model)
+    got = run(model, x, t, states)
+    assert torch.equal(got.isfinite(), want.isfinite())
+    assert not got[1].isfinite().any() and distance(got[:1], want[:1].double()) <= BOUND
+
+
+def test_two_threads_at_once(model: nn.Module) -> None:
+    cases = [inputs("latents"), inputs("latents", 2, (16, 12))]
+    difusores.accelerate(model)
+    wanted = [run(model, *case) for case in cases]
+    difusores.restore(model)
+    difusores.accelerate(model)  # weights are prepared by whoever comes first
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        wrong.extend(index for _ in range(8) if not torch.equal(run(model, *cases[index]), wanted[index]))
+
+    threads = [threading.Thread(target=work, args=(i % 2,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def _in_child(model: nn.Module, case: tuple[Tensor, ...], queue: Any) -> None:
+    torch.set_num_threads(1)  # as torch's own workers do: OpenMP's pool does not survive a fork
+    queue.put(run(model, *case).numpy())
+
+
+def test_forked_worker(model: nn.Module) -> None:
+    case = inputs("latents")
+    difusores.accelerate(model)
+    want = run(model, *case)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(model, case, queue))
+    child.start()
+    got = torch.from_numpy(queue.get(timeout=60))
+    child.join(60)
+    assert distance(got, want.double()) <= 1e-5
+
+
+def test_copies_and_pickles(model: nn.Module) -> None:
+    case = inputs("latents")
+    report = difusores.accelerate(model)
+    want = run(model, *case)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(other.conv_in.__dict__["forward"], Forward)
+        with torch.no_grad():
+            other.conv_in.weight.zero_()
+        assert distance(run(other, *case), want.double()) > 1e-3
+    assert torch.equal(run(model, *case), want)
+    assert report.packed_bytes == sum(layer.packed_bytes for layer in report.layers) > 0
+
+
+def test_a_watched_layer_is_still_called(model: nn.Module) -> None:
+    case = inputs("latents")
+    difusores.accelerate(model)
+    want = run(model, *case)
+    seen: list[str] = []
+    watched = [name for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d, nn.GroupNorm)]
+    hooks = [
+        model.get_submodule(name).register_forward_hook(lambda m, i, o, name=name: seen.append(name))
+        for name in watched
+    ]
+    got = run(model, *case)
+    assert set(seen) == set(watched)
+    assert distance(got, want.double()) <= BOUND
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(run(model, *case), want)
+
+
+def test_what_is_refused() -> None:
+    model = make("difusores", "pixels")
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"dtype": "float16"}, "dtype is 'float16'; allowed are None, float32 and bfloat16"),
+        ({"memory": "huge"}, "memory is 'huge'; allowed are 'balanced', 'fast'"),
+        ({"memory_format": "nchw"}, "memory_format is 'nchw'"),
+        ({"approximate": ("int8", "tome")}, "approximate has 'int8', 'tome'; this version has no"),
+        ({"approximate": "int8"}, "approximate has 'int8'"),
+    ]
+    for options, message in refused:
+        with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+            difusores.accelerate(model, **options)
+    for thing in (nn.Linear(2, 2), "model", None):
+        with pytest.raises(TypeError, match="take models and pipelines of difusores and diffusers"):
+            difusores.accelerate(thing)
+    with pytest.raises(ValueError, match="parameters on meta"):
+        difusores.accelerate(make("difusores", "pixels").to("meta"))
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_report_tells_what_was_not_replaced() -> None:
+    model = make("diffusers", "pixels")
+    model.conv_in = nn.Conv2d(3, 32, 3, padding=1, padding_mode="circular")
+    model.conv_out.forward = lambda x: nn.Conv2d.forward(model.conv_out, x)
+    report = difusores.accelerate(model)
+    by_name = {layer.name: layer for layer in report.layers}
+    assert not by_name["conv_in"].replaced and "circular" in by_name["conv_in"].how
+    assert not by_name["conv_out"].replaced and "a forward of its own" in by_name["conv_out"].how
+    assert by_name["mid_block.resnets.0"].replaced
+    case = inputs("pixels")
+    with torch.no_grad():
+        share = report.share_not_replaced(lambda: model(*case))
+    assert 0 < share < 1
+    text = str(report)
+    assert "circular" in text and "ResnetBlock2D" in text
+    difusores.restore(model)
+    assert "forward" in model.conv_out.__dict__
+
+
+def test_memory_is_flat_and_pages_are_kept() -> None:
+    model, case = make("difusores", "pixels"), inputs("pixels", 1, (8, 8))
+    difusores.accelerate(model)
+    for _ in range(50):
+        run(model, *case)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    for _ in range(200):
+        run(model, *case)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_maxrss - before.ru_maxrss < 1024  # KiB
+    assert after.ru_minflt - before.ru_minflt < 200  # less than one per forward
+    difusores.restore(model)
