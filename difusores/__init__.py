@@ -45,6 +45,9 @@ if TYPE_CHECKING:
         StableDiffusionInstructPix2PixPipeline as StableDiffusionInstructPix2PixPipeline,
     )
     from difusores.pipelines import StableDiffusionPipeline as StableDiffusionPipeline
+    from difusores.pipelines import StableDiffusionXLImg2ImgPipeline as StableDiffusionXLImg2ImgPipeline
+    from difusores.pipelines import StableDiffusionXLInpaintPipeline as StableDiffusionXLInpaintPipeline
+    from difusores.pipelines import StableDiffusionXLPipeline as StableDiffusionXLPipeline
     from difusores.schedulers import CMStochasticIterativeScheduler as CMStochasticIterativeScheduler
     from difusores.schedulers import CosineDPMSolverMultistepScheduler as CosineDPMSolverMultistepScheduler
     from difusores.schedulers import DDIMInverseScheduler as DDIMInverseScheduler
@@ -137,6 +140,9 @@ _PUBLIC = {
     "StableDiffusionInpaintPipeline": "difusores.pipelines",
     "StableDiffusionInstructPix2PixPipeline": "difusores.pipelines",
     "StableDiffusionPipeline": "difusores.pipelines",
+    "StableDiffusionXLImg2ImgPipeline": "difusores.pipelines",
+    "StableDiffusionXLInpaintPipeline": "difusores.pipelines",
+    "StableDiffusionXLPipeline": "difusores.pipelines",
     "TCDScheduler": "difusores.schedulers",
     "UNet2DConditionModel": "difusores.models",
     "UNet2DModel": "difusores.models",

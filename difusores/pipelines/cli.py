@@ -21,14 +21,21 @@ from difusores.ops.dispatch import wanted
 from difusores.pipelines.images import write_grid
 from difusores.pipelines.pipeline import DiffusionPipeline
 from difusores.pipelines.stable_diffusion import StableDiffusionPipeline
+from difusores.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
 from difusores.pipelines.unconditional import DDIMPipeline, DDPMPipeline, UNetPipeline
 from difusores.schedulers.base import COMPATIBLES
 
 BATCH = 64  # images sampled at once
 TEXT_BATCH = 4  # of models that are told a text, whose images are larger
 GUIDANCE = 2.0  # of models with classes, where none is given
-TEXT_GUIDANCE = 7.5
+TEXT_GUIDANCE = {
+    StableDiffusionPipeline: 7.5,
+    StableDiffusionXLPipeline: 5.0,
+}  # of models that are told a text
 DTYPES = ("float32", "bfloat16", "float16")
+
+TextPipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
+Pipeline = DDPMPipeline | DDIMPipeline | TextPipeline
 
 
 def _short_name(scheduler: str) -> str:
@@ -61,7 +68,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--guidance",
         type=float,
-        help=f"classifier-free guidance scale, 1 for none ({GUIDANCE}; {TEXT_GUIDANCE} with texts)",
+        help=f"classifier-free guidance scale, 1 for none ({GUIDANCE}; with texts 7.5, of SDXL 5)",
     )
     add("--steps", type=int, default=25, help="calls of the model (%(default)s)")
     add("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="sampler (%(default)s)")
@@ -81,10 +88,10 @@ def run_generate(args: argparse.Namespace) -> int:
     """
     _check(args)
     pipeline = _pipeline(args)
-    texts = _texts(args) if isinstance(pipeline, StableDiffusionPipeline) else None
+    texts = _texts(args) if isinstance(pipeline, TextPipeline) else None
     labels = None if texts is not None else _labels(args, pipeline.unet.config)
     if args.guidance is None and (labels or texts):
-        args.guidance = TEXT_GUIDANCE if texts else GUIDANCE
+        args.guidance = TEXT_GUIDANCE.get(type(pipeline), GUIDANCE)
     batch = TEXT_BATCH if texts else BATCH
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -126,20 +133,20 @@ def _check(args: argparse.Namespace) -> None:
         wanted()  # refuses a DIFUSORES_BACKEND that cannot be honoured
 
 
-def _pipeline(args: argparse.Namespace) -> DDPMPipeline | DDIMPipeline | StableDiffusionPipeline:
+def _pipeline(args: argparse.Namespace) -> Pipeline:
     try:
         stored = DiffusionPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
     except SafetensorError as error:
         raise ValueError(f"the weights in {args.model!r} are damaged: {error}") from error
-    if not isinstance(stored, (UNetPipeline, StableDiffusionPipeline)):
+    if not isinstance(stored, UNetPipeline | TextPipeline):
         raise ValueError(
-            f"{args.model!r} is a {type(stored).__name__}; generate needs one of unconditional images, or a "
-            "StableDiffusionPipeline"
+            f"{args.model!r} is a {type(stored).__name__}; generate needs one of unconditional images, a "
+            "StableDiffusionPipeline or a StableDiffusionXLPipeline"
         )
     config, unet = stored.components["scheduler"].config, stored.unet
-    pipeline: DDPMPipeline | DDIMPipeline | StableDiffusionPipeline
+    pipeline: Pipeline
     scheduler = getattr(schedulers, SCHEDULERS[args.scheduler]).from_config(config)
-    if isinstance(stored, StableDiffusionPipeline):
+    if isinstance(stored, TextPipeline):
         stored.scheduler, pipeline = scheduler, stored
     else:
         _refuse(args, ("prompt", "negative_prompt", "height", "width"), "is not told a text")
@@ -176,7 +183,7 @@ def _labels(args: argparse.Namespace, config: dict[str, Any]) -> list[int] | Non
 
 
 def _sample(
-    pipeline: DDPMPipeline | DDIMPipeline | StableDiffusionPipeline,
+    pipeline: Pipeline,
     args: argparse.Namespace,
     labels: list[int] | None,
     texts: list[str] | None,

@@ -6,8 +6,8 @@ import copy
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -49,8 +49,8 @@ class Run:
 
     @property
     def init_noise_sigma(self) -> float | Tensor:
-        """Standard deviation of the first sample."""
-        if self.plan is not None:
+        """Standard deviation of the first sample of all steps, those left out too."""
+        if self.plan is not None and not self.begin:
             return self.plan.init_noise_sigma
         return getattr(self.scheduler, "init_noise_sigma", 1.0)
 
@@ -167,6 +167,39 @@ class LatentPipeline(DiffusionPipeline):
         config = getattr(self.vae, "config", None)
         return SCALING_FACTOR if config is None else float(config.get("scaling_factor", SCALING_FACTOR))
 
+    def _scaled(self, latents: Tensor) -> Tensor:
+        """Latents as the UNet has them, of those that the VAE has."""
+        moments = self._latent_moments(latents)
+        if moments is None:
+            return self._scaling_factor * latents
+        mean, std = moments
+        return (latents - mean) * self._scaling_factor / std
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """Latents as the VAE has them, of those that the UNet has."""
+        moments = self._latent_moments(latents)
+        if moments is None:
+            return latents / self._scaling_factor
+        mean, std = moments
+        return latents * std / self._scaling_factor + mean
+
+    def _latent_moments(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Mean and deviation of each channel of the VAE's latents, where its configuration has both."""
+        config = getattr(self.vae, "config", None)
+        moments = [None if config is None else config.get(f"latents_{name}") for name in ("mean", "std")]
+        if any(moment is None for moment in moments):
+            return None
+        mean, std = (torch.tensor(moment).view(1, -1, 1, 1).to(like) for moment in moments)
+        return mean, std
+
+    def _encoder(self) -> Any:
+        """What encodes images: the VAE, or a copy in the dtype that this takes."""
+        return self.vae
+
+    def _decoder(self) -> Any:
+        """What decodes latents: the VAE, or a copy in the dtype that this takes."""
+        return self.vae
+
     def enable_vae_tiling(self) -> None:
         """Decode large images by tiles, in bounded memory."""
         self.vae.enable_tiling()
@@ -213,6 +246,8 @@ class LatentPipeline(DiffusionPipeline):
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
         strength: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
         eta: float = 0.0,
         strict: bool = True,
     ) -> Run:
@@ -221,6 +256,8 @@ class LatentPipeline(DiffusionPipeline):
         Args:
             timesteps, sigmas: in place of `num_inference_steps`, for schedulers that take them.
             strength: share of the steps that is done, from the end, for a sample that begins as an image.
+            start, end: shares of the training steps, from the noise on, from which and up to which the steps
+                are done; a start stands in the place of `strength`.
             eta: noise of DDIM and others with it; a warning says where it has no place.
             strict: see `check_training`.
 
@@ -239,6 +276,7 @@ class LatentPipeline(DiffusionPipeline):
                 raise ValueError(f"{name}.set_timesteps takes no {key}")
         if strength is not None and not 0 <= strength <= 1:
             raise ValueError(f"strength is {strength}; it has to be from 0 to 1")
+        _check_shares(start, end)
         count = None if custom else num_inference_steps
         takes_generator = step_accepts_generator(scheduler)
         options: dict[str, Any] = {}
@@ -253,25 +291,29 @@ class LatentPipeline(DiffusionPipeline):
             scheduler = copy.deepcopy(scheduler)
         scheduler.set_timesteps(count, device=self.device, **custom)
         every = scheduler.timesteps
-        begin = 0
-        if strength is not None:
-            steps = len(every) if custom else int(num_inference_steps or 0)
-            begin = max(steps - min(int(steps * strength), steps), 0) * getattr(scheduler, "order", 1)
-            if begin >= len(every):
-                raise ValueError(
-                    f"strength {strength} leaves none of {steps} steps; needed is at least {1 / steps:.3g}"
-                )
-            if hasattr(scheduler, "set_begin_index"):
-                scheduler.set_begin_index(begin)
+        steps = len(every) if custom else int(num_inference_steps or 0)
+        begin = _first_step(scheduler, steps, strength, start)
+        late = strength is not None or start is not None
+        if late and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)
         plan = None
         if planned:
-            late = {"begin": begin} if begin else {}
-            plan = scheduler.plan(count, **custom, **late, **options)
+            first = {"begin": begin} if begin else {}
+            plan = scheduler.plan(count, **custom, **first, **options)
         elif takes_generator:
             options["generator"] = None  # filled in by the loop
+        done = every[begin:]
+        if start is not None or end is not None:
+            _check_training_steps(name, plan.betas if plan is not None else getattr(scheduler, "betas", ()))
+        if end is not None:
+            done = done[: int((done >= _training_step(scheduler, end)).sum())]
+            if not len(done):
+                raise ValueError(f"denoising_end {end} leaves none of {len(every) - begin} steps")
+            if plan is not None:
+                plan = replace(plan, stages=plan.stages[: len(done)])
         if strict:
             self._check_scheduler(plan)
-        return Run(scheduler, plan, every[begin:], begin, options)
+        return Run(scheduler, plan, done, begin, options)
 
     def _latents(
         self, shape: tuple[int, ...], latents: Tensor | None, generator: Generators, run: Run
@@ -409,16 +451,20 @@ class LatentPipeline(DiffusionPipeline):
         """
         if not hasattr(self.vae, "encode"):
             raise ValueError(f"vae is a {type(self.vae).__name__}, which has no encode; latents can be given")
-        image = image.to(self.device, self.vae.dtype)
+        vae = self._encoder()
+        image = image.to(self.device, vae.dtype)
+        parts: Iterable[tuple[Tensor, Any]] = [(image, generator)]
         if isinstance(generator, Sequence) and not mode:
-            pairs = zip(image.split(1), generator, strict=False)
-            return torch.cat([self._encode_image(part, source) for part, source in pairs])
-        encoded = self.vae.encode(image)
-        distribution = getattr(encoded, "latent_dist", None)
-        if distribution is None:
-            return as_tensor(encoded).to(self.unet.dtype)
-        latents: Tensor = distribution.mode() if mode else distribution.sample(generator)
-        return latents.to(self.unet.dtype)
+            parts = zip(image.split(1), generator, strict=False)
+        found = []
+        for part, source in parts:
+            encoded = vae.encode(part)
+            distribution = getattr(encoded, "latent_dist", None)
+            if distribution is None:
+                found.append(as_tensor(encoded))
+            else:
+                found.append(distribution.mode() if mode else distribution.sample(source))
+        return torch.cat(found).to(self.unet.dtype)
 
     def _decode(self, latents: Tensor, generator: Generators = None) -> Tensor:
         """Images [B, 3, H, W] around [-1, 1] from the loop's latents; a warning names those that have NaN."""
@@ -429,14 +475,54 @@ class LatentPipeline(DiffusionPipeline):
                 f"left the range of {latents.dtype}",
                 stacklevel=5,
             )
-        vae = self.vae
-        dtype = getattr(vae, "dtype", None)
+        vae = self._decoder()
+        dtype = getattr(vae, "dtype", None) or latents.dtype
         options: dict[str, Any] = {}
         if "generator" in inspect.signature(vae.decode).parameters:
             options["generator"] = generator
-        scaled = latents / self._scaling_factor
-        images = vae.decode(scaled if dtype is None else scaled.to(dtype), **options)
+        wide = latents.to(torch.promote_types(latents.dtype, dtype))
+        images = vae.decode(self._unscaled(wide).to(dtype), **options)
         return as_tensor(images)
+
+
+def _training_step(scheduler: Any, share: float) -> int:
+    """The training step at which a share of the noise is gone."""
+    steps: int = scheduler.config["num_train_timesteps"]
+    return round(steps - share * steps)
+
+
+def _first_step(scheduler: Any, steps: int, strength: float | None, start: float | None) -> int:
+    """How many of the scheduler's timesteps are left out at the beginning; see `_begin_run`."""
+    every, order = scheduler.timesteps, getattr(scheduler, "order", 1)
+    if start is not None:
+        left = int((every < _training_step(scheduler, start)).sum())
+        left += order == 2 and left % 2 == 0  # the two stages of a step are not parted
+        if not left:
+            raise ValueError(f"denoising_start {start} leaves none of {steps} steps")
+        return len(every) - left
+    if strength is None:
+        return 0
+    begin: int = max(steps - min(int(steps * strength), steps), 0) * order
+    if begin >= len(every):
+        raise ValueError(
+            f"strength {strength} leaves none of {steps} steps; needed is at least {1 / steps:.3g}"
+        )
+    return begin
+
+
+def _check_shares(start: float | None, end: float | None) -> None:
+    if start is not None and not 0 < start < 1:
+        raise ValueError(f"denoising_start is {start}; it has to be above 0 and below 1, or None")
+    if end is not None and not (start or 0) < end <= 1:
+        raise ValueError(f"denoising_end is {end}; it has to be above {start or 0} and at most 1, or None")
+
+
+def _check_training_steps(name: str, betas: Any) -> None:
+    if betas is None or not len(betas):
+        raise ValueError(
+            f"denoising_start and denoising_end are shares of the training steps, and the times of {name} "
+            "are none"
+        )
 
 
 def check_finite(tensor: Tensor, name: str) -> None:

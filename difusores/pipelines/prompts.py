@@ -29,6 +29,50 @@ def encode_texts(
     Raises:
         ValueError: the encoder has fewer layers, or a width or table that the tokenizer does not fit.
     """
+    ids, mask = _inputs(tokenizer, text_encoder, texts, length)
+    options: dict[str, Any] = {}
+    if getattr(text_encoder.config, "use_attention_mask", False):
+        options["attention_mask"] = mask
+    if clip_skip is None:
+        embeds: Tensor = text_encoder(ids, **options)[0]
+        return embeds
+    states = text_encoder(ids, output_hidden_states=True, **options).hidden_states
+    _check_skip(clip_skip, clip_skip + 1, states)
+    # transformers 5 has no text_model inside of CLIPTextModel any more
+    inner = getattr(text_encoder, "text_model", text_encoder)
+    embeds = inner.final_layer_norm(states[-1 - clip_skip])
+    return embeds
+
+
+def encode_texts_inside(
+    tokenizer: Any,
+    text_encoder: Any,
+    texts: list[str],
+    clip_skip: int | None = None,
+    length: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(states before the encoder's last layer, as they are, [N, L, C]; projections of whole texts, [N, P]).
+
+    An encoder without a projection gives None.
+
+    Args:
+        clip_skip: take the states of that many layers further down.
+
+    The other arguments and Raises are those of `encode_texts`.
+    """
+    ids, _ = _inputs(tokenizer, text_encoder, texts, length)
+    output = text_encoder(ids, output_hidden_states=True)
+    place = 2 + (clip_skip or 0)
+    _check_skip(clip_skip or 0, place, output.hidden_states)
+    return output.hidden_states[-place], output[0] if output[0].ndim == 2 else None
+
+
+def _inputs(tokenizer: Any, text_encoder: Any, texts: list[str], length: int | None) -> tuple[Tensor, Tensor]:
+    """Ids and their mask on the encoder's device.
+
+    Raises:
+        ValueError: the encoder has no embedding of a token.
+    """
     ids, mask = tokenize(tokenizer, texts, length)
     table = text_encoder.get_input_embeddings().weight
     if int(ids.max()) >= len(table):
@@ -36,20 +80,12 @@ def encode_texts(
             f"the tokenizer gives token {int(ids.max())}, and the text encoder has {len(table)} embeddings: "
             "they do not belong together"
         )
-    options: dict[str, Any] = {}
-    if getattr(text_encoder.config, "use_attention_mask", False):
-        options["attention_mask"] = mask.to(table.device)
-    ids = ids.to(table.device)
-    if clip_skip is None:
-        embeds: Tensor = text_encoder(ids, **options)[0]
-        return embeds
-    states = text_encoder(ids, output_hidden_states=True, **options).hidden_states
-    if not 0 <= clip_skip < len(states):
+    return ids.to(table.device), mask.to(table.device)
+
+
+def _check_skip(clip_skip: int, place: int, states: tuple[Tensor, ...]) -> None:
+    if clip_skip < 0 or place > len(states):
         raise ValueError(f"clip_skip is {clip_skip}, and the text encoder has {len(states) - 1} layers")
-    # transformers 5 has no text_model inside of CLIPTextModel any more
-    inner = getattr(text_encoder, "text_model", text_encoder)
-    embeds = inner.final_layer_norm(states[-1 - clip_skip])
-    return embeds
 
 
 def tokenize(tokenizer: Any, texts: list[str], length: int | None = None) -> tuple[Tensor, Tensor]:
@@ -86,25 +122,23 @@ def check_prompts(
     prompt_embeds: Tensor | None,
     negative_prompt_embeds: Tensor | None,
     name: str = "prompt",
+    one_for_all: bool = False,
 ) -> int:
     """The number of prompts.
 
     Args:
         name: of the first argument, in messages.
+        one_for_all: one negative text is allowed for a list of prompts, as a list of one is for one.
 
     Raises:
-        TypeError: `negative_prompt` is of another type than `prompt`.
+        TypeError: `negative_prompt` is of another type than `prompt`, and that is not allowed.
         ValueError: none or both of a text and its embedding are given, or the numbers or shapes differ.
     """
     if (prompt is None) == (prompt_embeds is None):
         found = "neither" if prompt is None else "both"
         raise ValueError(f"one of {name} and {name}_embeds is needed, and {found} of them is given")
     for label, text in ((name, prompt), (f"negative_{name}", negative_prompt)):
-        if text is not None and not isinstance(text, str):
-            if not isinstance(text, list) or not all(isinstance(part, str) for part in text):
-                raise ValueError(f"{label} is {text!r}; it has to be a string or a list of strings")
-            if not text:
-                raise ValueError(f"{label} is an empty list")
+        check_texts(text, label)
     if negative_prompt is not None and negative_prompt_embeds is not None:
         raise ValueError(f"only one of negative_{name} and negative_{name}_embeds can be given")
     for label, embeds in (
@@ -119,7 +153,8 @@ def check_prompts(
             f"{name}_embeds has shape {given[0]}, and negative_{name}_embeds has {given[1]}: "
             "they have to be the same"
         )
-    if prompt is not None and negative_prompt is not None and type(prompt) is not type(negative_prompt):
+    mixed = None not in (prompt, negative_prompt) and type(prompt) is not type(negative_prompt)
+    if mixed and not one_for_all:
         raise TypeError(
             f"negative_{name} is a {type(negative_prompt).__name__}, and {name} a {type(prompt).__name__}"
         )
@@ -142,6 +177,23 @@ def check_prompts(
             f"there are {negatives} negative prompts for {count} prompts: needed is one for each"
         )
     return count
+
+
+def check_texts(text: str | list[str] | None, name: str) -> None:
+    """Raise ValueError for what is neither texts nor None."""
+    if text is not None and not isinstance(text, str):
+        if not isinstance(text, list) or not all(isinstance(part, str) for part in text):
+            raise ValueError(f"{name} is {text!r}; it has to be a string or a list of strings")
+        if not text:
+            raise ValueError(f"{name} is an empty list")
+
+
+def check_count(num_images_per_prompt: int | None) -> int:
+    """The number of images of each prompt, 1 for None; ValueError below 1."""
+    times = 1 if num_images_per_prompt is None else num_images_per_prompt
+    if times < 1:
+        raise ValueError(f"num_images_per_prompt is {times}; it has to be 1 or more")
+    return times
 
 
 def as_list(text: str | list[str] | None, count: int) -> list[str]:

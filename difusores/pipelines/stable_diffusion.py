@@ -12,21 +12,13 @@ from torch import Tensor
 
 from difusores.models.lora import lora_strength
 from difusores.outputs import BaseOutput
-from difusores.pipelines.images import check_output_type, to_images
-from difusores.pipelines.latent import (
-    After,
-    Conditions,
-    Run,
-    StepCallback,
-    check_callback_inputs,
-)
-from difusores.pipelines.lora import LoraPipeline
-from difusores.pipelines.prompts import as_list, check_prompts, encode_texts, repeat_each
-from difusores.sampling import Generators, Model
+from difusores.pipelines.images import to_images
+from difusores.pipelines.latent import Conditions, StepCallback
+from difusores.pipelines.prompted import PromptedPipeline, Texts
+from difusores.pipelines.prompts import as_list, check_count, check_prompts, encode_texts
+from difusores.sampling import Generators
 
 logger = logging.getLogger(__name__)
-
-Texts = str | list[str] | None
 
 
 @dataclass
@@ -37,7 +29,7 @@ class StableDiffusionPipelineOutput(BaseOutput):
     nsfw_content_detected: list[bool] | None
 
 
-class StableDiffusionBase(LoraPipeline):
+class StableDiffusionBase(PromptedPipeline[StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]]):
     """What the pipelines of Stable Diffusion have in common: components, prompts, the safety checker.
 
     Args:
@@ -151,13 +143,6 @@ class StableDiffusionBase(LoraPipeline):
         with lora_strength(self.text_encoder, lora_scale):
             return encode_texts(self.tokenizer, self.text_encoder, texts, clip_skip, length)
 
-    def _placed(self, embeds: Tensor, device: str | torch.device | None, times: int) -> Tensor:
-        config, width = self.unet.config, embeds.shape[-1]
-        needed = config.get("encoder_hid_dim") or config.get("cross_attention_dim")
-        if isinstance(needed, int) and width != needed:
-            raise ValueError(f"the prompts' embeddings are {width} wide, and the UNet reads {needed}")
-        return repeat_each(embeds.to(device or self.device, self.unet.dtype), times)
-
     def _conditions(
         self,
         prompt: Texts,
@@ -167,13 +152,10 @@ class StableDiffusionBase(LoraPipeline):
         num_images_per_prompt: int | None,
     ) -> tuple[int, Conditions]:
         """(number of images, the embeddings as callbacks see them: [negative, positive] with guidance)."""
-        times = 1 if num_images_per_prompt is None else num_images_per_prompt
-        if times < 1:
-            raise ValueError(f"num_images_per_prompt is {times}; it has to be 1 or more")
         positive, negative = self.encode_prompt(
             prompt,
             None,
-            times,
+            check_count(num_images_per_prompt),
             self.do_classifier_free_guidance,
             negative_prompt,
             prompt_embeds,
@@ -186,86 +168,6 @@ class StableDiffusionBase(LoraPipeline):
         both = torch.cat((negative, positive))
         tensors = {"prompt_embeds": both, "negative_prompt_embeds": negative}
         return len(positive), Conditions(tensors)
-
-    def _start_call(
-        self,
-        guidance_scale: float,
-        guidance_rescale: float,
-        clip_skip: int | None,
-        cross_attention_kwargs: dict[str, Any] | None,
-        output_type: str,
-        callback_inputs: Sequence[str],
-        *refused: Any,
-    ) -> None:
-        """Check and keep what a call is told, before anything is computed.
-
-        refused: `ip_adapter_image` and `ip_adapter_image_embeds`, which have to be None.
-        """
-        check_output_type(output_type)
-        check_callback_inputs(self, callback_inputs)
-        if any(value is not None for value in refused):
-            raise NotImplementedError(
-                "ip_adapter_image and ip_adapter_image_embeds: there are no IP adapters"
-            )
-        if not 0 <= guidance_rescale <= 1:
-            raise ValueError(f"guidance_rescale is {guidance_rescale}; it is a share, from 0 to 1")
-        self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
-        self._clip_skip, self._cross_attention_kwargs = clip_skip, cross_attention_kwargs
-
-    def _predictor(self, conditions: Conditions, count: int, beside: Sequence[str] = ()) -> Model:
-        """predict(x, t) of the UNet.
-
-        Args:
-            beside: conditions [rows, C, h, w] that are channels of its input, behind the latents.
-        """
-        timestep_cond = self._guidance_embedding(count)
-
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            if beside:
-                x = torch.cat((x, *(conditions.rows(name, len(x)) for name in beside)), dim=1)
-            output: Tensor = self.unet(
-                x,
-                t,
-                encoder_hidden_states=conditions.rows("prompt_embeds", len(x)),
-                timestep_cond=timestep_cond,
-                cross_attention_kwargs=self._cross_attention_kwargs,
-                return_dict=False,
-            )[0]
-            return output
-
-        return predict
-
-    def _sample(
-        self,
-        run: Run,
-        first: Tensor,
-        conditions: Conditions,
-        generator: Generators,
-        output_type: str,
-        return_dict: bool,
-        *,
-        beside: Sequence[str] = (),
-        rescale: float = 0.0,
-        interval: tuple[float, float] = (0.0, 1.0),
-        after: After | None = None,
-        callback: StepCallback | None = None,
-        callback_inputs: Sequence[str] = ("latents",),
-    ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
-        """From the first latents to the output, guided by the prompts; see `_guided` and `_denoise`."""
-        predictor = self._predictor(conditions, len(first), beside)
-        predict, weights = self._guided(predictor, conditions, run, rescale=rescale, interval=interval)
-        last = self._denoise(
-            run,
-            first,
-            predict,
-            conditions,
-            generator=generator,
-            weights=weights,
-            after=after,
-            callback=callback,
-            callback_inputs=callback_inputs,
-        )
-        return self._output(last, output_type, return_dict, generator)
 
     def run_safety_checker(
         self, image: Tensor, device: torch.device, dtype: torch.dtype

@@ -11,7 +11,8 @@ from torch import Tensor
 from difusores.models.controlnet import ControlNetModel
 from difusores.pipelines.latent import Conditions, Run, StepCallback
 from difusores.pipelines.preprocess import preprocess
-from difusores.pipelines.stable_diffusion import StableDiffusionBase, StableDiffusionPipelineOutput, Texts
+from difusores.pipelines.prompted import Texts
+from difusores.pipelines.stable_diffusion import StableDiffusionBase, StableDiffusionPipelineOutput
 from difusores.sampling import Generators, Model
 
 

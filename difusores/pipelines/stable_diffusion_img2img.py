@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difusores.pipelines.latent import StepCallback, check_finite
-from difusores.pipelines.preprocess import preprocess, repeat_to
-from difusores.pipelines.stable_diffusion import StableDiffusionBase, StableDiffusionPipelineOutput, Texts
-from difusores.sampling import Generators, draw_noise
+from difusores.pipelines.latent import StepCallback
+from difusores.pipelines.prompted import Texts
+from difusores.pipelines.stable_diffusion import StableDiffusionBase, StableDiffusionPipelineOutput
+from difusores.sampling import Generators
 
 
 class StableDiffusionImg2ImgPipeline(StableDiffusionBase):
@@ -70,7 +70,6 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionBase):
         count, conditions = self._conditions(
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt
         )
-        pixels = preprocess(image, self.vae_scale_factor)
         run = self._begin_run(
             num_inference_steps,
             timesteps=timesteps,
@@ -79,11 +78,9 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionBase):
             eta=eta or 0.0,
             strict=strict,
         )
-        known = self._image_latents(pixels, count, generator)
-        noise = draw_noise(known.shape, generator, known.device, known.dtype)
         return self._sample(
             run,
-            run.add_noise(known, noise),
+            self._noisy_image(image, count, run, generator),
             conditions,
             generator,
             output_type,
@@ -92,12 +89,3 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionBase):
             callback=callback_on_step_end,
             callback_inputs=callback_on_step_end_tensor_inputs,
         )
-
-    def _image_latents(self, pixels: Tensor, count: int, generator: Generators) -> Tensor:
-        """[count, 4, h, w]: encoded and scaled images, or latents as they are."""
-        if pixels.shape[1] == 4:
-            check_finite(pixels, "image")
-            return repeat_to(pixels.to(self.device, self.unet.dtype), count, "image")
-        if isinstance(generator, Sequence):  # each draws latents of its own
-            pixels = repeat_to(pixels, count, "image")
-        return repeat_to(self._scaling_factor * self._encode_image(pixels, generator), count, "image")

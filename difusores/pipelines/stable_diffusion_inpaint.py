@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from difusores.pipelines.latent import After, Conditions, Run, StepCallback, check_finite
-from difusores.pipelines.preprocess import preprocess, preprocess_mask, repeat_to
-from difusores.pipelines.stable_diffusion import StableDiffusionBase, StableDiffusionPipelineOutput, Texts
-from difusores.sampling import Generators, draw_noise, masked
-
-BESIDE = ("mask", "masked_image_latents")
+from difusores.pipelines.latent import StepCallback
+from difusores.pipelines.prompted import BESIDE, Texts
+from difusores.pipelines.stable_diffusion import StableDiffusionBase, StableDiffusionPipelineOutput
+from difusores.sampling import Generators
 
 
 class StableDiffusionInpaintPipeline(StableDiffusionBase):
@@ -91,51 +88,25 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
         )
         if padding_mask_crop is not None:
             raise NotImplementedError(f"padding_mask_crop is {padding_mask_crop}; only None is supported")
-        channels = self.unet.config["in_channels"]
-        if channels not in (4, 9):
-            raise ValueError(f"the UNet has {channels} input channels; inpainting needs 4 or 9")
-        height, width = self._image_size(height, width, None)
+        size = self._image_size(height, width, None)
         count, conditions = self._conditions(
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt
         )
-        factor = self.vae_scale_factor
-        pixels = preprocess(image, factor, height, width)
-        mask = preprocess_mask(mask_image, factor, height, width)
         run = self._begin_run(
             num_inference_steps, timesteps=timesteps, sigmas=sigmas, strength=strength, eta=eta, strict=strict
         )
-        shape = (count, 4, height // factor, width // factor)
-
-        known = None
-        if channels == 4 or (latents is None and strength < 1):
-            known = self._known(pixels, shape, generator)
-        noise = latents
-        if noise is None:
-            noise = draw_noise(shape, generator, self.device, self.unet.dtype)
-        first = self._latents(shape, noise, generator, run)
-        if latents is None and strength < 1:
-            assert known is not None
-            first = run.add_noise(known, noise)
-
-        copies = 2 if self.do_classifier_free_guidance else 1
-        small = F.interpolate(mask, size=shape[2:]).to(self.device, self.unet.dtype)
-        conditions.tensors["mask"] = repeat_to(small, count, "mask_image").repeat(copies, 1, 1, 1)
-        after: After | None = None
-        if channels == 9:
-            rest = masked_image_latents
-            if rest is None:
-                if pixels.shape[1] == 4:
-                    raise ValueError("image is latents: masked_image_latents are needed too")
-                rest = pixels * (mask < 0.5)
-            rest = self._known(rest, shape, generator).repeat(copies, 1, 1, 1)
-            conditions.tensors["masked_image_latents"] = rest
-        else:
-            assert known is not None
-            if masked_image_latents is None and pixels.shape[1] != 4:
-                # diffusers encodes the rest of the image here, for nothing: later noise is the same only so
-                sources = generator[: len(pixels)] if isinstance(generator, Sequence) else generator
-                draw_noise((len(pixels), *shape[1:]), sources, self.device, self.vae.dtype)
-            after = self._put_back(run, known, noise.to(known), conditions)
+        first, after = self._inpainting(
+            run,
+            conditions,
+            count,
+            size,
+            image,
+            mask_image,
+            masked_image_latents,
+            latents,
+            generator,
+            "noise" if strength == 1 else "noisy image",
+        )
         return self._sample(
             run,
             first,
@@ -143,33 +114,9 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
             generator,
             output_type,
             return_dict,
-            beside=BESIDE if channels == 9 else (),
+            beside=self._beside(),
             interval=guidance_interval,
             after=after,
             callback=callback_on_step_end,
             callback_inputs=callback_on_step_end_tensor_inputs,
         )
-
-    def _known(self, image: Tensor, shape: tuple[int, ...], generator: Generators) -> Tensor:
-        """Latents of `shape`: of an image, or as they are."""
-        if image.shape[1] == 4:
-            check_finite(image, "image")
-            latents = image.to(self.device, self.unet.dtype)
-        else:
-            latents = self._scaling_factor * self._encode_image(image, generator)
-        if latents.shape[1:] != shape[1:]:
-            raise ValueError(
-                f"the image's latents have shape {list(latents.shape)}; needed is {['N', *shape[1:]]}"
-            )
-        return repeat_to(latents, shape[0], "image")
-
-    def _put_back(self, run: Run, known: Tensor, noise: Tensor, conditions: Conditions) -> After:
-        """What is done after each step: outside of the mask the image takes its place again."""
-
-        def after(index: int, time: Tensor, latents: Tensor) -> Tensor:
-            last = index + 1 == len(run.timesteps)
-            outside = known if last else run.add_noise(known, noise, index + 1)
-            mask = conditions.rows("mask", len(latents))
-            return masked(mask, latents, outside.to(latents.dtype))
-
-        return after

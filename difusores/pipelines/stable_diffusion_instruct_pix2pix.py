@@ -10,7 +10,8 @@ from torch import Tensor
 
 from difusores.pipelines.latent import CallState, Conditions, StepCallback, check_finite
 from difusores.pipelines.preprocess import preprocess, repeat_to
-from difusores.pipelines.stable_diffusion import StableDiffusionBase, StableDiffusionPipelineOutput, Texts
+from difusores.pipelines.prompted import Texts
+from difusores.pipelines.stable_diffusion import StableDiffusionBase, StableDiffusionPipelineOutput
 from difusores.sampling import Generators
 
 

@@ -37,6 +37,15 @@ TEXT: dict[str, Any] = {
     "projection_dim": 16,
     "max_position_embeddings": 77,
 }
+XL_UNET: dict[str, Any] = {
+    **UNET,
+    "cross_attention_dim": 40,
+    "transformer_layers_per_block": (1, 2),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 12,
+}
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -78,6 +87,39 @@ def text_parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return tokenizer, fill(encoder, 2)
 
 
+@pytest.fixture(scope="session")
+def second_text_parts(
+    text_parts: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Any]:
+    """(tokenizer, text encoder with a projection)."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    tokenizer = write_tokenizer(tmp_path_factory.mktemp("tokenizer_2"))
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    options = {**TEXT, "hidden_size": 24, "projection_dim": 12}
+    encoder = CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=len(tokenizer), **options, **ends))
+    return tokenizer, fill(encoder, 6)
+
+
+@pytest.fixture
+def xl_parts(text_parts: tuple[Any, Any], second_text_parts: tuple[Any, Any]) -> dict[str, Any]:
+    """The components of a `StableDiffusionXLPipeline`, with an Euler scheduler."""
+    return make_xl_parts(text_parts, second_text_parts)
+
+
+def make_xl_parts(text_parts: tuple[Any, Any], second_text_parts: tuple[Any, Any]) -> dict[str, Any]:
+    """What `xl_parts` gives: new models but for the text encoders."""
+    return {
+        "vae": fill(difusores.AutoencoderKL(**VAE, scaling_factor=0.13025), 3),
+        "text_encoder": text_parts[1],
+        "text_encoder_2": second_text_parts[1],
+        "tokenizer": text_parts[0],
+        "tokenizer_2": second_text_parts[0],
+        "unet": fill(difusores.UNet2DConditionModel(**XL_UNET), 4),
+        "scheduler": difusores.EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
+    }
+
+
 @pytest.fixture
 def parts(text_parts: tuple[Any, Any]) -> dict[str, Any]:
     """The components of a `StableDiffusionPipeline`, with a DDIM scheduler."""
@@ -98,10 +140,10 @@ def parts(text_parts: tuple[Any, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def widened() -> Any:
-    """widened(channels, **options) -> a UNet with that many input channels."""
+    """widened(channels, base, **options) -> a UNet with that many input channels."""
+    return make_widened
 
-    def build(channels: int, **options: Any) -> Any:
-        config = {**UNET, "in_channels": channels, "out_channels": 4, **options}
-        return fill(difusores.UNet2DConditionModel(**config), 4)
 
-    return build
+def make_widened(channels: int, base: dict[str, Any] = UNET, **options: Any) -> Any:
+    config = {**base, "in_channels": channels, "out_channels": 4, **options}
+    return fill(difusores.UNet2DConditionModel(**config), 4)

@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from difusores import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
+from difusores import (
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DModel,
+)
 from difusores.__main__ import main
 from difusores.pipelines import cli
 
@@ -190,6 +196,20 @@ class TestTexts:
     def told(self, parts: dict[str, Any], tmp_path: Path) -> Path:
         StableDiffusionPipeline(**parts).save_pretrained(tmp_path / "told")
         return tmp_path / "told"
+
+    def test_two_text_encoders(
+        self, xl_parts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = tmp_path / "told"
+        StableDiffusionXLPipeline(**xl_parts).save_pretrained(folder)
+        images = tiles(generate(folder, "--num", 2, "--prompt", "a cat", "a dog", "--json"), 16)
+        assert json.loads(capsys.readouterr().out)["guidance"] == 5.0
+        (alone,) = tiles(generate(folder, "--num", 1, "--seed", 1, "--prompt", "a dog"), 16)
+        assert np.abs(images[1].astype(int) - alone).max() <= 1
+        (other,) = tiles(generate(folder, "--num", 1, "--seed", 1, "--prompt", "a cat"), 16)
+        assert np.abs(other.astype(int) - alone).max() > 1
+        half = ("--dtype", "float16", "--negative-prompt", "x", "--height", 24, "--width", 16)
+        assert generate(folder, "--num", 1, "--prompt", "a", *half).shape == (24, 16, 3)
 
     def test_prompts_take_turns(self, told: Path) -> None:
         images = tiles(generate(told, "--num", 6, "--prompt", "a cat", "a dog"), 16)

@@ -1,0 +1,239 @@
+"""What the pipelines of Stable Diffusion share, whichever text encoders they have: all but the texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from difusores.pipelines.images import check_output_type
+from difusores.pipelines.latent import (
+    After,
+    Conditions,
+    Run,
+    StepCallback,
+    check_callback_inputs,
+    check_finite,
+)
+from difusores.pipelines.lora import LoraPipeline
+from difusores.pipelines.preprocess import preprocess, preprocess_mask, repeat_to
+from difusores.pipelines.prompts import repeat_each
+from difusores.sampling import Generators, Model, draw_noise, masked
+
+Texts = str | list[str] | None
+Output = TypeVar("Output")
+
+ADDED = {"text_embeds": "add_text_embeds", "time_ids": "add_time_ids"}
+"""What a UNet with added conditions calls them -> the names that callbacks know."""
+BESIDE = ("mask", "masked_image_latents")
+"""Conditions that are channels of an inpainting UNet's input."""
+
+
+class PromptedPipeline(LoraPipeline, Generic[Output]):
+    """Base of pipelines that are told texts. A subclass encodes them and says what a call returns."""
+
+    def _placed(self, embeds: Tensor, device: str | torch.device | None, times: int) -> Tensor:
+        config, width = self.unet.config, embeds.shape[-1]
+        needed = config.get("encoder_hid_dim") or config.get("cross_attention_dim")
+        if isinstance(needed, int) and width != needed:
+            raise ValueError(f"the prompts' embeddings are {width} wide, and the UNet reads {needed}")
+        return repeat_each(embeds.to(device or self.device, self.unet.dtype), times)
+
+    def _start_call(
+        self,
+        guidance_scale: float,
+        guidance_rescale: float,
+        clip_skip: int | None,
+        cross_attention_kwargs: dict[str, Any] | None,
+        output_type: str,
+        callback_inputs: Sequence[str],
+        *refused: Any,
+    ) -> None:
+        """Check and keep what a call is told, before anything is computed.
+
+        refused: `ip_adapter_image` and `ip_adapter_image_embeds`, which have to be None.
+        """
+        check_output_type(output_type)
+        check_callback_inputs(self, callback_inputs)
+        if any(value is not None for value in refused):
+            raise NotImplementedError(
+                "ip_adapter_image and ip_adapter_image_embeds: there are no IP adapters"
+            )
+        if not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale is {guidance_rescale}; it is a share, from 0 to 1")
+        self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
+        self._clip_skip, self._cross_attention_kwargs = clip_skip, cross_attention_kwargs
+
+    def _predictor(self, conditions: Conditions, count: int, beside: Sequence[str] = ()) -> Model:
+        """predict(x, t) of the UNet.
+
+        Args:
+            beside: conditions [rows, C, h, w] that are channels of its input, behind the latents.
+        """
+        timestep_cond = self._guidance_embedding(count)
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            if beside:
+                x = torch.cat((x, *(conditions.rows(name, len(x)) for name in beside)), dim=1)
+            added = {
+                key: conditions.rows(name, len(x))
+                for key, name in ADDED.items()
+                if name in conditions.tensors
+            }
+            output: Tensor = self.unet(
+                x,
+                t,
+                encoder_hidden_states=conditions.rows("prompt_embeds", len(x)),
+                timestep_cond=timestep_cond,
+                cross_attention_kwargs=self._cross_attention_kwargs,
+                added_cond_kwargs=added or None,
+                return_dict=False,
+            )[0]
+            return output
+
+        return predict
+
+    def _sample(
+        self,
+        run: Run,
+        first: Tensor,
+        conditions: Conditions,
+        generator: Generators,
+        output_type: str,
+        return_dict: bool,
+        *,
+        beside: Sequence[str] = (),
+        rescale: float = 0.0,
+        interval: tuple[float, float] = (0.0, 1.0),
+        after: After | None = None,
+        callback: StepCallback | None = None,
+        callback_inputs: Sequence[str] = ("latents",),
+    ) -> Output:
+        """From the first latents to the output, guided by the prompts; see `_guided` and `_denoise`."""
+        predictor = self._predictor(conditions, len(first), beside)
+        predict, weights = self._guided(predictor, conditions, run, rescale=rescale, interval=interval)
+        last = self._denoise(
+            run,
+            first,
+            predict,
+            conditions,
+            generator=generator,
+            weights=weights,
+            after=after,
+            callback=callback,
+            callback_inputs=callback_inputs,
+        )
+        return self._output(last, output_type, return_dict, generator)
+
+    def _output(self, latents: Tensor, output_type: str, return_dict: bool, generator: Generators) -> Output:
+        """What a call returns, of the last latents."""
+        raise NotImplementedError
+
+    def _image_latents(
+        self, image: Tensor, count: int, generator: Generators, each_draws: bool = False
+    ) -> Tensor:
+        """[count, C, h, w]: encoded and scaled images, or latents as they are.
+
+        each_draws: several generators draw for each of `count` images, not for each of `image`'s.
+        """
+        if image.shape[1] == 4:
+            check_finite(image, "image")
+            return repeat_to(image.to(self.device, self.unet.dtype), count, "image")
+        if each_draws and isinstance(generator, Sequence):
+            image = repeat_to(image, count, "image")
+        return repeat_to(self._scaled(self._encode_image(image, generator)), count, "image")
+
+    def _noisy_image(
+        self, image: Any, count: int, run: Run, generator: Generators, add_noise: bool = True
+    ) -> Tensor:
+        """The first sample of image to image.
+
+        add_noise: False where the image's latents have the noise of the first step already.
+        """
+        known = self._image_latents(preprocess(image, self.vae_scale_factor), count, generator, True)
+        if not add_noise:
+            return known
+        return run.add_noise(known, draw_noise(known.shape, generator, known.device, known.dtype))
+
+    def _inpainting(
+        self,
+        run: Run,
+        conditions: Conditions,
+        count: int,
+        size: tuple[int, int],
+        image: Any,
+        mask_image: Any,
+        masked_image_latents: Tensor | None,
+        latents: Tensor | None,
+        generator: Generators,
+        begin: str,
+    ) -> tuple[Tensor, After | None]:
+        """(first sample, what is done after each step), and the mask among the conditions.
+
+        begin: what the sample begins as: "noise", "image", or "noisy image".
+        """
+        channels = self.unet.config["in_channels"]
+        if channels not in (4, 9):
+            raise ValueError(f"the UNet has {channels} input channels; inpainting needs 4 or 9")
+        factor, (height, width) = self.vae_scale_factor, size
+        pixels = preprocess(image, factor, height, width)
+        mask = preprocess_mask(mask_image, factor, height, width)
+        shape = (count, 4, height // factor, width // factor)
+
+        known = None
+        if channels == 4 or (latents is None and begin != "noise"):
+            known = self._known(pixels, shape, generator)
+        noise = latents
+        if noise is None:
+            noise = draw_noise(shape, generator, self.device, self.unet.dtype)
+        first = self._latents(shape, noise, generator, run)
+        if known is not None and latents is None and begin != "noise":
+            first = known if begin == "image" else run.add_noise(known, noise)
+
+        copies = 2 if self.do_classifier_free_guidance else 1
+        small = F.interpolate(mask, size=shape[2:]).to(self.device, self.unet.dtype)
+        conditions.tensors["mask"] = repeat_to(small, count, "mask_image").repeat(copies, 1, 1, 1)
+        if channels == 9:
+            rest = masked_image_latents
+            if rest is None:
+                if pixels.shape[1] == 4:
+                    raise ValueError("image is latents: masked_image_latents are needed too")
+                rest = pixels * (mask < 0.5)
+            rest = self._known(rest, shape, generator).repeat(copies, 1, 1, 1)
+            conditions.tensors["masked_image_latents"] = rest
+            return first, None
+        assert known is not None
+        if masked_image_latents is not None:
+            raise ValueError("masked_image_latents are given, and a UNet of 4 input channels reads none")
+        if pixels.shape[1] != 4:
+            # diffusers encodes the rest of the image here, for nothing: later noise is the same only so
+            sources = generator[: len(pixels)] if isinstance(generator, Sequence) else generator
+            draw_noise((len(pixels), *shape[1:]), sources, self.device, self._encoder().dtype)
+        return first, self._put_back(run, known, noise.to(known), conditions)
+
+    def _beside(self) -> tuple[str, ...]:
+        """The conditions among the channels of an inpainting UNet's input."""
+        return BESIDE if self.unet.config["in_channels"] == 9 else ()
+
+    def _known(self, image: Tensor, shape: tuple[int, ...], generator: Generators) -> Tensor:
+        """Latents of `shape`, of an image to be inpainted."""
+        latents = self._image_latents(image, shape[0], generator)
+        if latents.shape[1:] != shape[1:]:
+            raise ValueError(
+                f"the image's latents have shape {list(latents.shape)}; needed is {['N', *shape[1:]]}"
+            )
+        return latents
+
+    def _put_back(self, run: Run, known: Tensor, noise: Tensor, conditions: Conditions) -> After:
+        """What is done after each step: outside of the mask the image takes its place again."""
+
+        def after(index: int, time: Tensor, latents: Tensor) -> Tensor:
+            last = index + 1 == len(run.timesteps)
+            outside = known if last else run.add_noise(known, noise, index + 1)
+            mask = conditions.rows("mask", len(latents))
+            return masked(mask, latents, outside.to(latents.dtype))
+
+        return after
