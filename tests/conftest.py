@@ -17,6 +17,7 @@ ALLOWED_SKIPS = re.compile(
     "|".join(
         [
             "needs AVX-512",
+            "no CUDA device was found",
             "switched off by DIFUSORES_DISABLE=1",
             "needs nvcc",
             "needs an x86-64 processor",

@@ -6,10 +6,14 @@ between the registered op (which runs the kernel of the tensors' device) and the
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,10 +23,14 @@ from difusores import native
 
 LIBRARY = torch.library.Library("difusores", "DEF")
 
-BACKENDS = ("cuda", "triton", "torch", "cpu", "reference")
-"""Every backend name, in order of preference; `torch` is an op of PyTorch's own for the same thing."""
+BACKENDS = ("cuda", "torch", "triton", "cpu", "reference")
+"""Every backend name, in order of preference; `torch` is an op of PyTorch's own for the same thing.
+
+It stands before `triton` because no GPU has timed our Triton attention against PyTorch's fused ones.
+"""
 
 _DEVICES: dict[str, tuple[str, ...]] = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
+_TRITON = (3, 3)  # the oldest version that the kernels are written for
 _OPS: dict[str, tuple[str, ...]] = {}
 _wanted: ContextVar[str | None] = ContextVar("difusores_backend", default=None)
 # What would miss a call that goes around PyTorch's dispatcher; held here, since finding them takes as long
@@ -43,15 +51,46 @@ def register(op: str, *backends: str) -> None:
     _OPS[op] = (*(name for name in BACKENDS if name in backends), "reference")
 
 
+def register_triton(op: str, signature: str) -> Any:
+    """Declare `<op>_triton`, the op whose implementation is `launch` of difusores/ops/triton/<op>.py.
+
+    It is an op of its own, so that a compiled module which answers for the same device does not swallow a
+    call meant for Triton. Its file, and Triton with it, is imported at the first call.
+    """
+    LIBRARY.define(f"{op}_triton{signature}")
+
+    def launch(*call: Any) -> Any:
+        return import_module(f"difusores.ops.triton.{op}").launch(*call)
+
+    LIBRARY.impl(f"{op}_triton", launch, "CompositeExplicitAutograd")
+    return getattr(torch.ops.difusores, f"{op}_triton").default
+
+
+def interpreted() -> bool:
+    """Whether Triton was told to interpret its kernels, which then run on CPU tensors too, very slowly."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _triton_status() -> str | None:
+    if os.environ.get("DIFUSORES_DISABLE") == "1":
+        return "switched off by DIFUSORES_DISABLE=1"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if tuple(map(int, version("triton").split(".")[:2])) < _TRITON:
+        return f"triton {version('triton')} is older than {'.'.join(map(str, _TRITON))}"
+    if not interpreted() and not torch.cuda.is_available():
+        return "no CUDA device was found"
+    return None
+
+
 def status(backend: str) -> str | None:
     """None if the backend can be used in this process, else the reason. ValueError for an unknown name."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(sorted(BACKENDS))}")
     if backend in ("cpu", "cuda"):
         return native.status(backend)
-    if backend == "triton":
-        return "no op of this version has a Triton kernel"
-    return None
+    return _triton_status() if backend == "triton" else None
 
 
 def availability() -> dict[str, dict[str, str | None]]:
@@ -136,7 +175,8 @@ def choose(op: str, device: str, supports: Callable[..., str | None], *call: Any
     name = wanted()
     backends = _OPS[op]
     if name is not None and name in backends:
-        reason = _refusal(name, device) or (None if name == "reference" else supports(name, *call))
+        by_name = "cuda" if name == "triton" and interpreted() else device
+        reason = _refusal(name, by_name) or (None if name == "reference" else supports(name, *call))
         if reason is not None:
             raise BackendUnavailable(f"{op}: backend {name!r} was asked for, but {reason}")
         return name
@@ -154,7 +194,7 @@ def _refusal(backend: str, device: str) -> str | None:
         return f"the tensors are on {device!r}"
     if devices is not None and transformed():
         return "a kernel cannot be seen through by torch.func transforms and forward-mode derivatives"
-    return native.status(backend) if backend in ("cpu", "cuda") else None
+    return status(backend)
 
 
 _refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]

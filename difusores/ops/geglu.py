@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from difusores.ops.dispatch import LIBRARY, register
+from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register, register_triton
 
-LIBRARY.define("geglu(Tensor x, str approximate) -> Tensor")
-register("geglu")
+_SIGNATURE = "(Tensor x, str approximate) -> Tensor"
+LIBRARY.define("geglu" + _SIGNATURE)
+_TRITON_OP = register_triton("geglu", _SIGNATURE)
+register("geglu", "triton")
 
 
 def reference(x: Tensor, approximate: str) -> Tensor:
@@ -27,6 +29,7 @@ LIBRARY.impl("geglu", reference, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("difusores::geglu", lib=LIBRARY)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("difusores::geglu_triton", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake(x: Tensor, approximate: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
@@ -43,7 +46,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return torch.cat((grad * F.gelu(gate, approximate=ctx.approximate), grad_gate), dim=-1), None
 
 
-torch.library.register_autograd("difusores::geglu", _backward, setup_context=_setup_context, lib=LIBRARY)
+for _name in ("geglu", "geglu_triton"):
+    torch.library.register_autograd(
+        f"difusores::{_name}", _backward, setup_context=_setup_context, lib=LIBRARY
+    )
+
+
+def supports(backend: str, x: Tensor) -> str | None:
+    """None if `backend` takes this call, else the reason in words."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernel takes float32, bfloat16 and float16, not {x.dtype}"
+    return None
 
 
 def geglu(x: Tensor, *, approximate: str = "none") -> Tensor:
@@ -63,5 +76,8 @@ def geglu(x: Tensor, *, approximate: str = "none") -> Tensor:
         raise ValueError(f"the last dimension must be even (value and gate), got shape {tuple(x.shape)}")
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
-    # Plain Python, not the registered op: only the reference exists, and PyTorch differentiates it.
-    return reference(x, approximate)
+    if choose("geglu", x.device.type, supports, x) == "reference":
+        return reference(x, approximate)  # plain Python, which PyTorch differentiates
+    call = (x, approximate)
+    out: Tensor = _TRITON_OP(*call) if needs_grad(x) else below_autograd(_TRITON_OP, *call)
+    return out

@@ -15,13 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register, straight_to_cpu
+from difusores.ops.dispatch import (
+    LIBRARY,
+    below_autograd,
+    choose,
+    needs_grad,
+    register,
+    register_triton,
+    straight_to_cpu,
+)
 
-LIBRARY.define(
-    "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, "
+_SIGNATURE = (
+    "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, "
     "Tensor? scale, Tensor? shift, Tensor? add, Tensor? residual, bool return_sum) -> (Tensor, Tensor)"
 )
-register("group_norm_silu", "cpu")
+LIBRARY.define("group_norm_silu" + _SIGNATURE)
+_TRITON_OP = register_triton("group_norm_silu", _SIGNATURE)
+register("group_norm_silu", "triton", "cpu")
 
 
 def _per_channel(t: Tensor, x: Tensor) -> Tensor:
@@ -57,13 +67,13 @@ def reference(
         y = y + _per_channel(shift, x).to(x.dtype)
     if silu:
         y = F.silu(y)
-    y = y.contiguous(memory_format=_memory_format(x))
+    y = y.contiguous(memory_format=memory_format(x))
     if not return_sum:
         return y, x.new_empty(0)
     return y, h.clone() if h is x else h
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
+def memory_format(x: Tensor) -> torch.memory_format:
     if x.is_contiguous():
         return torch.contiguous_format
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
@@ -77,6 +87,7 @@ LIBRARY.impl("group_norm_silu", reference, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("difusores::group_norm_silu", lib=LIBRARY)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("difusores::group_norm_silu_triton", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake(
     x: Tensor,
     num_groups: int,
@@ -90,7 +101,7 @@ def _fake(
     residual: Tensor | None,
     return_sum: bool,
 ) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=_memory_format(x))
+    y = torch.empty_like(x, memory_format=memory_format(x))
     return y, torch.empty_like(y) if return_sum else x.new_empty(0)
 
 
@@ -135,7 +146,7 @@ def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None
     n, c, spatial = x.shape[0], x.shape[1], list(range(2, x.ndim))
     size = (n, c, x.shape[2:].numel(), ctx.num_groups)
     gamma = h.new_ones(c) if weight is None and bias is not None else widened(weight)  # torch wants both
-    layout = _memory_format(h)  # the backward kernel of torch takes it that all tensors have one layout
+    layout = memory_format(h)  # the backward kernel of torch takes it that all tensors have one layout
     h = h.contiguous(memory_format=layout)
     normed, mean, rstd = torch.ops.aten.native_group_norm(h, gamma, widened(bias), *size, ctx.eps)
     grad = grad_y.to(wide)
@@ -171,12 +182,16 @@ def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None
     )
 
 
-torch.library.register_autograd(
-    "difusores::group_norm_silu", _backward, setup_context=_setup_context, lib=LIBRARY
-)
+for _name in ("group_norm_silu", "group_norm_silu_triton"):
+    torch.library.register_autograd(
+        f"difusores::{_name}", _backward, setup_context=_setup_context, lib=LIBRARY
+    )
 
 
 _OP = torch.ops.difusores.group_norm_silu.default
+
+
+_MOST_CHANNELS = 16384  # of one group, channels last, in the registers of the Triton kernel
 
 
 def supports(
@@ -196,10 +211,12 @@ def supports(
     for p in (weight, bias, scale, shift, add):
         if p is not None and p.dtype is not dtype and p.dtype is not torch.float32:
             return f"the kernel takes parameters in float32 or {dtype}, not {p.dtype}"
-    if not (x.is_contiguous() or _memory_format(x) is not torch.contiguous_format):
+    if not (x.is_contiguous() or memory_format(x) is not torch.contiguous_format):
         return "the kernel takes contiguous and channels_last tensors, not other strides"
     if residual is not None and (residual.dtype is not dtype or residual.stride() != x.stride()):
         return "the kernel takes a residual of x's dtype and strides"
+    if backend == "triton" and x.shape[1] > _MOST_CHANNELS:
+        return f"the kernel takes at most {_MOST_CHANNELS} channels, not {x.shape[1]}"
     return None
 
 
@@ -297,10 +314,12 @@ def group_norm_silu(
     backend = choose("group_norm_silu", x.device.type, supports, x, weight, bias, scale, shift, add, residual)
     if backend == "reference":
         y, total = reference(*call)
-    elif needs_grad(x, weight, bias, scale, shift, add, residual):
-        y, total = _OP(*call)
     else:
-        y, total = below_autograd(_OP, *call)
+        op = _TRITON_OP if backend == "triton" else _OP
+        if needs_grad(x, weight, bias, scale, shift, add, residual):
+            y, total = op(*call)
+        else:
+            y, total = below_autograd(op, *call)
     if not return_sum:
         return y
     return (y, x) if only_x else (y, total)

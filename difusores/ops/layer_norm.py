@@ -14,13 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from difusores.ops.dispatch import LIBRARY, register
+from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register, register_triton
 
-LIBRARY.define(
-    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual, bool return_sum)"
+_SIGNATURE = (
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual, bool return_sum)"
     " -> (Tensor, Tensor)"
 )
-register("layer_norm")
+LIBRARY.define("layer_norm" + _SIGNATURE)
+_TRITON_OP = register_triton("layer_norm", _SIGNATURE)
+register("layer_norm", "triton")
 
 
 def reference(
@@ -44,6 +46,7 @@ LIBRARY.impl("layer_norm", reference, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("difusores::layer_norm", lib=LIBRARY)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("difusores::layer_norm_triton", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake(
     x: Tensor,
     weight: Tensor | None,
@@ -82,7 +85,24 @@ def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None
     return grad_x, grad_weight, grad_bias, None, grad_x if residual is not None else None, None
 
 
-torch.library.register_autograd("difusores::layer_norm", _backward, setup_context=_setup_context, lib=LIBRARY)
+for _name in ("layer_norm", "layer_norm_triton"):
+    torch.library.register_autograd(
+        f"difusores::{_name}", _backward, setup_context=_setup_context, lib=LIBRARY
+    )
+
+_LONGEST = 16384  # elements of a row that a kernel holds in registers
+
+
+def supports(backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
+    """None if `backend` takes this call, else the reason in words."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernel takes float32, bfloat16 and float16, not {x.dtype}"
+    for p in (weight, bias):
+        if p is not None and p.dtype is not x.dtype and p.dtype is not torch.float32:
+            return f"the kernel takes parameters in float32 or {x.dtype}, not {p.dtype}"
+    if x.shape[-1] > _LONGEST:
+        return f"the kernel takes rows of at most {_LONGEST} elements, not {x.shape[-1]}"
+    return None
 
 
 def layer_norm(
@@ -120,8 +140,13 @@ def layer_norm(
             f"got {tuple(residual.shape)} {residual.dtype}"
         )
     only_x = return_sum and residual is None
-    # Plain Python, not the registered op: only the reference exists, and PyTorch differentiates it.
-    y, total = reference(x, weight, bias, eps, residual, return_sum and not only_x)
+    call = (x, weight, bias, eps, residual, return_sum and not only_x)
+    if choose("layer_norm", x.device.type, supports, x, weight, bias) == "reference":
+        y, total = reference(*call)  # plain Python, which PyTorch differentiates
+    elif needs_grad(x, weight, bias, residual):
+        y, total = _TRITON_OP(*call)
+    else:
+        y, total = below_autograd(_TRITON_OP, *call)
     if not return_sum:
         return y
     return (y, x) if only_x else (y, total)

@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 
 from difusores import native
-from difusores.ops.dispatch import LIBRARY, choose, needs_grad, register, straight_to_cpu, unwatched
+from difusores.ops.dispatch import (
+    LIBRARY,
+    choose,
+    needs_grad,
+    register,
+    register_triton,
+    straight_to_cpu,
+    unwatched,
+)
 
 G1, G2, G3, R, PX, PE, LO, HI, NU0, NU1, MODE, CIN = range(12)
 """Positions in a row before W."""
@@ -45,7 +53,8 @@ _SIGNATURE = (
 LIBRARY.define("scheduler_step" + _SIGNATURE)
 # The reference reads the row as Python numbers, which Dynamo cannot trace: a graph holds it as an op.
 LIBRARY.define("scheduler_step_reference" + _SIGNATURE)
-register("scheduler_step", "cpu")
+_TRITON_OP = register_triton("scheduler_step", _SIGNATURE)
+register("scheduler_step", "triton", "cpu")
 
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
@@ -224,6 +233,7 @@ LIBRARY.impl("scheduler_step_reference", _registered, "CompositeExplicitAutograd
 
 @torch.library.register_fake("difusores::scheduler_step", lib=LIBRARY)  # type: ignore[untyped-decorator]
 @torch.library.register_fake("difusores::scheduler_step_reference", lib=LIBRARY)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("difusores::scheduler_step_triton", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake(*args: Tensor | None) -> None:
     return None
 
@@ -441,7 +451,7 @@ def _general(
         for name, target in zip(outputs, out, strict=True):
             _write(name, results[name], target)
         return tuple(out)
-    op = _REFERENCE_OP if backend == "reference" else _OP
+    op = {"reference": _REFERENCE_OP, "triton": _TRITON_OP}.get(backend, _OP)
     e = [_like(t, sample) for t in model_outputs]
     s = [None if t is None else _like(t, sample) for t in slots]
     noise, variance = (None if t is None else _like(t, sample) for t in (noise, variance))

@@ -1,0 +1,44 @@
+"""The Triton kernels, one file per op. `difusores.ops` imports a file when its kernel is first called.
+
+Each file has `launch`, the implementation of the registered op `difusores::<op>_triton`. Nothing is tuned at
+run time: a launch depends on shapes, dtypes and strides alone, and so do the bits of its result.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difusores.ops.dispatch import interpreted
+
+INTERPRETED = interpreted()
+"""Whether the kernels run in Triton's interpreter, whose `tl.dot` multiplies the bits of bf16 as integers."""
+
+
+def run(kernel: Any, programs: int, like: Tensor, *args: Any, **constants: Any) -> None:
+    """Launch `programs` programs of a kernel on the device of `like`, on its current stream.
+
+    Args:
+        args: the kernel's arguments.
+        constants: its compile-time constants and Triton's options (num_warps, num_stages).
+    """
+    if programs == 0:
+        return
+    with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
+        kernel[(programs,)](*args, **constants, enable_fp_fusion=True)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def alignment(*counts: int) -> int:
+    """The largest power of two up to 16 that divides every count: of elements that lie side by side."""
+    together = 16
+    for n in counts:
+        together = min(together, n & -n) if n else together
+    return together

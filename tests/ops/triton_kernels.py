@@ -1,0 +1,309 @@
+"""Every Triton kernel against one float64 oracle. `test_triton.py` runs this file in processes of its own.
+
+With TRITON_INTERPRET=1 on CPU tensors, else on a GPU. In the interpreter time goes by programs and loop
+iterations (about 10 ms each), so problems are small; it truncates where a GPU rounds to bf16.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from difusores import ops
+from difusores.ops import dispatch
+from difusores.ops.group_norm_silu import reference as group_norm_silu_reference
+from difusores.ops.layer_norm import reference as layer_norm_reference
+from difusores.ops.scheduler_step import DRAW, HI, LO, PX, ROW, W, philox_normal
+from difusores.ops.triton import group_norm_silu as norm_kernels
+
+# What numpy says of NaN and Inf.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+DEVICE = "cpu" if dispatch.interpreted() else "cuda"
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *HALF)
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "adm": ("scale", "shift"),
+    "block": ("add", "residual", "return_sum"),
+    "all": ("add", "residual", "return_sum", "scale", "shift"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device() -> Any:
+    with torch.device(DEVICE), ops.use_backend("triton"):
+        yield
+
+
+def wide(call: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.double() if isinstance(v, Tensor) else v for k, v in call.items()}
+
+
+def images(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, options: tuple[str, ...], mean: float = 5.0
+) -> dict[str, Any]:
+    """Arguments of group_norm_silu but for the number of groups."""
+    n, c = shape[:2]
+
+    def image() -> Tensor:
+        t = (torch.randn(shape) * 2 + mean).to(dtype)
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        return t.to(memory_format=formats[t.ndim]) if layout == "channels_last" else t
+
+    rows = torch.randn(n, 2 * c)  # scale and shift are the halves of one projection
+    parts: dict[str, Any] = {
+        "scale": rows[:, :c],
+        "shift": rows[:, c:].to(dtype),
+        "add": torch.randn(n, c).to(dtype),
+        "residual": image(),
+        "return_sum": True,
+    }
+    given = {"x": image(), "weight": torch.randn(c).to(dtype), "bias": torch.randn(c)}
+    return given | {k: parts[k] for k in options}
+
+
+def normalise(call: dict[str, Any], groups: int, silu: bool = True) -> tuple[Tensor, ...]:
+    rest = {k: v for k, v in call.items() if k not in ("x", "weight", "bias")}
+    out = ops.group_norm_silu(call["x"], groups, call["weight"], call["bias"], 1e-5, silu=silu, **rest)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def by_reference(call: dict[str, Any], groups: int, silu: bool = True) -> tuple[Tensor, ...]:
+    get = call.get
+    both = group_norm_silu_reference(
+        *(call["x"], groups, call["weight"], call["bias"], 1e-5, silu, get("scale"), get("shift")),
+        *(get("add"), get("residual"), "return_sum" in call),
+    )
+    return both if "return_sum" in call else both[:1]
+
+
+def check_norm(check: Any, call: dict[str, Any], groups: int, silu: bool = True) -> None:
+    got = normalise(call, groups, silu)
+    eager, oracle = by_reference(call, groups, silu), by_reference(wide(call), groups, silu)
+    for ours, theirs, exact in zip(got, eager, oracle, strict=True):
+        check(ours, theirs, exact)
+        assert ours.stride() == theirs.stride(), "the layout comes out as it went in"
+
+
+# (shape, groups, options): sizes of 1, odd ones, one group, as many as channels, tiles with and without edges
+NORMS = [
+    ((1, 1, 3), 1, "all"),
+    ((1, 6, 17), 2, "plain"),
+    ((1, 4, 1, 1), 2, "adm"),
+    ((2, 7, 9, 9), 7, "block"),
+    ((2, 7, 9, 9), 1, "all"),
+    ((1, 8, 3, 4, 5), 4, "all"),
+    ((2, 32, 8, 8), 2, "all"),
+    ((1, 30, 33, 31), 5, "adm"),
+    ((1, 96, 16, 16), 3, "block"),
+]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("shape", "groups", "options"), NORMS, ids=str)
+def test_group_norm_silu(shape: Any, groups: int, options: str, layout: str, check: Any) -> None:
+    if layout == "channels_last" and len(shape) == 3:
+        layout = "contiguous"  # PyTorch has no channels_last for three dimensions
+    for dtype in DTYPES:
+        check_norm(check, images(shape, dtype, layout, OPTIONS[options]), groups, dtype is not torch.float16)
+
+
+@pytest.fixture
+def cut_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks and tiles so small that a small image has many of them."""
+    for name, value in {"FUSED": 256, "CHUNK": 1024, "TILE": 512, "MOST": 20}.items():
+        monkeypatch.setattr(norm_kernels, name, value)
+
+
+@pytest.mark.usefixtures("cut_small")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("shape", "groups", "options", "dtype"),
+    [
+        ((1, 6, 40, 40), 1, "block", torch.float16),
+        ((1, 10, 33, 31), 2, "all", torch.float32),
+        ((1, 8, 32, 24), 2, "plain", torch.float32),
+    ],
+    ids=str,
+)
+def test_group_norm_silu_in_chunks(
+    shape: Any, groups: int, options: str, dtype: torch.dtype, layout: str, check: Any
+) -> None:
+    call = images(shape, dtype, layout, OPTIONS[options])
+    sizes = (shape[1], groups, math.prod(shape[2:]))
+    cut = norm_kernels.cut_nchw(*sizes) if layout == "contiguous" else norm_kernels.cut_nhwc(*sizes, 2)
+    assert cut.chunks > 1
+    check_norm(check, call, groups)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [(-2300.0, 1.0), (0.0, 1e15), (0.0, 1e-18), (3.0, 0.0)],
+    ids=["mean", "huge", "tiny", "constant"],
+)
+def test_group_norm_silu_of_hostile_values(mean: float, std: float, layout: str, check: Any) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        call = images((1, 16, 16, 16), dtype, layout, ())
+        call["x"] = ((call["x"].float() - 5) / 2 * std + mean).to(dtype)
+        check_norm(check, call, 2)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_group_norm_silu_bits(layout: str) -> None:
+    """The same call twice, an image alone or in a batch; NaN and Inf stay in their group."""
+    call = images((3, 8, 5, 5), torch.float16, layout, OPTIONS["all"])
+    y, total = normalise(call, 4)
+    assert all(torch.equal(a, b) for a, b in zip(normalise(call, 4), (y, total), strict=True))
+    per_image = ("x", "scale", "shift", "add", "residual")
+    alone = {k: v[1:2] if k in per_image else v for k, v in call.items()}
+    assert all(torch.equal(a, b[1:2]) for a, b in zip(normalise(alone, 4), (y, total), strict=True))
+    for value in (math.nan, math.inf, -math.inf):
+        call["x"] = call["x"].clone(memory_format=torch.preserve_format)
+        call["x"][1, 2, 0, 0] = value  # first in group 1 of image 1
+        broken = normalise(call, 4)[0]
+        assert torch.isnan(broken[1, 2:4]).all()
+        broken[1, 2:4] = y[1, 2:4]
+        assert torch.equal(broken, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 9, 320), (5, 1), (1, 3, 7, 63), (0, 4), (2, 2049)], ids=str)
+def test_layer_norm(shape: Any, dtype: torch.dtype, check: Any) -> None:
+    x, r = (torch.randn(shape) + 3).to(dtype), torch.randn(shape).to(dtype)
+    w, b = torch.randn(shape[-1]), torch.randn(shape[-1]).to(dtype)
+    y, total = ops.layer_norm(x, w, b, residual=r, return_sum=True)
+    if y.numel():
+        eager = layer_norm_reference(x, w, b, 1e-5, r, True)
+        oracle = layer_norm_reference(x.double(), w.double(), b.double(), 1e-5, r.double(), True)
+        check(y, eager[0], oracle[0])
+        check(total, eager[1], oracle[1])
+    columns = torch.stack((x, x), dim=-1)[..., 0]
+    assert torch.equal(ops.layer_norm(columns, w, b), ops.layer_norm(x, w, b))
+
+
+@pytest.mark.parametrize("mean", [1e3, 1e5])
+def test_layer_norm_of_hostile_values(mean: float, check: Any) -> None:
+    x = torch.randn(4, 320) + mean
+    check(ops.layer_norm(x, None, None), F.layer_norm(x, (320,)), F.layer_norm(x.double(), (320,)))
+    clean = ops.layer_norm(x, None, None)
+    for value in (math.nan, math.inf):
+        x[1, 7] = value
+        got = ops.layer_norm(x, None, None)
+        assert torch.isnan(got[1]).all()
+        assert torch.equal(got[[0, 2, 3]], clean[[0, 2, 3]])
+        assert torch.equal(ops.layer_norm(x[2], None, None), clean[2])
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("shape", [(2, 9, 640), (5, 2), (1, 3, 7, 126), (0, 4)], ids=str)
+def test_geglu(shape: Any, approximate: str, check: Any) -> None:
+    for dtype in DTYPES:
+        x = (3 * torch.randn(shape)).to(dtype)
+        value, gate = x.chunk(2, dim=-1)
+        exact_value, exact_gate = x.double().chunk(2, dim=-1)
+        got = ops.geglu(x, approximate=approximate)
+        if got.numel():
+            oracle = exact_value * F.gelu(exact_gate, approximate=approximate)
+            check(got, value * F.gelu(gate, approximate=approximate), oracle)
+        columns = torch.stack((x, x), dim=-1)[..., 0]
+        assert torch.equal(ops.geglu(columns, approximate=approximate), got)
+
+
+def test_geglu_of_hostile_values() -> None:
+    pairs = [[1.0, math.nan], [math.nan, 1.0], [2.0, math.inf], [2.0, -1e30], [3e38, 1e-30], [1.0, 1.0]]
+    got = ops.geglu(torch.tensor(pairs))[:, 0]
+    assert torch.isnan(got[:2]).all() and got[2] == math.inf and got[3] == 0
+    assert torch.isfinite(got[3:]).all()
+
+
+def row(**values: float) -> Tensor:
+    """A table of two rows, of zeros but for x0 = x and the numbers given as c0 … c39."""
+    table = torch.zeros(2, ROW, dtype=torch.float64)
+    table[:, [PX, HI]], table[:, LO] = torch.tensor([1.0, math.inf], dtype=torch.float64), -math.inf
+    for name, value in values.items():
+        table[:, int(name[1:])] = value
+    return table
+
+
+def test_scheduler_step_says_by_nan_what_a_kernel_cannot_raise() -> None:
+    """An operand that a row in device memory reads and that was not given; a counter outside the table."""
+    x = torch.randn(2, 1030)
+    for column, missing in ((3, True), (4, True), (8, True), (0, False), (1, False)):
+        table = row(**{f"c{W + column}": 1.0})
+        (y,) = ops.scheduler_step(table, x, [x], step=torch.tensor([1]))
+        assert torch.isnan(y).all() if missing else torch.equal(y, x)
+    for step in (-1, 2):
+        y, x0 = ops.scheduler_step(row(c12=1.0), x, [x], outputs=("y", "x0"), step=torch.tensor([step]))
+        assert torch.isnan(y).all() and torch.isnan(x0).all()
+
+
+@pytest.mark.parametrize("seed", [0, 2**40 + 3, -1])
+def test_scheduler_step_makes_the_noise_of_every_backend(seed: int) -> None:
+    """Every element to 1e-6 of the reference in float64, so the integers are the same."""
+    shape, seeds = (2, 3, 11, 37), torch.tensor([7, seed])
+    x = torch.zeros(shape)
+    table = row(**{f"c{W + 3}": 1.0, f"c{DRAW}": 4.0})
+    (z,) = ops.scheduler_step(table, x, [x], seeds=seeds, step=torch.tensor([0]))
+    want = philox_normal(seeds, shape, 4, torch.float64)
+    assert (z.double() - want).abs().max() <= 1e-6
+    (alone,) = ops.scheduler_step(table, x[1:], [x[1:]], seeds=seeds[1:], step=torch.tensor([0]))
+    assert torch.equal(alone, z[1:])
+
+
+def test_what_a_kernel_does_not_take_is_refused_in_words() -> None:
+    x = torch.randn(2, 8, 4, 4)
+    table = torch.zeros(2, ROW, dtype=torch.float64)
+    for call, words in (
+        (lambda: ops.scheduler_step(table[0].cpu(), x.double(), [x]), r"not torch\.float64"),
+        (lambda: ops.group_norm_silu(x.double(), 4, None, None), r"not torch\.float64"),
+        (lambda: ops.group_norm_silu(x[..., ::2], 4, None, None), "contiguous and channels_last"),
+        (lambda: ops.group_norm_silu(torch.randn(1, 16385, 1), 1, None, None), "at most 16384 channels"),
+        (lambda: ops.layer_norm(torch.randn(1, 16385), None, None), "at most 16384 elements"),
+        (lambda: ops.geglu(x.double()), r"not torch\.float64"),
+    ):
+        with pytest.raises(ops.BackendUnavailable, match=f"backend 'triton' was asked for, but .*{words}"):
+            call()
+
+
+def test_gradients_and_graphs() -> None:
+    """A kernel's call is differentiated by the op's formula, and stays one op in a graph."""
+    x, weight = torch.randn(2, 4, 3, requires_grad=True), torch.randn(4, requires_grad=True)
+
+    def total(t: Tensor) -> Tensor:
+        y = ops.group_norm_silu(t, 2, weight, None)
+        assert isinstance(y, Tensor)
+        z = ops.layer_norm(torch.cat([y, y], -1), None, None, residual=torch.cat([t, t], -1))
+        assert isinstance(z, Tensor)
+        return ops.geglu(z).square().sum()
+
+    ours = torch.autograd.grad(total(x), (x, weight))
+    with ops.use_backend("reference"):
+        eager = torch.autograd.grad(total(x), (x, weight))
+    for a, b in zip(ours, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), total(x))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_schemas(layout: str) -> None:
+    call = images((1, 4, 3, 3), torch.float32, layout, OPTIONS["all"])
+    kinds = ("test_schema", "test_faketensor")
+    norm = (*(call["x"], 2, call["weight"], call["bias"], 1e-5, True, call["scale"], call["shift"]),)
+    norm = (*norm, call["add"], call["residual"], True)
+    torch.library.opcheck(torch.ops.difusores.group_norm_silu_triton.default, norm, test_utils=kinds)
+    rows = torch.randn(2, 6)
+    torch.library.opcheck(
+        torch.ops.difusores.layer_norm_triton.default,
+        (rows, None, None, 1e-5, rows + 1, True),
+        test_utils=kinds,
+    )
+    torch.library.opcheck(torch.ops.difusores.geglu_triton.default, (rows, "none"), test_utils=kinds)
