@@ -18,6 +18,8 @@ from difusores.configuration import FrozenDict, register_to_config
 from difusores.models.blocks import DownBlock2D, UNetMidBlock2D, UpBlock2D, image_attention
 from difusores.models.layers import BlockOptions, GroupNormAct
 from difusores.models.modeling import ModelMixin
+from difusores.models.original_layout import VAE
+from difusores.models.single_file import SingleFileModel
 from difusores.outputs import BaseOutput
 from difusores.sampling import Generators, draw_noise
 
@@ -168,7 +170,7 @@ class Decoder(nn.Module):
         return out
 
 
-class AutoencoderKL(ModelMixin):
+class AutoencoderKL(SingleFileModel):
     """Images to Gaussians over latents, latents to images.
 
     Args:
@@ -187,6 +189,8 @@ class AutoencoderKL(ModelMixin):
     Raises:
         ValueError: an option has a value that is not allowed.
     """
+
+    original_layout = VAE
 
     @register_to_config
     def __init__(

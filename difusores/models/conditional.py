@@ -12,14 +12,14 @@ from difusores.configuration import FrozenDict
 from difusores.models.blocks import Attend, DownBlock2D, UNetMidBlock2D
 from difusores.models.embeddings import TextTimeEmbedding, TimestepEmbedding, Timesteps
 from difusores.models.layers import BlockOptions, activation
-from difusores.models.modeling import ModelMixin
+from difusores.models.single_file import SingleFileModel
 from difusores.models.transformer import Transformer2DModel, TransformerOptions
 
 DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 MASKED = -10000.0  # added to a score that is not to count
 
 
-class ConditionalModel(ModelMixin):
+class ConditionalModel(SingleFileModel):
     """Base of networks that take a noisy sample, a time, a context to attend to, and other conditions.
 
     The options are those of `UNet2DConditionModel`; a subclass may lack some.

@@ -18,6 +18,7 @@ from torch import nn
 from difusores.configuration import register_to_config
 from difusores.models.conditional import DOWN_BLOCKS, ConditionalModel, check_options, score_bias
 from difusores.models.lora import lora_strength
+from difusores.models.original_layout import CONTROLNET
 from difusores.models.transformer import Context
 from difusores.models.unet_2d_condition import UNet2DConditionModel
 from difusores.outputs import BaseOutput
@@ -91,6 +92,8 @@ class ControlNetModel(ConditionalModel):
     Raises:
         ValueError: an option has a value that is not among those above.
     """
+
+    original_layout = CONTROLNET
 
     @register_to_config
     def __init__(

@@ -265,13 +265,22 @@ def write_safetensors(path: str, tensors: dict[str, torch.Tensor]) -> None:
         file.write(save({name: t.contiguous() for name, t in tensors.items()}, {"format": "pt"}))
 
 
-def assign(model: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype, path: str) -> None:
-    """Put tensors into a model on the meta device, or say everything that does not fit."""
-    wanted = model.state_dict()
-    problems = [f"missing {name}" for name in wanted if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in wanted]
+def assign(
+    model: nn.Module,
+    tensors: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    path: str,
+    called: Mapping[str, str] | None = None,
+) -> None:
+    """Put tensors into a model on the meta device, or say everything that does not fit.
+
+    called: what the file calls the tensors, where that is something else.
+    """
+    wanted, called = model.state_dict(), called or {}
+    problems = [f"missing {called.get(name, name)}" for name in wanted if name not in tensors]
+    problems += [f"unexpected {called.get(name, name)}" for name in tensors if name not in wanted]
     problems += [
-        f"{name} has shape {list(tensors[name].shape)}, and {list(tensor.shape)} is needed"
+        f"{called.get(name, name)} has shape {list(tensors[name].shape)}, and {list(tensor.shape)} is needed"
         for name, tensor in wanted.items()
         if name in tensors and tensors[name].shape != tensor.shape
     ]

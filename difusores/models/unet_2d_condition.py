@@ -17,6 +17,7 @@ from difusores.models.blocks import UpBlock2D
 from difusores.models.conditional import DOWN_BLOCKS, ConditionalModel, check_options, each, score_bias
 from difusores.models.layers import GroupNormAct
 from difusores.models.lora import lora_strength
+from difusores.models.original_layout import UNET
 from difusores.models.transformer import Context
 from difusores.outputs import BaseOutput
 
@@ -71,6 +72,8 @@ class UNet2DConditionModel(ConditionalModel):
     Raises:
         ValueError: an option has a value that is not among those above.
     """
+
+    original_layout = UNET
 
     @register_to_config
     def __init__(

@@ -16,10 +16,12 @@ import torch
 from safetensors import SafetensorError
 
 from difusores import __version__, native, schedulers
+from difusores.models.single_file import read_checkpoint
 from difusores.ops import use_backend
 from difusores.ops.dispatch import wanted
 from difusores.pipelines.images import write_grid
 from difusores.pipelines.pipeline import DiffusionPipeline
+from difusores.pipelines.single_file import find_kind
 from difusores.pipelines.stable_diffusion import StableDiffusionPipeline
 from difusores.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
 from difusores.pipelines.unconditional import DDIMPipeline, DDPMPipeline, UNetPipeline
@@ -51,7 +53,9 @@ SCHEDULERS = {_short_name(name): name for name in COMPATIBLES if name in schedul
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `generate`."""
     add = parser.add_argument
-    add("--model", default="bundled:digits", help="pipeline folder, bundled:NAME or Hub id (%(default)s)")
+    text = "pipeline folder, bundled:NAME, Hub id, or one file of Stable Diffusion (%(default)s)"
+    add("--model", default="bundled:digits", help=text)
+    add("--config", help="folder with the tokenizer and configurations for such a file")
     add("--out", default="images.png", help="picture to write, a PNG (%(default)s)")
     add("--num", type=int, default=16, help="number of images (%(default)s)")
     add(
@@ -135,7 +139,16 @@ def _check(args: argparse.Namespace) -> None:
 
 def _pipeline(args: argparse.Namespace) -> Pipeline:
     try:
-        stored = DiffusionPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
+        dtype = getattr(torch, args.dtype)
+        if Path(args.model).is_file():
+            xl = find_kind(read_checkpoint(args.model, {})).family.startswith("XL")
+            kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
+            stored: DiffusionPipeline = kind.from_single_file(
+                args.model, config=args.config, torch_dtype=dtype
+            )
+        else:
+            _refuse(args, ("config",), "is no file that needs one")
+            stored = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype)
     except SafetensorError as error:
         raise ValueError(f"the weights in {args.model!r} are damaged: {error}") from error
     if not isinstance(stored, UNetPipeline | TextPipeline):

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from difusores.configuration import ConfigMixin
-from difusores.files import upload_folder
+from difusores.files import find_file, upload_folder
 from difusores.models.modeling import drop_unsupported, resolve_dtype
 from difusores.plan import Plan
 
@@ -29,6 +29,9 @@ LIBRARIES = {
 
 RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
 """Class named in old folders -> the name that it has now."""
+
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
+"""Of a tokenizer; where there is none, transformers 5 makes an empty one without a word."""
 
 Self = TypeVar("Self", bound="DiffusionPipeline")
 
@@ -207,7 +210,7 @@ class DiffusionPipeline(ConfigMixin):
             raise ValueError(f"{source!r} has no {', '.join(missing)}, which {own_class.__name__} needs")
 
         stored = {
-            name: _load_component(source, name, index[name], model_options, hub)
+            name: load_component(source, name, index[name], model_options, hub)
             for name in names
             if name in index and name not in options
         }
@@ -307,7 +310,7 @@ def _find_class(library: str, name: str) -> Any:
     return found
 
 
-def _load_component(
+def load_component(
     source: str, name: str, entry: Any, model_options: dict[str, Any], hub: dict[str, Any]
 ) -> Any:
     """One component, from the folder of its name."""
@@ -318,6 +321,8 @@ def _load_component(
         return None
     component_class = _find_class(library, class_name)
     options = dict(hub)
+    if library == "transformers" and "Tokenizer" in class_name:
+        find_file(source, VOCABULARIES, name, **hub)
     if issubclass(component_class, nn.Module):
         options.update(model_options)
         dtype = options["torch_dtype"]
@@ -333,6 +338,6 @@ def _own_scheduler(source: str, index: dict[str, Any], stored: dict[str, Any], h
     if "scheduler" in stored or "scheduler" not in index:
         return stored.get("scheduler")
     try:
-        return _load_component(source, "scheduler", index["scheduler"], {}, hub)
+        return load_component(source, "scheduler", index["scheduler"], {}, hub)
     except ValueError:  # of a class that this version does not have
         return None

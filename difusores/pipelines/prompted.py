@@ -18,9 +18,9 @@ from difusores.pipelines.latent import (
     check_callback_inputs,
     check_finite,
 )
-from difusores.pipelines.lora import LoraPipeline
 from difusores.pipelines.preprocess import preprocess, preprocess_mask, repeat_to
 from difusores.pipelines.prompts import repeat_each
+from difusores.pipelines.single_file import SingleFilePipeline
 from difusores.sampling import Generators, Model, draw_noise, masked
 
 Texts = str | list[str] | None
@@ -32,7 +32,7 @@ BESIDE = ("mask", "masked_image_latents")
 """Conditions that are channels of an inpainting UNet's input."""
 
 
-class PromptedPipeline(LoraPipeline, Generic[Output]):
+class PromptedPipeline(SingleFilePipeline, Generic[Output]):
     """Base of pipelines that are told texts. A subclass encodes them and says what a call returns."""
 
     def _placed(self, embeds: Tensor, device: str | torch.device | None, times: int) -> Tensor:

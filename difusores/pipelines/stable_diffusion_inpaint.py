@@ -23,6 +23,7 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
     """
 
     _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds", *BESIDE)
+    single_file_channels = (4, 9)
 
     def _update_old_configs(self, unet: Any, scheduler: Any) -> None:
         """What is replaced elsewhere, and PNDM's Runge-Kutta steps are left out."""

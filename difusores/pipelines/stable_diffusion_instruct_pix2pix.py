@@ -21,6 +21,7 @@ class StableDiffusionInstructPix2PixPipeline(StableDiffusionBase):
     """
 
     _callback_tensor_inputs = ("latents", "prompt_embeds", "image_latents")
+    single_file_channels = (8,)
     _image_guidance_scale = CallState[float](1.5)
 
     @property

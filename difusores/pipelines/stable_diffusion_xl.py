@@ -52,6 +52,7 @@ class StableDiffusionXLBase(PromptedPipeline[StableDiffusionXLPipelineOutput | t
     text_encoder_2: Any
     tokenizer: Any
     tokenizer_2: Any
+    single_file_families = ("XL", "XL refiner")
     _callback_tensor_inputs: tuple[str, ...] = ("latents", "prompt_embeds", "add_text_embeds", "add_time_ids")
     _denoising_start = CallState[float | None](None)
     _denoising_end = CallState[float | None](None)

@@ -30,6 +30,7 @@ class StableDiffusionXLInpaintPipeline(StableDiffusionXLImageBase):
     `StableDiffusionXLImageBase`; the UNet has 4 or 9 input channels.
     """
 
+    single_file_channels = (4, 9)
     _callback_tensor_inputs = (*StableDiffusionXLBase._callback_tensor_inputs, *BESIDE)
 
     @torch.no_grad()

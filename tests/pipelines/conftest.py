@@ -77,11 +77,17 @@ def write_tokenizer(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def text_parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the files of `text_parts`' tokenizer are."""
+    return tmp_path_factory.mktemp("tokenizer")
+
+
+@pytest.fixture(scope="session")
+def text_parts(tokenizer_files: Path) -> tuple[Any, Any]:
     """(tokenizer, text encoder)."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    tokenizer = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    tokenizer = write_tokenizer(tokenizer_files)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **TEXT, **ends))
     return tokenizer, fill(encoder, 2)
