@@ -6,10 +6,11 @@
 namespace difusores {
 namespace {
 
-#define DIFUSORES_TABLE(isa)                                                                                          \
-    Kernels {                                                                                                         \
-        #isa, isa::group_norm_silu, isa::group_norm_silu_prepare, isa::group_norm_silu_stats,                         \
-            isa::group_norm_silu_combine, isa::group_norm_silu_apply, isa::scheduler_step, isa::group_norm_silu_floor \
+#define DIFUSORES_TABLE(isa)                                                                                           \
+    Kernels {                                                                                                          \
+        #isa, isa::group_norm_silu, isa::group_norm_silu_prepare, isa::group_norm_silu_stats,                          \
+            isa::group_norm_silu_combine, isa::group_norm_silu_apply, isa::scheduler_step, isa::group_norm_silu_floor, \
+            isa::winograd_conv_input, isa::winograd_conv_output, isa::winograd_conv_pack                               \
     }
 
 const Kernels kTables[] = {

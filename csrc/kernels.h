@@ -77,20 +77,51 @@ struct StepRow {
     double row[40];
 };
 
+constexpr int64_t kWinogradBlock = 64;  // channels of a block, in and out
+// Floats of one of the 36 points of a block of transformed weights: a line more than a power of two, so that the points
+// do not meet in one set of the cache.
+constexpr int64_t kWinogradPoint = kWinogradBlock * kWinogradBlock + kMaxWidth;
+
+// See cpu/winograd_conv.cpp for the formula and the steps. Tiles of 4x4 outputs are taken in groups: rectangles of
+// group_h x group_w tiles, or group_n whole images. All tensors are fp32.
+struct WinogradConvArgs {
+    const float* x;       // [N, H, W, C]
+    const float* weight;  // [O, C, 3, 3] or, weight_last, [O, 3, 3, C]
+    bool weight_last;
+    const float* packed;       // what winograd_conv_pack wrote, or nullptr
+    Param bias;                // [O]
+    Param multiplier, offset;  // [N, C]
+    Param add;                 // [N, O]
+    const float* residual;     // like y, or nullptr
+    float* y;                  // [N, H, W, O]
+    bool silu;
+    float output_scale;
+    int64_t n, h, w, c, o;
+    int64_t group_n, group_h, group_w;
+    int64_t first_group;  // the one of task 0
+    float* v;             // [groups, C / 64][36 * (64 * tiles of a group + kMaxWidth)]: the transformed tiles
+};
+
 // The functions of one ISA level. They work on tasks [begin, end).
-#define DIFUSORES_DECLARE_KERNELS(isa)                                                  \
-    namespace isa {                                                                     \
-    /* channels first; tasks: N * G */                                                  \
-    void group_norm_silu(const GroupNormSiluArgs&, int64_t begin, int64_t end);         \
-    /* channels last, in this order; tasks: N, N * chunks, N, N * chunks */             \
-    void group_norm_silu_prepare(const GroupNormSiluArgs&, int64_t begin, int64_t end); \
-    void group_norm_silu_stats(const GroupNormSiluArgs&, int64_t begin, int64_t end);   \
-    void group_norm_silu_combine(const GroupNormSiluArgs&, int64_t begin, int64_t end); \
-    void group_norm_silu_apply(const GroupNormSiluArgs&, int64_t begin, int64_t end);   \
-    /* tasks: images * blocks of kStepBlock elements */                                 \
-    void scheduler_step(const SchedulerStepArgs&, int64_t begin, int64_t end);          \
-    /* micro-benchmark: act, and statistics if asked, of a row of n, `repeats` times */ \
-    void group_norm_silu_floor(DType, const void*, void*, int64_t n, int64_t, bool);    \
+#define DIFUSORES_DECLARE_KERNELS(isa)                                                                                \
+    namespace isa {                                                                                                   \
+    /* channels first; tasks: N * G */                                                                                \
+    void group_norm_silu(const GroupNormSiluArgs&, int64_t begin, int64_t end);                                       \
+    /* channels last, in this order; tasks: N, N * chunks, N, N * chunks */                                           \
+    void group_norm_silu_prepare(const GroupNormSiluArgs&, int64_t begin, int64_t end);                               \
+    void group_norm_silu_stats(const GroupNormSiluArgs&, int64_t begin, int64_t end);                                 \
+    void group_norm_silu_combine(const GroupNormSiluArgs&, int64_t begin, int64_t end);                               \
+    void group_norm_silu_apply(const GroupNormSiluArgs&, int64_t begin, int64_t end);                                 \
+    /* tasks: images * blocks of kStepBlock elements */                                                               \
+    void scheduler_step(const SchedulerStepArgs&, int64_t begin, int64_t end);                                        \
+    /* tasks: groups * blocks of C; scratch: (4 group_h + 2) (4 group_w + 2) * 64 floats */                           \
+    void winograd_conv_input(const WinogradConvArgs&, float* scratch, int64_t, int64_t);                              \
+    /* tasks: groups * blocks of O; scratch: 15 * kWinogradPoint + 36 * (64 * tiles of a group + kMaxWidth) floats */ \
+    void winograd_conv_output(const WinogradConvArgs&, float* scratch, int64_t, int64_t);                             \
+    /* tasks: blocks of O * blocks of C; packed: tasks * 36 kWinogradPoint floats; scratch: 9 kWinogradPoint */       \
+    void winograd_conv_pack(const WinogradConvArgs&, float* packed, float* scratch, int64_t, int64_t);                \
+    /* micro-benchmark: act, and statistics if asked, of a row of n, `repeats` times */                               \
+    void group_norm_silu_floor(DType, const void*, void*, int64_t n, int64_t, bool);                                  \
     }
 DIFUSORES_DECLARE_KERNELS(base)
 DIFUSORES_DECLARE_KERNELS(avx2)
@@ -106,6 +137,9 @@ struct Kernels {
     decltype(&base::group_norm_silu_apply) group_norm_silu_apply;
     decltype(&base::scheduler_step) scheduler_step;
     decltype(&base::group_norm_silu_floor) group_norm_silu_floor;
+    decltype(&base::winograd_conv_input) winograd_conv_input;
+    decltype(&base::winograd_conv_output) winograd_conv_output;
+    decltype(&base::winograd_conv_pack) winograd_conv_pack;
 };
 
 // What this processor offers.

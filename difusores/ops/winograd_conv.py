@@ -24,10 +24,11 @@ LIBRARY.define(
     "Tensor? add, Tensor? residual, float output_scale, Tensor? packed) -> Tensor"
 )
 LIBRARY.define("winograd_conv_pack(Tensor weight) -> Tensor")
-register("winograd_conv")
+register("winograd_conv", "cpu")
 
-LANES = 16  # output channels of a packed weight are padded to a multiple of it
+LANES = 16  # output channels are computed in multiples of it
 BLOCK = 64  # channels, in and out, of a block of a packed weight
+POINT = BLOCK * BLOCK + LANES  # floats of one of the 36 points of a block
 
 # The points at which the polynomials are evaluated: 0, +-A, +-B and infinity. With (5/8, 3/2) the images'
 # transforms have coefficients that are exact in fp32, and errors are half those of the usual (1, 2).
@@ -62,9 +63,8 @@ def plan(in_channels: int, out_channels: int, height: int, width: int) -> LayerP
     tiles = -(-height // 4) * -(-width // 4)
     padded = -(-out_channels // LANES) * LANES
     gain = 1.0 + 4.0 / max(tiles, 1)
-    return LayerPlan(
-        *_decide(in_channels, out_channels, height, width, tiles, padded), 144 * in_channels * padded, gain
-    )
+    size = 4 * _packed_size(out_channels, in_channels)
+    return LayerPlan(*_decide(in_channels, out_channels, height, width, tiles, padded), size, gain)
 
 
 def _decide(c: int, o: int, height: int, width: int, tiles: int, padded: int) -> tuple[bool, str | None]:
@@ -93,7 +93,7 @@ def pack_weight(weight: Tensor) -> Tensor:
         weight: [O, C, 3, 3] fp32 on the CPU.
 
     Returns:
-        [36 * C * ceil(O / 16) * 16] fp32.
+        [ceil(O / 64) * ceil(C / 64) * 36 * 4112] fp32.
 
     Raises:
         ValueError: another shape, dtype or device.
@@ -107,8 +107,12 @@ def pack_weight(weight: Tensor) -> Tensor:
     return packed
 
 
+def _packed_size(out_channels: int, in_channels: int) -> int:
+    return -(-out_channels // BLOCK) * -(-in_channels // BLOCK) * 36 * POINT
+
+
 def pack_reference(weight: Tensor) -> Tensor:
-    """Blocks of BLOCK output channels, in them blocks of BLOCK input channels, in them [36, C, O]."""
+    """[blocks of O, blocks of C, 36, POINT]: of each point U[channels in, channels out] and zeros."""
     o, c = weight.shape[:2]
     near, far = 1 / (2 * A * A * (A * A - B * B)), 1 / (2 * B * B * (B * B - A * A))
     g = weight.new_tensor(
@@ -122,8 +126,8 @@ def pack_reference(weight: Tensor) -> Tensor:
     )
     u = torch.einsum("iy,ocyx,jx->ijco", g, weight.double(), g).reshape(36, c, o).to(weight.dtype)
     u = F.pad(u, (0, -o % LANES))
-    blocks = [part.flatten() for wide in u.split(BLOCK, dim=2) for part in wide.split(BLOCK, dim=1)]
-    return torch.cat(blocks) if blocks else u.flatten()
+    blocks = [part.flatten(1) for wide in u.split(BLOCK, dim=2) for part in wide.split(BLOCK, dim=1)]
+    return torch.cat([F.pad(block, (0, POINT - block.shape[1])).flatten() for block in blocks])
 
 
 LIBRARY.impl("winograd_conv_pack", pack_reference, "CompositeExplicitAutograd")
@@ -131,7 +135,7 @@ LIBRARY.impl("winograd_conv_pack", pack_reference, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("difusores::winograd_conv_pack", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _pack_fake(weight: Tensor) -> Tensor:
-    return weight.new_empty(36 * weight.shape[1] * (-(-weight.shape[0] // LANES) * LANES))
+    return weight.new_empty(_packed_size(*weight.shape[:2]))
 
 
 def _per_channel(t: Tensor, x: Tensor) -> Tensor:
@@ -212,7 +216,7 @@ def supports(
     for t in (x, weight, bias, multiplier, offset, add, residual):
         if t is not None and t.dtype is not torch.float32:
             return f"the kernel takes float32, not {t.dtype}"
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    if _memory_format(x) is not torch.channels_last:
         return "the kernel takes channels_last images, not other strides"
     if residual is not None and not residual.is_contiguous(memory_format=torch.channels_last):
         return "the kernel takes a channels_last residual"
@@ -247,7 +251,7 @@ def _check(
             f"residual must be like the output, {(n, o, height, width)} {x.dtype}, "
             f"got {tuple(residual.shape)} {residual.dtype}"
         )
-    size = 36 * c * (-(-o // LANES) * LANES)
+    size = _packed_size(o, c)
     if packed is not None and (packed.shape != (size,) or packed.dtype is not torch.float32):
         raise ValueError(
             f"packed must be what pack_weight made of this weight, [{size}] torch.float32, "
@@ -305,6 +309,8 @@ def winograd_conv(
     tensors = (x, weight, bias, multiplier, offset, add, residual, packed)
     _check(*tensors)
     multiplier, offset, add, bias = map(_row, (multiplier, offset, add, bias))
+    if not weight.is_contiguous(memory_format=torch.channels_last):
+        weight = weight.contiguous()
     call = (x, weight, bias, multiplier, offset, silu, add, residual, output_scale, packed)
     if wanted() is None and not plan(x.shape[1], weight.shape[0], x.shape[2], x.shape[3]).winograd:
         return reference(*call)

@@ -155,6 +155,65 @@ void step(const Kernels& k, int64_t batch, int64_t inner) {
            std::string(k.isa) + " scheduler_step " + std::to_string(inner) + ": " + std::to_string(worst));
 }
 
+struct ConvShape {
+    int64_t n, c, o, h, w;
+};
+struct GroupShape {
+    int64_t n, h, w;  // images, tiles
+};
+
+// fused: with everything around the convolution, and weights [O, 3, 3, C] that were packed before.
+void winograd(const Kernels& k, ConvShape shape, GroupShape group, bool fused) {
+    const auto [n, c, o, h, w] = shape;
+    const auto x = normal(n * h * w * c, 1), weight = normal(o * c * 9, 2), residual = normal(n * h * w * o, 3);
+    const auto bias = normal(o, 4), add = normal(n * o, 5), multiplier = normal(n * c, 6), offset = normal(n * c, 7);
+    std::vector<float> y(n * h * w * o);
+    WinogradConvArgs a{};
+    a.x = x.data(), a.weight = weight.data(), a.weight_last = fused, a.y = y.data();
+    a.n = n, a.c = c, a.o = o, a.h = h, a.w = w, a.output_scale = fused ? 0.5f : 1.0f, a.silu = fused;
+    a.group_n = group.n, a.group_h = group.h, a.group_w = group.w;
+    const auto parts = [](int64_t total, int64_t size) { return (total + size - 1) / size; };
+    const int64_t blocks_c = parts(c, kWinogradBlock), blocks_o = parts(o, kWinogradBlock);
+    const int64_t groups = parts(n, group.n) * parts(parts(h, 4), group.h) * parts(parts(w, 4), group.w);
+    const int64_t points = 36 * (kWinogradBlock * group.n * group.h * group.w + kMaxWidth);
+    std::vector<float> v(groups * blocks_c * points), packed(blocks_o * blocks_c * 36 * kWinogradPoint);
+    std::vector<float> patch((4 * group.h + 2) * (4 * group.w + 2) * kWinogradBlock);
+    std::vector<float> products(15 * kWinogradPoint + points), weights(9 * kWinogradPoint);
+    a.v = v.data();
+    if (fused) {
+        a.bias = {bias.data(), DType::f32, 0}, a.add = {add.data(), DType::f32, o};
+        a.multiplier = {multiplier.data(), DType::f32, c}, a.offset = {offset.data(), DType::f32, c};
+        a.residual = residual.data();
+        k.winograd_conv_pack(a, packed.data(), weights.data(), 0, blocks_o * blocks_c);
+        a.packed = packed.data();
+    }
+    k.winograd_conv_input(a, patch.data(), 0, groups * blocks_c);
+    k.winograd_conv_output(a, products.data(), 0, groups * blocks_o);
+    double error = 0, size = 0;
+    const auto weight_at = [&](int64_t out, int64_t in, int64_t tap) {
+        return static_cast<double>(weight[fused ? (out * 9 + tap) * c + in : (out * c + in) * 9 + tap]);
+    };
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t p = 0; p < h * w; ++p)
+            for (int64_t out = 0; out < o; ++out) {
+                double want = 0;
+                for (int64_t tap = 0; tap < 9; ++tap) {
+                    const int64_t row = p / w + tap / 3 - 1, column = p % w + tap % 3 - 1;
+                    if (row < 0 || row >= h || column < 0 || column >= w) continue;
+                    for (int64_t in = 0; in < c; ++in) {
+                        double t = x[((i * h + row) * w + column) * c + in];
+                        if (fused) t = t * multiplier[i * c + in] + offset[i * c + in], t /= 1 + std::exp(-t);
+                        want += t * weight_at(out, in, tap);
+                    }
+                }
+                const size_t place = (i * h * w + p) * o + out;
+                if (fused) want = 0.5 * (want + bias[out] + add[i * o + out] + residual[place]);
+                error += (y[place] - want) * (y[place] - want), size += want * want;
+            }
+    expect(error <= 1e-12 * size, std::string(k.isa) + " winograd_conv " + std::to_string(c) + " to " +
+                                      std::to_string(o) + ": " + std::to_string(std::sqrt(error / size)));
+}
+
 }  // namespace
 
 int main() {
@@ -169,7 +228,10 @@ int main() {
                                avx512::group_norm_silu_combine,
                                avx512::group_norm_silu_apply,
                                avx512::scheduler_step,
-                               avx512::group_norm_silu_floor};
+                               avx512::group_norm_silu_floor,
+                               avx512::winograd_conv_input,
+                               avx512::winograd_conv_output,
+                               avx512::winograd_conv_pack};
         if (std::string(isa) == "avx512" && cpu_has("avx2")) k = &emulated;
 #endif
         if (!k) continue;
@@ -182,6 +244,12 @@ int main() {
                 group_norm(*k, 2, 5, 64, 1, last, dtype, false);
             }
         for (const int64_t inner : {1, 7, 1023, 1024, 1025, 5000}) step(*k, 2, inner);
+        for (const bool fused : {false, true}) {
+            winograd(*k, {1, 1, 1, 1, 1}, {1, 1, 1}, fused);
+            winograd(*k, {3, 5, 18, 4, 7}, {2, 1, 2}, fused);
+            winograd(*k, {2, 67, 70, 6, 9}, {2, 2, 3}, fused);
+            winograd(*k, {1, 17, 33, 19, 22}, {1, 3, 2}, fused);
+        }
     }
     std::printf("%d levels, %d failures\n", levels, failures);
     return levels ? failures : 1;

@@ -93,7 +93,8 @@ def test_isa_levels(isa: str) -> None:
     if isa == native.build_info()["isa_used"]:
         return  # the rest of the suite runs on it
     folder = os.path.dirname(__file__)
-    tests = [os.path.join(folder, f"test_{op}.py") for op in ("group_norm_silu", "scheduler_step")]
+    native_ops = ("group_norm_silu", "group_norm_affine", "scheduler_step", "winograd_conv")
+    tests = [os.path.join(folder, f"test_{op}.py") for op in native_ops]
     result = subprocess.run(
         [
             sys.executable,

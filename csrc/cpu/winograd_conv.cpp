@@ -1,0 +1,417 @@
+// y = output_scale * (conv3x3(act(multiplier * x + offset), weight) + bias + add + residual), stride 1, zeros around,
+// by F(4x4, 3x3) (Lavin & Gray 2016): a tile of 4x4 outputs is  A^T [ (G g G^T) . (B^T d B) ] A  of its 6x6 inputs d
+// and the weights g, the product summed over C: 36 multiplications instead of 144. Points 0, +-a, +-b and infinity.
+//
+// x and y are [N, H, W, C] and [N, H, W, O]. Tiles come in groups (whole images, or a rectangle of one). Of a group
+//     input   act, then V = B^T d B             [C / 64][36][tiles][64]      read once, 2.25 times as large as x
+//     product M = sum over C of V U             [36][tiles][64], of 64 output channels at a time, U = G g G^T by blocks
+//             [36][64][64] in L2, either transformed here from the weights or read as they were packed
+//     output  y = A^T M A and what follows
+// The sum over C runs in order in blocks of 64, each summed from zero: a tile's bits depend on nothing but its inputs.
+// Least bytes: x, y, residual once; the weights (or U, 4 times as large) once per group.
+#include "simd.h"
+
+namespace difusores {
+namespace DIFUSORES_ISA_NAME {
+namespace {
+
+constexpr int64_t kBlock = kWinogradBlock;
+constexpr int kTile = 4, kInner = 6, kPoints = 36;
+constexpr float kA = 0.625f, kB = 1.5f;
+constexpr float kA2 = kA * kA, kB2 = kB * kB;
+constexpr int64_t kPoint = kWinogradPoint;
+// A micro-kernel keeps kRows tiles times kVectors vectors of output channels in registers.
+constexpr int kRows = 6, kVectors = kWidth == 16 ? 4 : 2;
+
+DIFUSORES_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+DIFUSORES_INLINE int64_t rounded(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
+DIFUSORES_INLINE f32v get(const float* p) { return load<DType::f32>(p, 0); }
+DIFUSORES_INLINE void put(float* p, f32v v) { store<DType::f32>(p, 0, v); }
+
+// --- the three transforms, of one line ---
+
+// B^T: six values of the image to six points.
+DIFUSORES_INLINE void image_to_points(const f32v (&d)[6], f32v (&v)[6]) {
+    const f32v even_a = d[4] - kB2 * d[2], odd_a = d[3] - kB2 * d[1];
+    const f32v even_b = d[4] - kA2 * d[2], odd_b = d[3] - kA2 * d[1];
+    v[0] = (d[0] * (kA2 * kB2) + d[4]) - (kA2 + kB2) * d[2];
+    v[1] = even_a + kA * odd_a;
+    v[2] = even_a - kA * odd_a;
+    v[3] = even_b + kB * odd_b;
+    v[4] = even_b - kB * odd_b;
+    v[5] = (d[1] * (kA2 * kB2) + d[5]) - (kA2 + kB2) * d[3];
+}
+
+// G: row `y` of it, and all of it times three weights.
+constexpr float kNear = 1.0f / (2.0f * kA2 * (kA2 - kB2)), kFar = 1.0f / (2.0f * kB2 * (kB2 - kA2));
+constexpr float kG[kInner][3] = {{1.0f / (kA2 * kB2), 0.0f, 0.0f},  {kNear, kA * kNear, kA2 * kNear},
+                                 {kNear, -kA * kNear, kA2 * kNear}, {kFar, kB * kFar, kB2 * kFar},
+                                 {kFar, -kB * kFar, kB2 * kFar},    {0.0f, 0.0f, 1.0f}};
+DIFUSORES_INLINE void weights_to_points(const f32v (&g)[3], f32v (&u)[6]) {
+    const f32v even_a = g[0] * kG[1][0] + g[2] * kG[1][2], odd_a = g[1] * kG[1][1];
+    const f32v even_b = g[0] * kG[3][0] + g[2] * kG[3][2], odd_b = g[1] * kG[3][1];
+    u[0] = g[0] * kG[0][0];
+    u[1] = even_a + odd_a;
+    u[2] = even_a - odd_a;
+    u[3] = even_b + odd_b;
+    u[4] = even_b - odd_b;
+    u[5] = g[2];
+}
+
+// A^T: six points to four outputs.
+DIFUSORES_INLINE void points_to_outputs(const f32v (&m)[6], f32v (&y)[4]) {
+    const f32v sum_a = m[1] + m[2], difference_a = m[1] - m[2];
+    const f32v sum_b = m[3] + m[4], difference_b = m[3] - m[4];
+    y[0] = (m[0] + sum_a) + sum_b;
+    y[1] = kA * difference_a + kB * difference_b;
+    y[2] = kA2 * sum_a + kB2 * sum_b;
+    y[3] = (kA2 * kA) * difference_a + ((kB2 * kB) * difference_b + m[5]);
+}
+
+// --- groups of tiles ---
+
+// Tiles [ty0, ty1) x [tx0, tx1) of images [n0, n1).
+struct Group {
+    int64_t n0, n1, ty0, ty1, tx0, tx1;
+    int64_t rows() const { return ty1 - ty0; }
+    int64_t columns() const { return tx1 - tx0; }
+    int64_t tiles() const { return (n1 - n0) * rows() * columns(); }
+};
+
+DIFUSORES_INLINE Group group_of(const WinogradConvArgs& args, int64_t g) {
+    const int64_t tiles_h = (args.h + kTile - 1) / kTile, tiles_w = (args.w + kTile - 1) / kTile;
+    const int64_t down = (tiles_h + args.group_h - 1) / args.group_h,
+                  across = (tiles_w + args.group_w - 1) / args.group_w;
+    const int64_t n0 = g / (down * across) * args.group_n;
+    const int64_t ty0 = g / across % down * args.group_h, tx0 = g % across * args.group_w;
+    return {n0,  at_most(n0 + args.group_n, args.n),  ty0, at_most(ty0 + args.group_h, tiles_h),
+            tx0, at_most(tx0 + args.group_w, tiles_w)};
+}
+
+// Floats of one point of V in a block of C, and of M: a line more than a power of two, so that the 36 points of a tile
+// do not meet in one set of the cache.
+DIFUSORES_INLINE int64_t point_stride(const WinogradConvArgs& args) {
+    return args.group_n * args.group_h * args.group_w * kBlock + kMaxWidth;
+}
+
+// --- input ---
+
+// act(multiplier * x + offset) of kBlock channels from c0 on and the pixels that the tiles of image n read, zeros
+// outside, into patch[rows][columns][width].
+void fill_patch(const WinogradConvArgs& args, const Group& group, int64_t n, int64_t c0, int64_t width, float* patch) {
+    constexpr int kTogether = kWidth == 16 ? 4 : 2;
+    const int64_t count = at_most(args.c - c0, kBlock);
+    alignas(64) float a[kBlock], b[kBlock];
+    for (int64_t c = 0; c < kBlock; ++c) {
+        a[c] = args.multiplier.ptr && c < count ? param(args.multiplier, n, c0 + c, 1.0f) : 1.0f;
+        b[c] = args.offset.ptr && c < count ? param(args.offset, n, c0 + c, 0.0f) : 0.0f;
+    }
+    const bool affine = args.multiplier.ptr || args.offset.ptr;
+    const int64_t columns = kTile * group.columns() + 2;
+    for (int64_t row = 0; row < kTile * group.rows() + 2; ++row) {
+        const int64_t iy = kTile * group.ty0 + row - 1;
+        for (int64_t column = 0; column < columns; ++column) {
+            const int64_t ix = kTile * group.tx0 + column - 1;
+            float* const out = patch + (row * columns + column) * width;
+            if (iy < 0 || iy >= args.h || ix < 0 || ix >= args.w) {
+                for (int64_t c = 0; c < width; c += kWidth) put(out + c, f32v{});
+                continue;
+            }
+            const float* const in = args.x + ((n * args.h + iy) * args.w + ix) * args.c + c0;
+            int64_t c = 0;
+            for (; c + kTogether * kWidth <= count; c += kTogether * kWidth) {
+                f32v t[kTogether];
+                for (int k = 0; k < kTogether; ++k) t[k] = get(in + c + k * kWidth);
+                if (affine)
+                    for (int k = 0; k < kTogether; ++k) t[k] = t[k] * get(a + c + k * kWidth) + get(b + c + k * kWidth);
+                if (args.silu) silu(t);
+                for (int k = 0; k < kTogether; ++k) put(out + c + k * kWidth, t[k]);
+            }
+            for (; c < count; c += kWidth) {
+                const int left = static_cast<int>(at_most(count - c, kWidth));
+                f32v t[1] = {left == kWidth ? get(in + c) : load_tail<DType::f32>(in, c, left)};
+                if (affine) t[0] = t[0] * get(a + c) + get(b + c);
+                if (args.silu) silu(t);
+                if (left < kWidth) t[0] = lane_mask(left) > 0.0f ? t[0] : f32v{};
+                put(out + c, t[0]);
+            }
+        }
+    }
+}
+
+// V of the tiles of one image, `first` being the place of its first tile.
+void patch_to_points(const Group& group, const float* patch, int64_t width, int64_t first, int64_t stride, float* v) {
+    const int64_t columns = kTile * group.columns() + 2;
+    for (int64_t ty = 0; ty < group.rows(); ++ty)
+        for (int64_t tx = 0; tx < group.columns(); ++tx) {
+            const float* const from = patch + (ty * columns + tx) * kTile * width;
+            float* const to = v + (first + ty * group.columns() + tx) * width;
+            for (int64_t c = 0; c < width; c += kWidth) {
+                f32v half[kInner][kInner];
+                for (int x = 0; x < kInner; ++x) {
+                    f32v d[kInner], line[kInner];
+                    for (int y = 0; y < kInner; ++y) d[y] = get(from + (y * columns + x) * width + c);
+                    image_to_points(d, line);
+                    for (int y = 0; y < kInner; ++y) half[y][x] = line[y];
+                }
+                for (int y = 0; y < kInner; ++y) {
+                    f32v line[kInner];
+                    image_to_points(half[y], line);
+                    for (int x = 0; x < kInner; ++x) put(to + (kInner * y + x) * stride + c, line[x]);
+                }
+            }
+        }
+}
+
+// --- weights ---
+
+template <int kHalf, bool kHigh>
+DIFUSORES_INLINE f32v exchange(f32v a, f32v b) {
+#if defined(__clang__)
+    f32v r;
+    for (int k = 0; k < kWidth; ++k)
+        r[k] = kHigh ? (k & kHalf ? b[k] : a[k | kHalf]) : (k & kHalf ? b[k & ~kHalf] : a[k]);
+    return r;
+#else
+    i32v from;
+    for (int k = 0; k < kWidth; ++k)
+        from[k] = kHigh ? (k & kHalf ? kWidth + k : k | kHalf) : (k & kHalf ? kWidth + (k & ~kHalf) : k);
+    return __builtin_shuffle(a, b, from);
+#endif
+}
+
+template <int kHalf>
+DIFUSORES_INLINE void transpose(f32v (&r)[kWidth]) {
+    for (int k = 0; k < kWidth; ++k)
+        if (!(k & kHalf)) {
+            const f32v a = r[k], b = r[k + kHalf];
+            r[k] = exchange<kHalf, false>(a, b);
+            r[k + kHalf] = exchange<kHalf, true>(a, b);
+        }
+    if constexpr (kHalf > 1) transpose<kHalf / 2>(r);
+}
+
+// kWidth rows of kWidth floats, `pitch` apart, into columns: to[k * step].
+DIFUSORES_INLINE void transpose_rows(const float* from, int64_t pitch, float* to, int64_t step) {
+    f32v r[kWidth];
+    for (int o = 0; o < kWidth; ++o) r[o] = get(from + o * pitch);
+    transpose<kWidth / 2>(r);
+    for (int k = 0; k < kWidth; ++k) put(to + k * step, r[k]);
+}
+
+// The weights of `wide` output channels at o0 and of the input channels of a block at c0, zeros where there are none:
+// g[9][channels][wide], kPoint from one of the nine to the next.
+void gather_weights(const WinogradConvArgs& args, int64_t o0, int64_t wide, int64_t c0, float* g) {
+    const int64_t channels = at_most(args.c - c0, kBlock), pitch = 9 * args.c;
+    for (int64_t o = 0; o < wide; o += kWidth)
+        for (int64_t c = 0; c < channels; c += kWidth) {
+            const float* from = args.weight + (o0 + o) * pitch + (args.weight_last ? c0 + c : 9 * (c0 + c));
+            const int64_t outputs = at_most(args.o - o0 - o, kWidth), inputs = at_most(channels - c, kWidth);
+            float* const to = g + c * wide + o;
+            if (outputs < kWidth || inputs < kWidth) {
+                for (int64_t k = 0; k < 9; ++k)
+                    for (int64_t i = 0; i < inputs; ++i)
+                        for (int64_t lane = 0; lane < kWidth; ++lane)
+                            to[k * kPoint + i * wide + lane] =
+                                lane < outputs ? from[lane * pitch + (args.weight_last ? k * args.c + i : 9 * i + k)]
+                                               : 0.0f;
+            } else if (args.weight_last) {
+                for (int64_t k = 0; k < 9; ++k) transpose_rows(from + k * args.c, pitch, to + k * kPoint, wide);
+            } else {
+                alignas(64) float columns[9 * kWidth * kWidth];
+                for (int64_t part = 0; part < 9; ++part) {
+                    for (int64_t lane = 0; lane < kWidth; ++lane)
+                        __builtin_prefetch(from + lane * pitch + (9 + part) * kWidth);
+                    transpose_rows(from + part * kWidth, pitch, columns + part * kWidth * kWidth, kWidth);
+                }
+                for (int64_t i = 0; i < kWidth; ++i)
+                    for (int64_t k = 0; k < 9; ++k)
+                        put(to + k * kPoint + i * wide, get(columns + (9 * i + k) * kWidth));
+            }
+        }
+}
+
+// Row kRow of U = G g G^T: six points of a block, kPoint apart.
+template <int kRow>
+void weights_row(const float* g, int64_t size, float* u) {
+    for (int64_t i = 0; i < size; i += kWidth) {
+        f32v line[3], points[kInner];
+        for (int x = 0; x < 3; ++x) {
+            const float* const from = g + x * kPoint + i;
+            if constexpr (kRow == 0) line[x] = get(from) * kG[0][0];
+            else if constexpr (kRow == 5) line[x] = get(from + 6 * kPoint);
+            else
+                line[x] = get(from) * kG[kRow][0] + get(from + 6 * kPoint) * kG[kRow][2] +
+                          get(from + 3 * kPoint) * kG[kRow][1];
+        }
+        weights_to_points(line, points);
+        for (int x = 0; x < kInner; ++x) put(u + x * kPoint + i, points[x]);
+    }
+}
+constexpr decltype(&weights_row<0>) kWeightsRow[kInner] = {weights_row<0>, weights_row<1>, weights_row<2>,
+                                                           weights_row<3>, weights_row<4>, weights_row<5>};
+
+// --- product ---
+
+// Rows of v `width` apart, of u and m `wide`; `ahead` is what of u comes next.
+struct Panel {
+    const float *v, *u;
+    float* m;
+    int64_t width, wide, channels;
+    const float* ahead;
+};
+
+// m[kCount][kVectors] (+)= v[kCount][channels] u[channels][kVectors]. Meanwhile the next rows of v and m, and a part of
+// the next u, come nearer: v is read from beyond L2, u and m from L2.
+template <int kCount, int kVectorCount, bool kFirst>
+DIFUSORES_INLINE void multiply(const Panel& p, int64_t t) {
+    const float* const v = p.v + t * p.width;
+    float* const m = p.m + t * p.wide;
+    const float* const next_v = v + kCount * p.width;
+    const float* const next_m = m + kCount * p.wide;
+    const float* const next_u = p.ahead + t * p.wide;
+    f32v sum[kCount][kVectorCount] = {};
+    for (int64_t c = 0; c < p.channels; ++c) {
+        f32v b[kVectorCount];
+        for (int k = 0; k < kVectorCount; ++k) b[k] = get(p.u + c * p.wide + k * kWidth);
+        __builtin_prefetch(next_v + kCount * c);
+        __builtin_prefetch(next_m + kCount * c);
+        __builtin_prefetch(next_u + kCount * c);
+        for (int i = 0; i < kCount; ++i) {
+            const f32v a = splat(v[i * p.width + c]);
+            for (int k = 0; k < kVectorCount; ++k) sum[i][k] += a * b[k];
+        }
+    }
+    for (int i = 0; i < kCount; ++i)
+        for (int k = 0; k < kVectorCount; ++k) {
+            float* const to = m + i * p.wide + k * kWidth;
+            put(to, kFirst ? sum[i][k] : get(to) + sum[i][k]);
+        }
+}
+
+template <int kVectorCount, bool kFirst>
+void multiply_panel(const Panel& p, int64_t tiles) {
+    int64_t t = 0;
+    for (; t + kRows <= tiles; t += kRows) multiply<kRows, kVectorCount, kFirst>(p, t);
+    switch (tiles - t) {
+        case 5: return multiply<5, kVectorCount, kFirst>(p, t);
+        case 4: return multiply<4, kVectorCount, kFirst>(p, t);
+        case 3: return multiply<3, kVectorCount, kFirst>(p, t);
+        case 2: return multiply<2, kVectorCount, kFirst>(p, t);
+        case 1: return multiply<1, kVectorCount, kFirst>(p, t);
+    }
+}
+
+// Six points.
+template <bool kFirst>
+void multiply_row(const float* v, int64_t width, const float* u, float* m, int64_t stride, int64_t wide,
+                  int64_t channels, int64_t tiles) {
+    for (int64_t f = 0; f < kInner; ++f, v += stride, m += stride, u += kPoint) {
+        int64_t o = 0;
+        const auto panel = [&] { return Panel{v, u + o, m + o, width, wide, channels, u + kPoint}; };
+        for (; o + kVectors * kWidth <= wide; o += kVectors * kWidth) multiply_panel<kVectors, kFirst>(panel(), tiles);
+        if constexpr (kVectors == 4) {
+            switch ((wide - o) / kWidth) {
+                case 3: multiply_panel<3, kFirst>(panel(), tiles); break;
+                case 2: multiply_panel<2, kFirst>(panel(), tiles); break;
+                case 1: multiply_panel<1, kFirst>(panel(), tiles); break;
+            }
+        }
+    }
+}
+
+// --- output ---
+
+// The outputs of a tile for kWidth channels from o on, `count` of which exist.
+DIFUSORES_INLINE void store_tile(const WinogradConvArgs& args, const f32v (&y)[4][4], int64_t n, int64_t ty, int64_t tx,
+                                 int64_t o, int count, f32v constant) {
+    const int64_t rows = at_most(args.h - kTile * ty, kTile), columns = at_most(args.w - kTile * tx, kTile);
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) {
+            const int64_t place = ((n * args.h + kTile * ty + i) * args.w + kTile * tx + j) * args.o + o;
+            f32v value = y[i][j] + constant;
+            if (count == kWidth) {
+                if (args.residual) value += get(args.residual + place);
+                put(args.y + place, value * args.output_scale);
+            } else {
+                if (args.residual) value += load_tail<DType::f32>(args.residual, place, count);
+                store_tail<DType::f32>(args.y, place, value * args.output_scale, count);
+            }
+        }
+}
+
+void points_to_image(const WinogradConvArgs& args, const Group& group, const float* m, int64_t stride, int64_t o0,
+                     int64_t wide) {
+    for (int64_t n = group.n0; n < group.n1; ++n) {
+        alignas(64) float constant[kBlock];
+        for (int64_t o = 0; o < wide; ++o)
+            constant[o] = o0 + o < args.o ? param(args.bias, 0, o0 + o, 0.0f) + param(args.add, n, o0 + o, 0.0f) : 0.0f;
+        for (int64_t ty = group.ty0; ty < group.ty1; ++ty)
+            for (int64_t tx = group.tx0; tx < group.tx1; ++tx, m += wide)
+                for (int64_t o = 0; o < wide && o0 + o < args.o; o += kWidth) {
+                    f32v half[kTile][kInner], y[kTile][kTile];
+                    for (int x = 0; x < kInner; ++x) {
+                        f32v line[kInner], out[kTile];
+                        for (int k = 0; k < kInner; ++k) line[k] = get(m + (kInner * k + x) * stride + o);
+                        points_to_outputs(line, out);
+                        for (int k = 0; k < kTile; ++k) half[k][x] = out[k];
+                    }
+                    for (int k = 0; k < kTile; ++k) points_to_outputs(half[k], y[k]);
+                    const int count = static_cast<int>(at_most(args.o - o0 - o, kWidth));
+                    store_tile(args, y, n, ty, tx, o0 + o, count, get(constant + o));
+                }
+    }
+}
+
+}  // namespace
+
+void winograd_conv_input(const WinogradConvArgs& args, float* scratch, int64_t begin, int64_t end) {
+    const int64_t blocks = (args.c + kBlock - 1) / kBlock, stride = point_stride(args);
+    for (int64_t task = begin; task < end; ++task) {
+        const Group group = group_of(args, args.first_group + task / blocks);
+        const int64_t c0 = task % blocks * kBlock, width = rounded(at_most(args.c - c0, kBlock), kWidth);
+        float* const v = args.v + task * kPoints * stride;
+        for (int64_t n = group.n0; n < group.n1; ++n) {
+            fill_patch(args, group, n, c0, width, scratch);
+            patch_to_points(group, scratch, width, (n - group.n0) * group.rows() * group.columns(), stride, v);
+        }
+    }
+}
+
+void winograd_conv_output(const WinogradConvArgs& args, float* scratch, int64_t begin, int64_t end) {
+    const int64_t padded = rounded(args.o, kMaxWidth), wide_blocks = (args.o + kBlock - 1) / kBlock;
+    const int64_t blocks = (args.c + kBlock - 1) / kBlock, stride = point_stride(args);
+    float *const g = scratch, *const row = g + 9 * kPoint, *const m = row + kInner * kPoint;
+    for (int64_t task = begin; task < end; ++task) {
+        const Group group = group_of(args, args.first_group + task / wide_blocks);
+        const int64_t o0 = task % wide_blocks * kBlock, wide = at_most(padded - o0, kBlock);
+        for (int64_t k = 0; k < blocks; ++k) {
+            const int64_t c0 = k * kBlock, channels = at_most(args.c - c0, kBlock);
+            const float* const v = args.v + (task / wide_blocks * blocks + k) * kPoints * stride;
+            if (!args.packed) gather_weights(args, o0, wide, c0, g);
+            for (int64_t y = 0; y < kInner; ++y) {
+                const float* u = row;
+                if (args.packed) u = args.packed + ((o0 / kBlock * blocks + k) * kPoints + y * kInner) * kPoint;
+                else kWeightsRow[y](g, channels * wide, row);
+                (k ? multiply_row<false> : multiply_row<true>)(v + y * kInner * stride, rounded(channels, kWidth), u,
+                                                               m + y * kInner * stride, stride, wide, channels,
+                                                               group.tiles());
+            }
+        }
+        points_to_image(args, group, m, stride, o0, wide);
+    }
+}
+
+void winograd_conv_pack(const WinogradConvArgs& args, float* packed, float* scratch, int64_t begin, int64_t end) {
+    const int64_t padded = rounded(args.o, kMaxWidth), blocks = (args.c + kBlock - 1) / kBlock;
+    for (int64_t task = begin; task < end; ++task) {
+        const int64_t o0 = task / blocks * kBlock, wide = at_most(padded - o0, kBlock), c0 = task % blocks * kBlock;
+        gather_weights(args, o0, wide, c0, scratch);
+        for (int64_t y = 0; y < kInner; ++y)
+            kWeightsRow[y](scratch, at_most(args.c - c0, kBlock) * wide,
+                           packed + (task * kPoints + y * kInner) * kPoint);
+    }
+}
+
+}  // namespace DIFUSORES_ISA_NAME
+}  // namespace difusores
