@@ -16,16 +16,18 @@ from tqdm.auto import tqdm
 
 from difusores.configuration import ConfigMixin
 from difusores.files import find_file, upload_folder
-from difusores.models.modeling import drop_unsupported, resolve_dtype
+from difusores.models.modeling import ModelMixin, drop_unsupported, resolve_dtype
 from difusores.plan import Plan
 
+SAFETY_CHECKER = "difusores.pipelines.safety_checker"
 LIBRARIES = {
     "diffusers": "difusores",
     "difusores": "difusores",
     "latent_diffusion": "difusores",
+    "stable_diffusion": SAFETY_CHECKER,
     "transformers": "transformers",
 }
-"""Library named in a model_index.json -> the package whose classes are used."""
+"""Library named in a model_index.json -> the package or module whose classes are used."""
 
 RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
 """Class named in old folders -> the name that it has now."""
@@ -297,10 +299,9 @@ def _library_and_class(component: object) -> tuple[str | None, str | None]:
 
 def _find_class(library: str, name: str) -> Any:
     package = LIBRARIES.get(library)
-    if package == "transformers" and importlib.util.find_spec(package) is None:
-        raise ImportError(
-            f"{name} is a class of transformers, which is not installed: difusores[text] has it"
-        )
+    needs_transformers = package in ("transformers", SAFETY_CHECKER)
+    if needs_transformers and importlib.util.find_spec("transformers") is None:
+        raise ImportError(f"{name} needs transformers, which is not installed: difusores[text] has it")
     name = RENAMED.get(name, name)
     found = getattr(importlib.import_module(package), name, None) if package else None
     if found is None:
@@ -328,7 +329,8 @@ def load_component(
         dtype = options["torch_dtype"]
         if isinstance(dtype, dict):
             options["torch_dtype"] = dtype.get(name, dtype.get("default"))
-        if library == "transformers":  # which else takes the file's dtype, and knows the argument as dtype
+        if not issubclass(component_class, ModelMixin):
+            # transformers', which else takes the file's dtype, and knows the argument as dtype
             options["dtype"] = options.pop("torch_dtype") or torch.float32
     return component_class.from_pretrained(source, subfolder=name, **options)
 
