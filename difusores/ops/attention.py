@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from difusores.ops.dispatch import LIBRARY, choose, register
+from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register, register_triton
 
-LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor")
-register("attention", "torch")
+_SIGNATURE = "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor"
+LIBRARY.define("attention" + _SIGNATURE)
+_TRITON_OP = register_triton("attention", _SIGNATURE)
+register("attention", "torch", "triton")
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -37,6 +39,11 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
+@torch.library.register_fake("difusores::attention_triton", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _fake_triton(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, v, mask, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, mask)
@@ -58,11 +65,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_q, grad_k, grad_v, grad_mask, None
 
 
-torch.library.register_autograd("difusores::attention", _backward, setup_context=_setup_context, lib=LIBRARY)
+for _name in ("attention", "attention_triton"):
+    torch.library.register_autograd(
+        f"difusores::{_name}", _backward, setup_context=_setup_context, lib=LIBRARY
+    )
 
 
-def supports(backend: str, q: Tensor) -> str | None:
+_WIDEST = 512  # head that fits the registers of a kernel
+
+
+def supports(backend: str, q: Tensor, v: Tensor) -> str | None:
     """None if `backend` takes this call, else the reason in words."""
+    if backend == "torch":
+        return None
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernel takes float32, bfloat16 and float16, not {q.dtype}"
+    if max(q.shape[3], v.shape[3]) > _WIDEST:
+        return f"the kernel takes heads of at most {_WIDEST} elements, not {max(q.shape[3], v.shape[3])}"
     return None
 
 
@@ -99,7 +118,12 @@ def attention(
         raise ValueError(f"mask must be bool or floating point, got {mask.dtype}")
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
-    if choose("attention", q.device.type, supports, q) == "torch":
+    backend = choose("attention", q.device.type, supports, q, v)
+    if backend == "triton":
+        call = (q, k, v, mask, scale)
+        out: Tensor = _TRITON_OP(*call) if needs_grad(q, k, v, mask) else below_autograd(_TRITON_OP, *call)
+        return out
+    if backend == "torch":
         additive = mask if mask is None or mask.dtype is torch.bool else mask.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=additive, scale=scale)
     return reference(q, k, v, mask, scale)

@@ -222,6 +222,65 @@ def test_geglu_of_hostile_values() -> None:
     assert torch.isfinite(got[3:]).all()
 
 
+def heads(b: int, h: int, length: int, d: int, dtype: torch.dtype) -> Tensor:
+    """As a projection leaves them."""
+    return torch.randn(b, length, h * d).to(dtype).reshape(b, length, h, d).transpose(1, 2)
+
+
+# (batch, heads, queries, keys, width): every way to cut a head, keys that no block fills
+ATTENTIONS = [
+    ((1, 2, 33, 77, 40), torch.float16),
+    ((1, 1, 16, 16, 80), torch.bfloat16),
+    ((2, 1, 1, 5, 64), torch.float32),
+    ((1, 1, 9, 130, 160), torch.float16),
+    ((1, 1, 20, 24, 512), torch.float32),
+    ((1, 2, 5, 1, 1), torch.float32),
+    ((1, 1, 17, 17, 96), torch.bfloat16),
+    ((0, 2, 4, 4, 8), torch.float32),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), ATTENTIONS, ids=str)
+def test_attention(shape: Any, dtype: torch.dtype, check: Any) -> None:
+    b, h, length, keys, d = shape
+    q, k, v = heads(b, h, length, d, dtype), heads(b, h, keys, d, dtype), heads(b, h, keys, d, dtype)
+    known = torch.rand(b, 1, 1, keys) > 0.3
+    known[..., 0] = True
+    for mask in (None, known, torch.randn(b, 1, length, keys).to(dtype)):
+        got = ops.attention(q, k, v, mask=mask)
+        assert got.shape == (b, h, length, d) and got.transpose(1, 2).is_contiguous()
+        wide_mask = mask.double() if mask is not None and mask.is_floating_point() else mask
+        with ops.use_backend("reference"):
+            oracle = ops.attention(q.double(), k.double(), v.double(), mask=wide_mask)
+        if got.numel():
+            check(got, F.scaled_dot_product_attention(q, k, v, attn_mask=mask), oracle)
+
+
+def test_attention_of_hostile_values() -> None:
+    """Scores far above what exp can take; NaN and Inf in their head alone; a width of v that is not q's."""
+    q, k, v = 30 * torch.randn(1, 3, 9, 16), 30 * torch.randn(1, 3, 40, 16), torch.randn(1, 3, 40, 24)
+    got = ops.attention(q, k, v)
+    with ops.use_backend("reference"):
+        torch.testing.assert_close(got, ops.attention(q, k, v))
+    assert torch.equal(ops.attention(q[:, 1:2], k[:, 1:2], v[:, 1:2]), got[:, 1:2])
+    columns = torch.stack((k, k), dim=-1)[..., 0]
+    assert torch.equal(ops.attention(q, columns, v), got)
+    v[0, 0, 4, 2], k[0, 1, 0, 0] = math.nan, math.inf
+    broken = ops.attention(q, k, v)
+    assert torch.isnan(broken[0, 0, :, 2]).all() and torch.equal(broken[0, 2], got[0, 2])
+    with ops.use_backend("reference"):
+        assert torch.equal(torch.isnan(broken), torch.isnan(ops.attention(q, k, v)))
+    q, k, v = (torch.randn(1, 1, 2, 3, requires_grad=True) for _ in range(3))
+    ours = torch.autograd.grad(ops.attention(q, k, v, scale=0.5).square().sum(), (q, k, v))
+    with ops.use_backend("reference"):
+        eager = torch.autograd.grad(ops.attention(q, k, v, scale=0.5).square().sum(), (q, k, v))
+    torch.testing.assert_close(ours, eager)
+    op = torch.ops.difusores.attention_triton.default
+    torch.library.opcheck(
+        op, (q.detach(), k.detach(), v.detach(), None, 0.5), test_utils=("test_schema", "test_faketensor")
+    )
+
+
 def row(**values: float) -> Tensor:
     """A table of two rows, of zeros but for x0 = x and the numbers given as c0 … c39."""
     table = torch.zeros(2, ROW, dtype=torch.float64)
@@ -265,6 +324,7 @@ def test_what_a_kernel_does_not_take_is_refused_in_words() -> None:
         (lambda: ops.group_norm_silu(x[..., ::2], 4, None, None), "contiguous and channels_last"),
         (lambda: ops.group_norm_silu(torch.randn(1, 16385, 1), 1, None, None), "at most 16384 channels"),
         (lambda: ops.layer_norm(torch.randn(1, 16385), None, None), "at most 16384 elements"),
+        (lambda: ops.attention(*[torch.randn(1, 1, 2, 513)] * 3), "at most 512 elements"),
         (lambda: ops.geglu(x.double()), r"not torch\.float64"),
     ):
         with pytest.raises(ops.BackendUnavailable, match=f"backend 'triton' was asked for, but .*{words}"):

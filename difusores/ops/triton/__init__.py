@@ -37,7 +37,11 @@ def power_of_2(n: int) -> int:
 
 
 def alignment(*counts: int) -> int:
-    """The largest power of two up to 16 that divides every count: of elements that lie side by side."""
+    """The largest power of two up to 16 that divides every count.
+
+    Kernels take counts that decide how wide a load can be divided by it, and multiply again by this constant:
+    the compiler looks at the divisors of constants, but of an argument it only asks whether 16 is one.
+    """
     together = 16
     for n in counts:
         together = min(together, n & -n) if n else together

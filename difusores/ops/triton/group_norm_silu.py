@@ -142,12 +142,15 @@ def nchw(
     POSITIONS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """One group of one image, or a chunk of its positions; tiles are channels x positions."""
+    """One group of one image, or a chunk of its positions; tiles are channels x positions.
+
+    `positions` are counted in units of ALIGN.
+    """
+    positions *= ALIGN
     group = tl.program_id(0) // chunks
     piece = tl.program_id(0) % chunks
     depth = channels // groups
     channel0 = group % groups * depth
-    positions = tl.multiple_of(positions, ALIGN)
     first = piece * chunk
     last = tl.minimum(first + chunk, positions)
     base = group.to(tl.int64) * depth * positions
@@ -248,8 +251,11 @@ def nhwc(
 ):
     """`width` channels, which are whole groups, of one image, or of a chunk of its positions.
 
-    Tiles are positions x channels. ONE: `width` is one group.
+    Tiles are positions x channels. ONE: `width` is one group. `channels` and `width` are counted in units of
+    ALIGN.
     """
+    channels *= ALIGN
+    width *= ALIGN
     blocks = tl.cdiv(channels, width)
     image = (tl.program_id(0) // (chunks * blocks)).to(tl.int64)
     block = tl.program_id(0) // chunks % blocks
@@ -257,11 +263,10 @@ def nhwc(
     depth = channels // groups
     first = piece * chunk
     last = tl.minimum(first + chunk, positions)
-    channels = tl.multiple_of(channels, ALIGN)
-    channel0 = tl.multiple_of(block * width, ALIGN)
+    channel0 = block * width
     c_tile = tl.arange(0, CHANNELS)[None, :]
     p_tile = tl.arange(0, POSITIONS)[:, None]
-    side = tl.multiple_of(tl.minimum(width, channels - channel0), ALIGN)
+    side = tl.minimum(width, channels - channel0)
     valid = c_tile < side
     c = channel0 + c_tile
     base = image * positions * channels
@@ -394,24 +399,25 @@ def launch(
     partial: Tensor | None = None
     if cut.chunks > 1:
         partial = x.new_empty((n * num_groups, cut.chunks, 2), dtype=torch.float32)
+    align = alignment(cut.width, channels) if last else alignment(positions)
     options: dict[str, Any] = {
         "SILU": silu,
+        "ALIGN": align,
         "CHANNELS": cut.channels,
         "POSITIONS": cut.positions,
         "CHUNKS": power_of_2(cut.chunks),
         "num_warps": max(1, min(8, cut.channels * cut.positions // 512)),
     }
-    sizes: list[Any] = [channels, num_groups, positions, cut.chunk, cut.chunks, eps]
+    sizes: list[Any] = [channels // align if last else channels, num_groups]
+    sizes += [positions if last else positions // align, cut.chunk, cut.chunks, eps]
     sizes += [0 if p is None else p.stride(0) for p in (add, scale, shift)]
     if last:
-        options |= {"ONE": cut.width * num_groups == channels, "ALIGN": alignment(cut.width, channels)}
-        options["CHUNKS"] = JOINED
-        sizes.append(cut.width)
+        options |= {"ONE": cut.width * num_groups == channels, "CHUNKS": JOINED}
+        sizes.append(cut.width // align)
         programs = n * -(-channels // cut.width) * cut.chunks
     else:
         depth = channels // num_groups
         options["EVEN"] = positions % cut.positions == 0 and depth % cut.channels == 0
-        options["ALIGN"] = alignment(positions)
         programs = n * num_groups * cut.chunks
     tensors = [x, residual, add, weight, bias, scale, shift, y, total if return_sum else None, partial]
     kernel = nhwc if last else nchw

@@ -1,0 +1,199 @@
+"""Scaled dot-product attention, softmax(scale * q kᵀ + mask) v, without the scores in memory.
+
+A program takes BLOCK_Q queries of a head and goes over the keys BLOCK_K at a time, with a running maximum
+and sum of each query's softmax (Milakov & Gimelshein 2018; Dao et al. 2022). Bytes: q and the result once; k
+and v once from memory and then from L2 for every block of queries. Layout: any strides, elements of a head side
+by side; the result is [B, L, H, D] in memory, as the projection that follows reads it.
+
+Tiles are powers of two, so a head is cut into two: 40 = 32 + 8, 80 = 64 + 16, 96 = 64 + 32, 160 = 128 + 32.
+The second part is 8 wide in p v but 16 in q kᵀ, the least that `tl.dot` sums over: at 40 a tenth more products
+than needed, at the other widths none (with a tile of 64: 0.6 more at 40). Products of 16-bit tensors run on
+matrix units with fp32 sums, those of fp32 tensors as three products of TF32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from difusores.ops.triton import INTERPRETED, alignment, power_of_2, run
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _dot(a, b, total, WIDEN: tl.constexpr):
+    if WIDEN:  # the interpreter multiplies the bits of bf16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="tf32x3")
+
+
+@triton.jit
+def attention(
+    q,
+    k,
+    v,
+    mask,
+    out,
+    heads,
+    queries,
+    keys,
+    scale,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    mask_batch,
+    mask_head,
+    mask_row,
+    mask_key,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    DV: tl.constexpr,
+    V1: tl.constexpr,
+    V2: tl.constexpr,
+    BOOL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    blocks = tl.cdiv(queries, BLOCK_Q)
+    of = tl.program_id(0) // blocks
+    batch, head = (of // heads).to(tl.int64), (of % heads).to(tl.int64)
+    row = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    q += (batch * q_batch + head * q_head) * ALIGN
+    k += (batch * k_batch + head * k_head) * ALIGN
+    v += (batch * v_batch + head * v_head) * ALIGN
+    real = (row < queries)[:, None]
+    wide = row.to(tl.int64)[:, None]
+    d1, d2 = tl.arange(0, D1)[None, :], D1 + tl.arange(0, D2)[None, :]
+    c1, c2 = tl.arange(0, V1)[None, :], V1 + tl.arange(0, V2)[None, :]
+    q1 = tl.load(q + wide * q_row * ALIGN + d1, real & (d1 < D), other=0.0)
+    if D > D1:
+        q2 = tl.load(q + wide * q_row * ALIGN + d2, real & (d2 < D), other=0.0)
+    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    sum1 = tl.zeros([BLOCK_Q, V1], tl.float32)
+    sum2 = tl.zeros([BLOCK_Q, V2], tl.float32)
+    for key0 in range(0, keys, BLOCK_K):
+        key = key0 + tl.arange(0, BLOCK_K)
+        known = (key < keys)[:, None]
+        at = key.to(tl.int64)[:, None]
+        s = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+        k1 = tl.load(k + at * k_row * ALIGN + d1, known & (d1 < D), other=0.0)
+        s = _dot(q1, tl.trans(k1), s, WIDEN)
+        if D > D1:
+            k2 = tl.load(k + at * k_row * ALIGN + d2, known & (d2 < D), other=0.0)
+            s = _dot(q2, tl.trans(k2), s, WIDEN)
+        s *= scale * LOG2E
+        inside = real & (key < keys)[None, :]
+        if mask is not None:
+            place = mask + batch * mask_batch + head * mask_head
+            place += wide * mask_row + key.to(tl.int64)[None, :] * mask_key
+            if BOOL:
+                inside &= tl.load(place, inside, other=0) != 0
+            else:
+                s += tl.load(place, inside, other=0.0).to(tl.float32) * LOG2E
+        s = tl.where(inside, s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, axis=1))
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.exp2(s - finite[:, None])
+        fade = tl.exp2(top - finite)
+        total = total * fade + tl.sum(p, axis=1)
+        top = higher
+        v1 = tl.load(v + at * v_row * ALIGN + c1, known & (c1 < DV), other=0.0)
+        p = p.to(v1.dtype)
+        sum1 = _dot(p, v1, sum1 * fade[:, None], WIDEN)
+        if DV > V1:
+            v2 = tl.load(v + at * v_row * ALIGN + c2, known & (c2 < DV), other=0.0)
+            sum2 = _dot(p, v2, sum2 * fade[:, None], WIDEN)
+    out += ((batch * queries + wide) * heads + head) * DV
+    tl.store(out + c1, (sum1 / total[:, None]).to(out.dtype.element_ty), real & (c1 < DV))
+    if DV > V1:
+        tl.store(out + c2, (sum2 / total[:, None]).to(out.dtype.element_ty), real & (c2 < DV))
+
+
+def split(width: int, least: int) -> tuple[int, int]:
+    """Two powers of two that cover a head's width: (32, 16) for 40 and 16; the second may be idle."""
+    first = 1 << (width.bit_length() - 1)
+    if first < 16 or width == first:
+        return max(16, power_of_2(width)), least
+    return first, max(least, power_of_2(width - first))
+
+
+class Blocks(NamedTuple):
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def blocks(queries: int, keys: int, width: int, itemsize: int) -> Blocks:
+    """Tiles that fit the registers of every architecture and the smaller GPUs' 99 KB of shared memory."""
+    if width <= 64:
+        most = Blocks(128, 64, 8, 3)
+    elif width <= 128:
+        most = Blocks(128, 64, 8, 2)
+    elif width <= 256:
+        most = Blocks(128, 32, 8, 2)
+    else:
+        most = Blocks(32, 32, 8, 1)
+    if itemsize == 4:
+        most = Blocks(most.queries // 2, max(16, most.keys // 2), most.warps, most.stages - most.stages // 2)
+    # The largest step over the keys that wastes less than a twentieth, so 16 for 77 keys; else the smallest.
+    step = most.keys
+    while step > 16 and -(-keys // step) * step > 1.05 * keys:
+        step //= 2
+    return most._replace(queries=max(16, min(most.queries, power_of_2(queries))), keys=step)
+
+
+def launch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    batch, heads, queries, width = q.shape
+    keys, out_width = k.shape[2], v.shape[3]
+    out = q.new_empty(batch, queries, heads, out_width)
+    if out.numel() == 0 or keys == 0:
+        return out.zero_().transpose(1, 2)
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    strides = [t.stride(dim) for t in (q, k, v) for dim in range(3)]
+    grid = [0, 0, 0, 0]
+    is_bool = mask is not None and mask.dtype is torch.bool
+    if mask is not None:
+        mask = mask.expand(batch, heads, queries, keys)
+        grid = list(mask.stride())
+        mask = mask.view(torch.uint8) if is_bool else mask
+    align = min(16 // q.element_size(), alignment(*strides))
+    d1, d2 = split(width, 16)
+    v1, v2 = split(out_width, 8)
+    cut = blocks(queries, keys, max(width, out_width), q.element_size())
+    run(
+        attention,
+        batch * heads * -(-queries // cut.queries),
+        q,
+        *(q, k, v, mask, out, heads, queries, keys, scale, *(s // align for s in strides), *grid),
+        D=width,
+        D1=d1,
+        D2=d2,
+        DV=out_width,
+        V1=v1,
+        V2=v2,
+        BOOL=is_bool,
+        ALIGN=align,
+        WIDEN=INTERPRETED and q.dtype is torch.bfloat16,
+        BLOCK_Q=cut.queries,
+        BLOCK_K=cut.keys,
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+    )
+    return out.transpose(1, 2)
