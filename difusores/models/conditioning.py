@@ -24,7 +24,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 """Kind of conditioning -> the inputs that it needs; it takes no others."""
 
 SHAPES = {
-    "labels": "integers [N]",
+    "labels": "numbers [N]",
     "context": "floating point [N, L, width]",
     "image": "floating point [N, C, H, W]",
     "vector": "floating point [N, width]",
@@ -38,7 +38,7 @@ class Conditioning:
 
     Attributes:
         kind: one of `KINDS`.
-        labels: integers [N], rows of the network's label table (for "class").
+        labels: [N], rows of the network's label table, or numbers that it embeds (for "class").
         context: [N, L, width], what cross-attention looks at ("crossattn", "hybrid").
         image: [N, C, H, W] of the sample's height and width, joined to its channels ("concat", "hybrid").
         vector: [N, width], what the class embedding is given in place of a label ("adm").
@@ -67,7 +67,7 @@ class Conditioning:
                 )
             if value is not None and (
                 value.ndim != shape.count(",") + 1
-                or value.is_floating_point() != shape.startswith("floating")
+                or (shape.startswith("floating") and not value.is_floating_point())
             ):
                 raise ValueError(f"{name} is {value.dtype} {list(value.shape)}; needed is {shape}")
 
@@ -79,8 +79,9 @@ class Conditioning:
         """
         kind, config = type(model).__name__, model.config
         takes = inspect.signature(model.forward).parameters
+        passes_on = any(p.kind is p.VAR_KEYWORD for p in takes.values())  # as torch.compile's do
         for name in KINDS[self.kind]:
-            if name in ARGUMENTS and ARGUMENTS[name] not in takes:
+            if name in ARGUMENTS and ARGUMENTS[name] not in takes and not passes_on:
                 raise ValueError(f"{kind} takes no {ARGUMENTS[name]}, where {name} would go")
         extra = 0 if self.image is None else self.image.shape[1]
         if config["in_channels"] != channels + extra:
@@ -88,10 +89,8 @@ class Conditioning:
                 f"{kind} takes {config['in_channels']} channels; with conditioning {self.kind!r} there are "
                 f"{channels} of the sample" + (f" and {extra} of the image" if extra else "")
             )
-        rows = config.get("num_class_embeds")
-        labels = self.labels
-        if labels is not None and rows is not None and bool(((labels < 0) | (labels >= rows)).any()):
-            raise ValueError(f"labels are {labels.tolist()}; {kind} takes integers from 0 to {rows - 1}")
+        if self.labels is not None:
+            check_labels(self.labels, label_rows(config), kind)
 
     def inputs(self, sample: Tensor, image_scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
         """What the network is given for a sample [N, C, H, W]: the joined sample, and keyword arguments.
@@ -119,7 +118,24 @@ class Conditioning:
         image = self.image.to(sample.dtype)
         return torch.cat((sample, image if image_scale == 1.0 else image_scale * image), dim=1), given
 
-    def __call__(self, model: Any, sample: Tensor, time: Tensor, image_scale: float = 1.0) -> Any:
-        """The network's output object for a noisy sample at a time."""
+    def __call__(
+        self, model: Any, sample: Tensor, time: Tensor, image_scale: float = 1.0, **options: Any
+    ) -> Any:
+        """What the network gives for a noisy sample at a time; options: what else it is told."""
         joined, given = self.inputs(sample, image_scale)
-        return model(joined, time, **given)
+        return model(joined, time, **given, **options)
+
+
+def label_rows(config: Any) -> int | None:
+    """Rows of a network's table of labels; None where it embeds numbers, or has no labels."""
+    table = config.get("num_classes") if config.get("label_type") == "class" else None
+    rows: int | None = config.get("num_class_embeds", table)
+    return rows
+
+
+def check_labels(labels: Tensor, rows: int | None, taker: str) -> None:
+    """Raise ValueError where labels are no rows of a table; rows: None for no table."""
+    if rows is None:
+        return
+    if labels.is_floating_point() or bool(((labels < 0) | (labels >= rows)).any()):
+        raise ValueError(f"labels are {labels.tolist()}; {taker} takes integers from 0 to {rows - 1}")

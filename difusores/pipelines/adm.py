@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from difusores.models.adm import ADMClassifier, ADMUNet
+from difusores.models.conditioning import Conditioning, check_labels
 from difusores.pipelines.classifier_guidance import Guide, MeanShift, NoiseShift
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
 from difusores.pipelines.pipeline import DiffusionPipeline, follows_plan
@@ -92,13 +93,16 @@ class ADMPipeline(DiffusionPipeline):
                 raise ValueError(f"low_res holds {len(low_res)} images, and {batch_size} are asked for")
             low_res = low_res.to(self.device, self.unet.dtype)
         weights = (1.0,) if guidance_scale in (None, 1) else (guidance_scale, 1 - guidance_scale)
-        inputs = self._inputs(labels, low_res, weights, null_label)
+        conditioning = self._conditioning(labels, weights, null_label)
+        conditioning.check(self.unet, self.unet.config["in_channels"])
+        options: dict[str, Any] = {} if low_res is None else {"low_res": torch.cat((low_res,) * len(weights))}
         plan, clip = self._plan(num_inference_steps, eta, guide)
         if strict:
             self._check_scheduler(plan)
 
         def predict(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-            return self.unet(x, time, **inputs, return_dict=False)[0]  # type: ignore[no-any-return]
+            output: torch.Tensor = conditioning(self.unet, x, time, **options, return_dict=False)[0]
+            return output
 
         model, mean = predict, None
         guidance = weights if len(weights) > 1 else None
@@ -164,7 +168,7 @@ class ADMPipeline(DiffusionPipeline):
         if scale == 0:
             return None
         classes = classifier.config["num_classes"]
-        _check_labels(labels, classes, "the classifier")
+        check_labels(labels, classes, type(classifier).__name__)
         return Guide(classifier, labels, 1.0 if scale is None else float(scale))
 
     def _labels(self, class_labels: Labels, batch_size: int) -> torch.Tensor | None:
@@ -184,39 +188,18 @@ class ADMPipeline(DiffusionPipeline):
                 f"batch_size is {batch_size}, and class_labels have shape {list(labels.shape)}; needed is "
                 "one for all images or one for each"
             )
-        if conditional and self.unet.config["label_type"] == "class":
-            _check_labels(labels, self.unet.config["num_classes"], "the model")
         return labels
 
-    def _inputs(
-        self,
-        labels: torch.Tensor | None,
-        low_res: torch.Tensor | None,
-        weights: tuple[float, ...],
-        null_label: int | None,
-    ) -> dict[str, torch.Tensor]:
-        """What the network takes beside the sample, repeated for each weight, the null label last."""
-        inputs = {}
-        if self.unet.config["class_cond"]:
-            assert labels is not None
-            inputs["class_labels"] = labels
-        if low_res is not None:
-            inputs["low_res"] = torch.cat((low_res,) * len(weights))
+    def _conditioning(
+        self, labels: torch.Tensor | None, weights: tuple[float, ...], null_label: int | None
+    ) -> Conditioning:
+        """What the network is told: its labels once for each weight, the null label last."""
+        if not self.unet.config["class_cond"]:
+            labels = None
         if len(weights) == 1:
             if null_label is not None:
                 raise ValueError("null_label is given, and there is no guidance_scale that needs it")
-            return inputs
-        if null_label is None or "class_labels" not in inputs:
+            return Conditioning("none") if labels is None else Conditioning("class", labels=labels)
+        if null_label is None or labels is None:
             raise ValueError("guidance_scale needs a class-conditional model, and its null_label")
-        null = torch.full_like(inputs["class_labels"], null_label)
-        if self.unet.config["label_type"] == "class":
-            _check_labels(null, self.unet.config["num_classes"], "the model")
-        inputs["class_labels"] = torch.cat((inputs["class_labels"], null))
-        return inputs
-
-
-def _check_labels(labels: torch.Tensor, classes: int, taker: str) -> None:
-    if labels.is_floating_point() or not ((labels >= 0) & (labels < classes)).all():
-        raise ValueError(
-            f"class_labels are {labels.tolist()}; {taker} takes integers from 0 to {classes - 1}"
-        )
+        return Conditioning("class", labels=torch.cat((labels, torch.full_like(labels, null_label))))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from difusores.models.conditioning import Conditioning
 from difusores.pipelines.images import check_output_type
 from difusores.pipelines.latent import (
     After,
@@ -67,26 +68,35 @@ class PromptedPipeline(SingleFilePipeline, Generic[Output]):
         self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
         self._clip_skip, self._cross_attention_kwargs = clip_skip, cross_attention_kwargs
 
-    def _predictor(self, conditions: Conditions, count: int, beside: Sequence[str] = ()) -> Model:
+    def _conditioning(self, conditions: Conditions, count: int, beside: Sequence[str] = ()) -> Conditioning:
+        """What `count` rows of the UNet's input are told; beside: see `_predictor`."""
+        context = conditions.rows("prompt_embeds", count)
+        images = [conditions.rows(name, count) for name in beside]
+        if not images:
+            return Conditioning("crossattn", context=context)
+        image = images[0] if len(images) == 1 else torch.cat(images, dim=1)
+        return Conditioning("hybrid", context=context, image=image)
+
+    def _predictor(self, conditions: Conditions, first: Tensor, beside: Sequence[str] = ()) -> Model:
         """predict(x, t) of the UNet.
 
         Args:
+            first: the sample that the run begins with.
             beside: conditions [rows, C, h, w] that are channels of its input, behind the latents.
         """
-        timestep_cond = self._guidance_embedding(count)
+        self._conditioning(conditions, len(first), beside).check(self.unet, first.shape[1])
+        timestep_cond = self._guidance_embedding(len(first))
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            if beside:
-                x = torch.cat((x, *(conditions.rows(name, len(x)) for name in beside)), dim=1)
             added = {
                 key: conditions.rows(name, len(x))
                 for key, name in ADDED.items()
                 if name in conditions.tensors
             }
-            output: Tensor = self.unet(
+            output: Tensor = self._conditioning(conditions, len(x), beside)(
+                self.unet,
                 x,
                 t,
-                encoder_hidden_states=conditions.rows("prompt_embeds", len(x)),
                 timestep_cond=timestep_cond,
                 cross_attention_kwargs=self._cross_attention_kwargs,
                 added_cond_kwargs=added or None,
@@ -113,7 +123,7 @@ class PromptedPipeline(SingleFilePipeline, Generic[Output]):
         callback_inputs: Sequence[str] = ("latents",),
     ) -> Output:
         """From the first latents to the output, guided by the prompts; see `_guided` and `_denoise`."""
-        predictor = self._predictor(conditions, len(first), beside)
+        predictor = self._predictor(conditions, first, beside)
         predict, weights = self._guided(predictor, conditions, run, rescale=rescale, interval=interval)
         last = self._denoise(
             run,

@@ -38,8 +38,9 @@ class StableDiffusionBase(PromptedPipeline[StableDiffusionPipelineOutput | tuple
         unet: a `UNet2DConditionModel`.
         scheduler: any of this package that the model was trained for, or one of diffusers. As in diffusers,
             its `steps_offset` becomes 1 and its `clip_sample` False.
-        safety_checker: None, a `StableDiffusionSafetyChecker`, or what is called with (images=[B, 3, H, W], clip_input=...) after decoding; it returns
-            (images, one bool per image). Marked images are passed on as it returns them.
+        safety_checker: None, a `StableDiffusionSafetyChecker`, or what is called with (images=[B, 3, H, W],
+            clip_input=...) after decoding; it returns (images, one bool per image). Marked images are
+            passed on as it returns them.
         feature_extractor: makes `clip_input` of the images; needed with a safety checker.
         image_encoder: kept for folders that have one; not used.
         requires_safety_checker: say so where there is none.

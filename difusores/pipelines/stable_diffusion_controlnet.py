@@ -185,12 +185,11 @@ class StableDiffusionControlNetPipeline(StableDiffusionBase):
             nonlocal done
             on = done / steps >= interval[0] and (done + 1) / steps <= interval[1]
             done += 1
-            states = conditions.rows("prompt_embeds", len(x))
             seen = x[-len(pixels) :] if guess_mode else x
-            down, mid = self.controlnet(
+            down, mid = self._conditioning(conditions, len(seen))(
+                self.controlnet,
                 seen,
                 t,
-                encoder_hidden_states=states[-len(seen) :],
                 controlnet_cond=pixels.repeat(len(seen) // len(pixels), 1, 1, 1),
                 conditioning_scale=scale if on else 0.0,
                 guess_mode=guess_mode,
@@ -199,10 +198,10 @@ class StableDiffusionControlNetPipeline(StableDiffusionBase):
             if len(seen) < len(x):
                 down = tuple(torch.cat((torch.zeros_like(part), part)) for part in down)
                 mid = torch.cat((torch.zeros_like(mid), mid))
-            output: Tensor = self.unet(
+            output: Tensor = self._conditioning(conditions, len(x))(
+                self.unet,
                 x,
                 t,
-                encoder_hidden_states=states,
                 timestep_cond=timestep_cond,
                 cross_attention_kwargs=self._cross_attention_kwargs,
                 down_block_additional_residuals=down,

@@ -112,7 +112,7 @@ class StableDiffusionInstructPix2PixPipeline(StableDiffusionBase):
         last = self._denoise(
             run,
             first,
-            self._predictor(conditions, count, ("image_latents",)),
+            self._predictor(conditions, first, ("image_latents",)),
             conditions,
             generator=generator,
             weights=weights,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from difusores.models.conditioning import Conditioning
 from difusores.models.unet_2d import UNet2DModel
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
 from difusores.pipelines.pipeline import DiffusionPipeline, follows_plan, step_accepts_generator
@@ -55,12 +56,11 @@ class UNetPipeline(DiffusionPipeline):
         batch_size = batch_size if labels is None else len(labels)
         shape = (batch_size, self.unet.config["in_channels"], *self._image_size())
         guidance = None
-        inputs = {}
         if guidance_scale is not None and guidance_scale != 1:
             labels = self._with_null_labels(labels)
             guidance = (guidance_scale, 1 - guidance_scale)
-        if labels is not None:
-            inputs["class_labels"] = labels
+        conditioning = _conditioning(labels)
+        conditioning.check(self.unet, shape[1])
 
         with self.progress_bar(total=len(scheduler.timesteps if plan is None else plan)) as bar:
 
@@ -77,10 +77,10 @@ class UNetPipeline(DiffusionPipeline):
             if plan is None:
                 if takes_generator:
                     options = {**options, "generator": generator}
-                image = self._steps(scheduler, noise, inputs, guidance, after_step, options)
+                image = self._steps(scheduler, noise, conditioning, guidance, after_step, options)
             else:
                 image = plan.run(
-                    lambda x, time: self.unet(x, time, **inputs),
+                    lambda x, time: conditioning(self.unet, x, time),
                     noise,
                     generator=generator,
                     callback=after_step,
@@ -93,7 +93,7 @@ class UNetPipeline(DiffusionPipeline):
         self,
         scheduler: Any,
         image: torch.Tensor,
-        inputs: dict[str, torch.Tensor],
+        conditioning: Conditioning,
         guidance: tuple[float, float] | None,
         callback: Callback,
         options: dict[str, Any],
@@ -103,7 +103,7 @@ class UNetPipeline(DiffusionPipeline):
             given = image if guidance is None else torch.cat((image, image))
             if hasattr(scheduler, "scale_model_input"):
                 given = scheduler.scale_model_input(given, time)
-            output = self.unet(given, time, **inputs).sample
+            output = conditioning(self.unet, given, time).sample
             if guidance is not None:
                 output, null = output.chunk(2)
                 channels = image.shape[1]  # the others are a learned variance, which guidance leaves as it is
@@ -129,13 +129,6 @@ class UNetPipeline(DiffusionPipeline):
             labels = labels.repeat(batch_size)
         if batch_size not in (1, len(labels)):
             raise ValueError(f"batch_size is {batch_size}, and there are {len(labels)} class_labels")
-        classes = self.unet.config.get("num_class_embeds")
-        if classes is not None and (
-            labels.is_floating_point() or not ((labels >= 0) & (labels < classes)).all()
-        ):
-            raise ValueError(
-                f"class_labels are {labels.tolist()}; the model takes integers from 0 to {classes - 1}"
-            )
         return labels
 
     def _with_null_labels(self, labels: torch.Tensor | None) -> torch.Tensor:
@@ -144,6 +137,13 @@ class UNetPipeline(DiffusionPipeline):
         if labels is None or classes is None:
             raise ValueError("guidance_scale needs class_labels, and a model with num_class_embeds")
         return torch.cat((labels, torch.full_like(labels, classes - 1)))
+
+
+def _conditioning(labels: torch.Tensor | None) -> Conditioning:
+    """By rows of a table or numbers [N], by embeddings [N, width], or by nothing."""
+    if labels is None:
+        return Conditioning("none")
+    return Conditioning("adm", vector=labels) if labels.ndim == 2 else Conditioning("class", labels=labels)
 
 
 class DDPMPipeline(UNetPipeline):

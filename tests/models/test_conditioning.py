@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,7 +73,6 @@ def test_a_missing_or_a_further_input_is_named(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "wrong"),
     [
-        ("class", {"labels": torch.ones(2)}),
         ("class", {"labels": torch.ones(2, 1, dtype=torch.int64)}),
         ("crossattn", {"context": torch.ones(2, 7)}),
         ("crossattn", {"context": torch.ones(2, 5, 7, dtype=torch.int64)}),
@@ -82,7 +82,7 @@ def test_a_missing_or_a_further_input_is_named(kind: str) -> None:
     ],
 )
 def test_shapes_and_dtypes(kind: str, wrong: dict[str, Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"needed is (integers|floating point) \[N"):
+    with pytest.raises(ValueError, match=r"needed is (numbers|floating point) \[N"):
         Conditioning(kind, **wrong)
 
 
@@ -106,6 +106,10 @@ def test_networks_that_do_not_fit() -> None:
         Conditioning("crossattn", context=INPUTS["context"]).check(unet, 4)
     with pytest.raises(ValueError, match=r"labels are \[3, 1\]; .* from 0 to 2"):
         Conditioning("class", labels=INPUTS["labels"]).check(unet, 4)
+    with pytest.raises(ValueError, match=r"labels are \[0.5\]; UNet2DModel takes integers from 0 to 2"):
+        Conditioning("class", labels=torch.tensor([0.5])).check(unet, 4)
+    compiled = SimpleNamespace(config=unet.config, forward=lambda *args, **options: None)
+    Conditioning("class", labels=torch.tensor([0, 2])).check(compiled, 4)
     kinds = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
     crossing = UNet2DConditionModel(
         in_channels=4, attention_head_dim=2, cross_attention_dim=7, **kinds, **shape

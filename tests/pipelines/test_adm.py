@@ -312,9 +312,9 @@ def test_bad_arguments_in_words(models) -> None:
     cases: list[tuple[Any, dict[str, Any], str]] = [
         ((unet, ddim), {}, "class-conditional and needs class_labels"),
         ((plain, ddim), {"class_labels": 1}, "neither the model nor a classifier takes them"),
-        ((unet, ddim), {"class_labels": 1000}, r"\[1000\]; the model takes integers from 0 to 999"),
-        ((unet, ddim), {"class_labels": [0.5]}, "the model takes integers"),
-        ((unet, ddim, classifier), {"class_labels": 5}, "the classifier takes integers from 0 to 4"),
+        ((unet, ddim), {"class_labels": 1000}, r"\[1000\]; ADMUNet takes integers from 0 to 999"),
+        ((unet, ddim), {"class_labels": [0.5]}, "ADMUNet takes integers"),
+        ((unet, ddim, classifier), {"class_labels": 5}, "ADMClassifier takes integers from 0 to 4"),
         ((unet, ddim), {"class_labels": 1, "classifier_scale": 1.0}, "this pipeline has no classifier"),
         ((plain, ddim, classifier), {"classifier_scale": 1.0}, "there are no class_labels to move to"),
         ((unet, ddim), {"class_labels": [1, 2], "batch_size": 3}, "batch_size is 3, and class_labels"),
