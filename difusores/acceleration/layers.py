@@ -7,9 +7,10 @@ layer's replacement, or call the layer where it has none or is watched by hooks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,16 @@ from torch import Tensor, nn
 
 from difusores.acceleration.session import DTYPES, Forward, Packed, Session, hooked
 from difusores.models.layers import GroupNormAct
-from difusores.ops import group_norm_silu
+from difusores.ops import group_norm_affine, group_norm_silu, winograd_conv
+from difusores.ops.winograd_conv import LayerPlan, pack_weight, plan
 
 CHANNELS_LAST = torch.channels_last
 _MKLDNN = torch.ops.mkldnn
 PACKING_SIDE = 32  # height and width for which oneDNN chooses the layout of packed weights
+PACKED_GAIN = 1.4  # of weights packed by oneDNN, where time without them is over time with them
+WORTH_PACKING = 1.1  # of weights transformed for Winograd, from which on they take their memory
+POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1))  # kernel, stride, padding, dilation
+WINOGRAD = ((3, 3), (1, 1), (1, 1), (1, 1))
 
 
 @cache
@@ -85,6 +91,7 @@ def matmul(x: Tensor, layer: Any, dtype: torch.dtype | None, packed: Packed) -> 
             (weight,),
             lambda: _MKLDNN._reorder_linear_weight(matrix.detach().to(dtype).contiguous()),
             weight.numel() * dtype.itemsize,
+            PACKED_GAIN,
         )
         if form is not None:
             bias = bias if bias is None else bias.to(dtype)
@@ -94,15 +101,38 @@ def matmul(x: Tensor, layer: Any, dtype: torch.dtype | None, packed: Packed) -> 
     return F.linear(x, matrix.to(dtype), bias)
 
 
-class ConvForward(Forward):
-    """A convolution in channels_last: a GEMM where it is 1x1, else oneDNN with packed weights."""
+class Surroundings(NamedTuple):
+    """What is computed together with a convolution: scale * (conv(act(norm(x))) + add + residual).
 
-    how = "convolution: channels_last, weights packed by oneDNN; 1x1 as one GEMM"
+    Attributes:
+        norm: a group norm with SiLU before it; modulation: its scale, shift or add, see `group_norm_silu`.
+        add: [N, O].
+        residual: like the result.
+        owned: whether the residual's memory may be written over.
+        scale: factor of the whole.
+    """
+
+    norm: Any = None
+    modulation: Mapping[str, Any] = {}
+    add: Tensor | None = None
+    residual: Tensor | None = None
+    owned: bool = False
+    scale: float = 1.0
+
+
+NOTHING = Surroundings()
+
+
+class ConvForward(Forward):
+    """A convolution in channels_last: a GEMM, Winograd's F(4x4, 3x3), or oneDNN with packed weights."""
+
+    how = "convolution: channels_last; 1x1 as a GEMM, 3x3 by Winograd where that pays, else oneDNN, packed"
 
     def __init__(self, module: nn.Module, session: Session, keep_dtype: bool = False) -> None:
         super().__init__(module, session)
         self.dtype = None if keep_dtype else session.dtype
         self.weights = Packed(session)
+        self.transformed = Packed(session)
 
     @classmethod
     def refuses(cls, module: Any) -> str | None:
@@ -117,60 +147,105 @@ class ConvForward(Forward):
             return "the input's shape is not [N, C, H, W]"
         return why_not_weight(self.module.weight)
 
-    @property
-    def pointwise(self) -> bool:
-        """Whether it is a matrix product over the pixels."""
-        m = self.module
-        return (m.kernel_size, m.stride, m.padding) == ((1, 1), (1, 1), (0, 0))
-
     def run(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, O, H', W'], in the layout in which it came."""
-        out = self.apply(input)
+        out = self.apply(input, NOTHING)
         return out if input.is_contiguous(memory_format=CHANNELS_LAST) else out.contiguous()
 
-    def tokens(self, x: Tensor) -> Tensor:
-        """[N, L, C] -> [N, L, O], of a 1x1 convolution."""
-        return matmul(x, self.module, self.dtype, self.weights)
+    def apply(self, x: Tensor, around: Surroundings) -> Tensor:
+        """The convolution and what surrounds it; channels_last."""
+        m = self.module
+        x = x.to(self.dtype or m.weight.dtype).contiguous(memory_format=CHANNELS_LAST)
+        layer = self.winograd_plan(x)
+        if layer is not None:
+            return self._winograd(x, around, layer)
+        if around.norm is not None:
+            x = normalize(around.norm, x, silu=True, **around.modulation)
+        if (m.kernel_size, m.stride, m.padding, m.dilation) == POINTWISE:
+            n, _, height, width = x.shape
+            rows = x.permute(0, 2, 3, 1).reshape(n, height * width, -1)
+            out = matmul(rows, m, self.dtype, self.weights).view(n, height, width, -1).permute(0, 3, 1, 2)
+            if around.residual is not None:
+                out.add_(around.residual)
+        else:
+            out = self._direct(x, around.residual, around.owned)
+        if around.add is not None:
+            out.add_(around.add[:, :, None, None])
+        return out if around.scale == 1 else out.mul_(around.scale)
 
-    def apply(self, x: Tensor, residual: Tensor | None = None, owned: bool = False) -> Tensor:
-        """The convolution plus `residual`, over whose memory it may write where `owned`; channels_last."""
-        if self.pointwise:
-            n, _, h, w = x.shape
-            rows = x.contiguous(memory_format=CHANNELS_LAST).permute(0, 2, 3, 1).reshape(n, h * w, -1)
-            out = self.tokens(rows).view(n, h, w, -1).permute(0, 3, 1, 2)
-            return out if residual is None else out.add_(residual)
-        return self._direct(x, residual, owned)
+    def winograd_plan(self, x: Tensor) -> LayerPlan | None:
+        """How Winograd's algorithm is used for this image; None where it is not."""
+        m = self.module
+        if (m.kernel_size, m.stride, m.padding, m.dilation) != WINOGRAD:
+            return None
+        if (self.dtype or m.weight.dtype) is not torch.float32 or m.weight.dtype is not torch.float32:
+            return None
+        layer = winograd_plan(m.in_channels, m.out_channels, x.shape[2], x.shape[3])
+        return layer if layer.winograd else None
+
+    def _winograd(self, x: Tensor, around: Surroundings, layer: LayerPlan) -> Tensor:
+        m, multiplier, offset, form = self.module, None, None, None
+        if around.norm is not None:
+            norm, terms = around.norm, dict(around.modulation)
+            if "add" in terms:  # the convolution before this one was of another kind
+                x = x + terms.pop("add")[:, :, None, None]
+            affine = (x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+            multiplier, offset = group_norm_affine(*affine, **terms)
+        if layer.gain >= WORTH_PACKING:
+            form = self.transformed.get(
+                (m.weight,), lambda: pack_weight(m.weight), layer.packed_bytes, layer.gain
+            )
+        residual = around.residual
+        if residual is not None:
+            residual = residual.to(x.dtype).contiguous(memory_format=CHANNELS_LAST)
+        return winograd_conv(
+            x,
+            m.weight,
+            m.bias,
+            multiplier=multiplier,
+            offset=offset,
+            silu=around.norm is not None,
+            add=around.add,
+            residual=residual,
+            output_scale=around.scale,
+            packed=form,
+        )
 
     def _direct(self, x: Tensor, residual: Tensor | None, owned: bool) -> Tensor:
         m = self.module
         weight, bias = m.weight, m.bias
-        dtype = self.dtype or weight.dtype
-        x = x.to(dtype).contiguous(memory_format=CHANNELS_LAST)
-        bias = bias if bias is None else bias.to(dtype)
+        bias = bias if bias is None else bias.to(x.dtype)
         options = [list(m.padding), list(m.stride), list(m.dilation), 1]
         form = None
         if torch.backends.mkldnn.is_available():
             form = self.weights.get(
                 (weight,),
                 lambda: _MKLDNN._reorder_convolution_weight(
-                    weight.detach().to(dtype), *options, [1, m.in_channels, PACKING_SIDE, PACKING_SIDE]
+                    weight.detach().to(x.dtype), *options, [1, m.in_channels, PACKING_SIDE, PACKING_SIDE]
                 ),
-                weight.numel() * dtype.itemsize,
+                weight.numel() * x.dtype.itemsize,
+                PACKED_GAIN,
             )
         if form is None:
-            out: Tensor = F.conv2d(x, weight.to(dtype), bias, m.stride, m.padding, m.dilation)
+            out: Tensor = F.conv2d(x, weight.to(x.dtype), bias, m.stride, m.padding, m.dilation)
             out = out.contiguous(memory_format=CHANNELS_LAST)
             return out if residual is None else out.add_(residual)
         if residual is None:
             out = _MKLDNN._convolution_pointwise(x, form, bias, *options, "none", [], "")
             return out
-        residual = residual.to(dtype).contiguous(memory_format=CHANNELS_LAST)
-        call = (x, form, bias, *options, "add", 1.0, None, [], None)
+        residual = residual.to(x.dtype).contiguous(memory_format=CHANNELS_LAST)
+        call = (form, bias, *options, "add", 1.0, None, [], None)
         if owned:
-            out = _MKLDNN._convolution_pointwise_(residual, *call)
+            out = _MKLDNN._convolution_pointwise_(residual, x, *call)
         else:
-            out = _MKLDNN._convolution_pointwise(x, residual, *call[1:])
+            out = _MKLDNN._convolution_pointwise(x, residual, *call)
         return out
+
+
+@cache
+def winograd_plan(in_channels: int, out_channels: int, height: int, width: int) -> LayerPlan:
+    """`winograd_conv.plan`, which never changes within a process."""
+    return plan(in_channels, out_channels, height, width)
 
 
 class GroupNormForward(Forward):
@@ -196,13 +271,25 @@ def plain_norm(norm: Any) -> bool:
     return type(norm) in (nn.GroupNorm, GroupNormAct) and not hooked(norm)
 
 
-def apply_conv(layer: nn.Module, x: Tensor, residual: Tensor | None = None, owned: bool = False) -> Tensor:
-    """layer(x) + residual; over residual's memory it may write where `owned`."""
+def apply_conv(layer: nn.Module, x: Tensor, around: Surroundings = NOTHING) -> Tensor:
+    """A convolution with what surrounds it, whatever stands in its place."""
     forward = layer.__dict__.get("forward")
     if type(forward) is ConvForward and not hooked(layer) and forward.declines(x) is None:
-        return forward.apply(x, residual, owned)
+        return forward.apply(x, around)
+    if around.norm is not None:
+        x = normalize(around.norm, x, silu=True, **around.modulation)
     out: Tensor = layer(x)
-    return out if residual is None else residual + out
+    if around.add is not None:
+        out = out + around.add.to(out.dtype)[:, :, None, None]
+    if around.residual is not None:
+        out = around.residual + out
+    return out if around.scale == 1 else out * around.scale
+
+
+def adds_for_free(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a convolution takes `add` without another pass over its result."""
+    forward = layer.__dict__.get("forward")
+    return type(forward) is ConvForward and not hooked(layer) and forward.winograd_plan(x) is not None
 
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difusores.acceleration.layers import CHANNELS_LAST, apply_conv, apply_linear, normalize, plain_norm
+from difusores.acceleration.layers import (
+    CHANNELS_LAST,
+    Surroundings,
+    adds_for_free,
+    apply_conv,
+    apply_linear,
+    normalize,
+    plain_norm,
+)
 from difusores.acceleration.session import Forward, Session, hooked
 
 
@@ -61,26 +69,37 @@ class ResnetForward(Forward):
         if self.session.dtype is not None:
             x = x.to(self.session.dtype)
         x = x.contiguous(memory_format=CHANNELS_LAST)
-        h = self._resample(normalize(m.norm1, x, silu=True), size)
-        x = self._resample(x, size)
-        h = apply_conv(m.conv1, h)
-        h = normalize(m.norm2, h, silu=True, **self._time(temb))
+        scale = 1 / m.output_scale_factor
+        embedding = self._time(temb)
+        add, modulation = None, embedding
+        if "add" in embedding and adds_for_free(m.conv1, x):
+            add, modulation = embedding["add"], {}
+        if self._resamples():
+            h = self._resample(normalize(m.norm1, x, silu=True), size)
+            x = self._resample(x, size)
+            h = apply_conv(m.conv1, h, Surroundings(add=add))
+        else:
+            h = apply_conv(m.conv1, x, Surroundings(norm=m.norm1, add=add))
         owned = m.conv_shortcut is not None
         skip = apply_conv(m.conv_shortcut, x) if owned else x
-        out = apply_conv(m.conv2, h, residual=skip, owned=owned)
-        return out if m.output_scale_factor == 1 else out.div_(m.output_scale_factor)
+        last = Surroundings(m.norm2, modulation, residual=skip, owned=owned, scale=scale)
+        return apply_conv(m.conv2, h, last)
+
+    def _resamples(self) -> bool:
+        m = self.module
+        how = m.resample if hasattr(m, "_resample") else m.upsample or m.downsample
+        return how is not None
 
     def _resample(self, x: Tensor, size: torch.Size | None) -> Tensor:
         m = self.module
+        out: Tensor
         if hasattr(m, "_resample"):
-            out: Tensor = m._resample(x, size)
+            out = m._resample(x, size)
             return out
-        resample = m.upsample or m.downsample
-        if resample is not None:
-            x = resample(x)
-        return x
+        out = (m.upsample or m.downsample)(x)
+        return out
 
-    def _time(self, temb: Tensor | None) -> dict[str, Tensor | None]:
+    def _time(self, temb: Tensor | None) -> dict[str, Tensor]:
         m = self.module
         if m.time_emb_proj is None or temb is None:
             return {}

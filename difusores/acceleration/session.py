@@ -26,7 +26,9 @@ class Session:
     Attributes:
         settings: its arguments, to tell whether a second call asks for the same.
         dtype: in which the layers compute; None for each layer's own.
-        budget, packed: bytes that prepared weights may take, and take now.
+        budget: bytes that prepared weights may take.
+        forms: the prepared weights that there are now.
+        generation: counts how often bytes were given back.
         clock: seconds within replaced layers while somebody counts them, else None.
     """
 
@@ -34,15 +36,29 @@ class Session:
         self.settings = settings
         self.dtype = dtype
         self.budget = budget
-        self.packed = 0
+        self.forms: list[Packed] = []
+        self.generation = 0
         self.clock: float | None = None
         self.lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "lock": None, "packed": 0, "clock": None}
+        return {**self.__dict__, "lock": None, "forms": [], "clock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.RLock())
+
+    def make_room(self, size: int, gain: float) -> bool:
+        """Whether `size` bytes fit into the budget, after forms that gain less have gone."""
+        room = self.budget - sum(form.bytes for form in self.forms)
+        lesser = sorted((form for form in self.forms if form.gain < gain), key=lambda form: form.gain)
+        if room + sum(form.bytes for form in lesser) < size:
+            return False
+        for form in lesser:
+            if room >= size:
+                break
+            room += form.bytes
+            form.drop()
+        return True
 
 
 class Packed:
@@ -50,34 +66,47 @@ class Packed:
 
     A change is seen by the parameter itself, its version, its memory, and 64 of its elements: peft adds its
     matrices through `.data`, which leaves the first three as they were.
+
+    Attributes:
+        bytes: that it takes now.
+        gain: time without over time with it; where memory is short, those that gain least go.
     """
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.bytes = 0
-        self._made: tuple[list[tuple[Any, ...]], Tensor | None] | None = None
+        self.gain = 1.0
+        self._made: tuple[list[tuple[Any, ...]], Tensor | None, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"session": self.session, "bytes": 0, "_made": None}
+        return {"session": self.session, "bytes": 0, "gain": 1.0, "_made": None}
 
-    def get(self, sources: tuple[Tensor, ...], make: Callable[[], Tensor], size: int) -> Tensor | None:
+    def get(
+        self, sources: tuple[Tensor, ...], make: Callable[[], Tensor], size: int, gain: float
+    ) -> Tensor | None:
         """What `make` returns, of `size` bytes; None where the session's budget has no room for it."""
         made = self._made
-        if made is not None and all(map(_unchanged, sources, made[0])):
+        if (
+            made is not None
+            and (made[1] is not None or made[2] == self.session.generation)
+            and all(map(_unchanged, sources, made[0]))
+        ):
             return made[1]
         with self.session.lock:
-            self.drop()
+            if self.bytes:
+                self.drop()
             result = None
-            if self.session.packed + size <= self.session.budget:
-                self.session.packed += size
-                self.bytes = size
+            if self.session.make_room(size, gain):
+                self.bytes, self.gain = size, gain
+                self.session.forms.append(self)
                 result = make()
-            self._made = ([_fingerprint(source) for source in sources], result)
+            self._made = ([_fingerprint(source) for source in sources], result, self.session.generation)
         return result
 
     def drop(self) -> None:
         """Forget it and give its bytes back."""
-        self.session.packed -= self.bytes
+        self.session.forms.remove(self)
+        self.session.generation += 1
         self.bytes, self._made = 0, None
 
 
