@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup remake demo fetch-terrain test test-core test-cpp cuda-check lint format bench clean
+.PHONY: help setup remake demo fetch-terrain test test-core test-cpp cuda-check lint format bench bench-quick clean
 
 # The first Python that the pinned tools run on; `make PYTHON=… setup` names another.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -38,6 +38,7 @@ help:
 	  'make lint       ruff, mypy, clang-format' \
 	  'make format     ruff and clang-format write what lint asks for' \
 	  'make bench      the benchmarks' \
+	  'make bench-quick  whole networks beside their peers, under 3 minutes' \
 	  'make clean      removes what was built; .venv stays'
 
 setup: .venv/package.stamp
@@ -99,7 +100,15 @@ format: .venv/test.stamp
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/clang-format -i $(CPP)
 
-bench: .venv/test.stamp
+.venv/bench.stamp: pyproject.toml constraints.txt | .venv/test.stamp
+	@echo 'Installing the peers of the benchmarks …'
+	@$(PIP) --no-build-isolation --editable '.[bench]' || $(call stop,$(NO_INDEX))
+	@touch $@
+
+bench-quick: .venv/bench.stamp
+	@$(BIN)/python benchmarks/bench_models.py --quick
+
+bench: .venv/bench.stamp
 	@for program in benchmarks/bench_*.py; do $(BIN)/python $$program; done
 
 clean:
