@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import difusores
+from difusores import native
 from difusores.acceleration.session import Forward
 from difusores.models.lora import LowRank, make_adapters
 
@@ -370,6 +371,43 @@ def test_a_watched_layer_is_still_called(model: nn.Module) -> None:
     for hook in hooks:
         hook.remove()
     assert torch.equal(run(model, *case), want)
+
+
+def test_short_memory_changes_no_bits() -> None:
+    """Forms that gain least go first, and what is computed without them is the same."""
+    model, cases = make("difusores", "latents"), [inputs("latents"), inputs("latents", 2, (32, 32))]
+    report = difusores.accelerate(model, memory="fast")
+    wanted = [run(model, *case) for case in cases]
+    plenty = report.packed_bytes
+    assert plenty <= 2.5 * report.model_bytes
+    difusores.restore(model)
+    report = difusores.accelerate(model)
+    session = model.__dict__["_difusores_acceleration"]
+    session.budget //= 8
+    for case, want in zip(cases, wanted, strict=True):
+        assert torch.equal(run(model, *case), want)
+    assert 0 <= report.packed_bytes <= session.budget < plenty
+
+
+def test_bits_of_layers_marked_invariant() -> None:
+    model, case = make("difusores", "pixels"), inputs("pixels", 3, (16, 16))
+    report = difusores.accelerate(model)
+    run(model, *case)
+    marked = [layer.name for layer in report.layers if layer.invariant and "conv" in layer.name]
+    x = torch.randn(3, 64, 8, 8).to(memory_format=torch.channels_last)
+    found = 0
+    for name in marked:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Conv2d) or layer.in_channels != 64:
+            continue
+        found += 1
+        with torch.no_grad():
+            whole = layer(x)
+            assert torch.equal(layer(x[:1].contiguous(memory_format=torch.channels_last)), whole[:1])
+            torch.set_num_threads(2)
+            assert torch.equal(layer(x), whole)
+            torch.set_num_threads(1)
+    assert found or native.status("cpu") is not None
 
 
 def test_what_is_refused() -> None:

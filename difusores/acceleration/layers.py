@@ -7,6 +7,7 @@ layer's replacement, or call the layer where it has none or is watched by hooks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,7 @@ from difusores.ops.winograd_conv import LayerPlan, pack_weight, plan
 CHANNELS_LAST = torch.channels_last
 _MKLDNN = torch.ops.mkldnn
 PACKING_SIDE = 32  # height and width for which oneDNN chooses the layout of packed weights
-PACKED_GAIN = 1.4  # of weights packed by oneDNN, where time without them is over time with them
+PACKED_GAIN = 1.4  # of convolutions' weights packed by oneDNN: time without over time with them
 WORTH_PACKING = 1.1  # of weights transformed for Winograd, from which on they take their memory
 POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1))  # kernel, stride, padding, dilation
 WINOGRAD = ((3, 3), (1, 1), (1, 1), (1, 1))
@@ -91,7 +92,7 @@ def matmul(x: Tensor, layer: Any, dtype: torch.dtype | None, packed: Packed) -> 
             (weight,),
             lambda: _MKLDNN._reorder_linear_weight(matrix.detach().to(dtype).contiguous()),
             weight.numel() * dtype.itemsize,
-            PACKED_GAIN,
+            math.inf,  # never given up: the bits of MKL are others
         )
         if form is not None:
             bias = bias if bias is None else bias.to(dtype)
@@ -126,6 +127,7 @@ NOTHING = Surroundings()
 class ConvForward(Forward):
     """A convolution in channels_last: a GEMM, Winograd's F(4x4, 3x3), or oneDNN with packed weights."""
 
+    # `invariant` tells about the last call
     how = "convolution: channels_last; 1x1 as a GEMM, 3x3 by Winograd where that pays, else oneDNN, packed"
 
     def __init__(self, module: nn.Module, session: Session, keep_dtype: bool = False) -> None:
@@ -157,6 +159,7 @@ class ConvForward(Forward):
         m = self.module
         x = x.to(self.dtype or m.weight.dtype).contiguous(memory_format=CHANNELS_LAST)
         layer = self.winograd_plan(x)
+        self.invariant = layer is not None
         if layer is not None:
             return self._winograd(x, around, layer)
         if around.norm is not None:
