@@ -34,7 +34,7 @@ help:
   'make test       the whole suite' \
 	  'make test-core  the core of the suite without the compiled module' \
 	  'make test-cpp   the kernels in a plain C++ test under the sanitizers' \
-	  'make cuda-check the CUDA kernels compiled for every architecture and held to their budget; needs nvcc' \
+	  'make cuda-check the CUDA and Triton kernels compiled for every architecture and held to their budgets; needs nvcc' \
 	  'make lint       ruff, mypy, clang-format' \
 	  'make format     ruff and clang-format write what lint asks for' \
 	  'make bench      the benchmarks' \
@@ -87,6 +87,7 @@ test-cpp: .venv/tools.stamp
 	@$(BIN)/ctest --test-dir build/cpp-tests --output-on-failure
 
 cuda-check: .venv/test.stamp
+	@$(BIN)/python tests/triton_budget.py
 	@$(BIN)/python tests/cuda_budget.py
 
 lint: .venv/test.stamp

@@ -2,13 +2,13 @@
 
 A program takes BLOCK_Q queries of a head and goes over the keys BLOCK_K at a time, with a running maximum
 and sum of each query's softmax (Milakov & Gimelshein 2018; Dao et al. 2022). Bytes: q and the result once; k
-and v once from memory and then from L2 for every block of queries. Layout: any strides, elements of a head side
-by side; the result is [B, L, H, D] in memory, as the projection that follows reads it.
+and v once from memory and then from L2 for every block of queries. Layout: any strides, elements of a head
+side by side; the result is [B, L, H, D] in memory, as the projection that follows reads it.
 
 Tiles are powers of two, so a head is cut into two: 40 = 32 + 8, 80 = 64 + 16, 96 = 64 + 32, 160 = 128 + 32.
-The second part is 8 wide in p v but 16 in q kᵀ, the least that `tl.dot` sums over: at 40 a tenth more products
-than needed, at the other widths none (with a tile of 64: 0.6 more at 40). Products of 16-bit tensors run on
-matrix units with fp32 sums, those of fp32 tensors as three products of TF32.
+The second part is 8 wide in p v but 16 in q kᵀ, the least that `tl.dot` sums over: at 40 a tenth more
+products than needed, at the other widths none (with a tile of 64: 0.6 more at 40). Products of 16-bit tensors
+run on matrix units with fp32 sums, those of fp32 tensors as three products of TF32.
 """
 
 from __future__ import annotations
