@@ -1,0 +1,57 @@
+"""Images of diffusers' pipelines that are stored: what is compared where diffusers is not installed."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import difusores
+
+pytest.importorskip("transformers")
+
+TESTS = Path(__file__).parents[1]
+pipelines = runpy.run_path(str(TESTS / "fixtures" / "pipelines.py"))
+STORED = load_file(TESTS / "fixtures" / "diffusers" / "images.safetensors")
+
+WITHOUT_DIFFUSERS = """
+import sys
+import pytest
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "diffusers":
+            raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
+
+sys.meta_path.insert(0, Missing())
+status = pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]])
+sys.exit(int(status) or "diffusers" in sys.modules)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:the autoencoder has a factor of 2")
+@pytest.mark.parametrize("name", pipelines["CASES"])
+def test_stored_images(name: str, tmp_path: Path) -> None:
+    found = pipelines["images"](name, difusores, tmp_path)
+    assert found.shape == STORED[name].shape and STORED[name].std() > 0.02
+    assert (found - STORED[name]).abs().max() < 2e-4
+
+
+def test_nothing_needs_diffusers() -> None:
+    """The tests with stored outputs pass in a process that cannot import it."""
+    files = [str(TESTS / "pipelines" / name) for name in ("test_stored.py", "test_adm.py")]
+    chosen = ["-k", "stored_images or test_images_of_guided_diffusion"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DIFFUSERS, *files, *chosen],
+        cwd=TESTS.parent,
+        env={**os.environ, "CI": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(STORED) + 5} passed" in done.stdout, done.stdout
