@@ -294,6 +294,7 @@ def measure(name: str, peers: list[str], seconds: float) -> dict[str, Any]:
                     continue
                 row["error"] = f"its result is {error:.1e} away from the oracle"
             process.end()
+        print(f"{name}: {len(ready)} peers begin", file=sys.stderr, flush=True)
         samples: dict[str, list[dict[str, Any]]] = {peer: [] for peer in ready}
         end, order, rounds = time.perf_counter() + seconds, list(ready), 0
         while rounds < 3 or time.perf_counter() < end:
@@ -312,6 +313,10 @@ def measure(name: str, peers: list[str], seconds: float) -> dict[str, Any]:
                 faults=last["faults"],
                 **{key: value for key, value in last.items() if key not in ("seconds", "faults")},
             )
+    base = rows.get("diffusers", {}).get("ms")
+    for row in rows.values():
+        if base and "ms" in row:
+            row["times_diffusers"] = round(base / row["ms"], 2)
     return {"workload": name, "gflop": round(gflop, 1), "machine": machine(), "peers": rows}
 
 
@@ -330,7 +335,7 @@ def table() -> str:
     lines = []
     for file in sorted(RESULTS.glob("models-*.json")):
         result = json.loads(file.read_text())
-        machine, base = result["machine"], result["peers"].get("diffusers", {}).get("ms")
+        machine = result["machine"]
         lines += [
             f"**{result['workload']}**, {result['gflop']:.0f} GFLOP: {machine['processor']}, "
             f"{machine['threads']} threads, {' '.join(machine['instructions'])}; torch {machine['torch']}, "
@@ -345,9 +350,8 @@ def table() -> str:
                 lines.append(f"| {peer} | {row['error']} | | | | | | |")
                 continue
             low, high = row["ms_quartiles"]
-            ratio = f"{base / row['ms']:.2f}" if base else ""
             lines.append(
-                f"| {peer} | {row['ms']:.0f} ({low:.0f}–{high:.0f}) | {ratio} "
+                f"| {peer} | {row['ms']:.0f} ({low:.0f}–{high:.0f}) | {row.get('times_diffusers', '')} "
                 f"| {1e3 * result['gflop'] / row['ms']:.0f} | {row['distance']:.1e} | {row['setup_s']:.1f} "
                 f"| {row['peak_gb']} | {row['faults']} |"
             )
@@ -377,6 +381,8 @@ def main() -> None:
         if not arguments.quick:
             RESULTS.mkdir(exist_ok=True)
             file = RESULTS / f"models-{name}.json"
+            if file.is_file():  # rows of peers that this run left out stay, with the ratio of their own run
+                result["peers"] = {**json.loads(file.read_text())["peers"], **result["peers"]}
             file.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -177,6 +177,39 @@ def test_autoencoder_halves(library: str) -> None:
         assert distance(model.decode(moments[:, :4]).sample, decoded.double()) <= BOUND
 
 
+def test_pipeline(library: str) -> None:
+    """Steps, guidance and decoding, with the UNet and the autoencoder replaced, and back."""
+    package: Any = LIBRARIES[library]
+    pipe = package.StableDiffusionPipeline(
+        vae=make(library, "vae"),
+        text_encoder=None,
+        tokenizer=None,
+        unet=make(library, "latents"),
+        scheduler=package.DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+
+    def image() -> Tensor:
+        call = {
+            "prompt_embeds": torch.randn(1, 7, 24, generator=torch.Generator().manual_seed(4)),
+            "negative_prompt_embeds": torch.zeros(1, 7, 24),
+            "latents": torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(5)),
+        }
+        made = pipe(**call, height=16, width=24, num_inference_steps=3, output_type="pt").images
+        return torch.as_tensor(made)
+
+    plain = image()
+    report = difusores.accelerate(pipe)
+    assert {layer.name.split(".")[0] for layer in report.layers} == {"unet", "vae"}
+    got = image()
+    assert distance(got, plain.double()) <= BOUND and not torch.equal(got, plain)
+    difusores.restore(pipe)
+    assert torch.equal(image(), plain)
+
+
 def test_idempotent_and_anew(model: nn.Module) -> None:
     difusores.accelerate(model)
     forwards = {name: m.__dict__.get("forward") for name, m in model.named_modules()}
