@@ -7,7 +7,7 @@ cross-attention, or to the class embedding.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,6 +117,10 @@ class Conditioning:
             )
         image = self.image.to(sample.dtype)
         return torch.cat((sample, image if image_scale == 1.0 else image_scale * image), dim=1), given
+
+    def part(self, rows: slice) -> Conditioning:
+        """That of some rows of the batch."""
+        return replace(self, **{name: getattr(self, name)[rows] for name in KINDS[self.kind]})
 
     def __call__(
         self, model: Any, sample: Tensor, time: Tensor, image_scale: float = 1.0, **options: Any

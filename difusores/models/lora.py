@@ -29,17 +29,25 @@ class LowRank:
 
     def __init__(self, down: Tensor, up: Tensor, factor: float) -> None:
         self.down, self.up, self.factor = down, up, factor
-        self._cast = down, up
+        self._cast: tuple[Any, Tensor, Tensor] | None = None
 
     def output(self, layer: nn.Module, x: Tensor) -> Tensor:
         """What is added to the layer's output for the input x, without the factor."""
-        down, up = self._cast
+        down, up = self.down, self.up
         if (down.device, down.dtype) != (x.device, x.dtype):
-            down, up = self._cast = self.down.to(x), self.up.to(x)
+            down, up = self._as(x)
         if isinstance(layer, nn.Conv2d):
             hidden = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
             return F.conv2d(hidden, up)
         return F.linear(F.linear(x, down), up)
+
+    def _as(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(A, B) on the device and in the dtype of x, made anew where they have been changed in place."""
+        key = (x.device, x.dtype, self.down._version, self.up._version)
+        cast = self._cast
+        if cast is None or cast[0] != key:
+            cast = self._cast = key, self.down.to(x), self.up.to(x)
+        return cast[1:]
 
     def weight(self, like: Tensor) -> Tensor:
         """What is added to the layer's weight, without the factor; float32 at least, on its device."""

@@ -198,16 +198,14 @@ class StableDiffusionControlNetPipeline(StableDiffusionBase):
             if len(seen) < len(x):
                 down = tuple(torch.cat((torch.zeros_like(part), part)) for part in down)
                 mid = torch.cat((torch.zeros_like(mid), mid))
-            output: Tensor = self._conditioning(conditions, len(x))(
-                self.unet,
+            return self._call_unet(
+                self._conditioning(conditions, len(x)),
                 x,
                 t,
+                len(pixels),
                 timestep_cond=timestep_cond,
-                cross_attention_kwargs=self._cross_attention_kwargs,
                 down_block_additional_residuals=down,
                 mid_block_additional_residual=mid,
-                return_dict=False,
-            )[0]
-            return output
+            )
 
         return predict

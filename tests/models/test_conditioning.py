@@ -95,6 +95,14 @@ def test_batches_and_sizes() -> None:
         Conditioning("text")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_batch(kind: str) -> None:
+    part = Conditioning(kind, **given(kind)).part(slice(1, 2))
+    assert part.kind == kind
+    for name in KINDS[kind]:
+        assert torch.equal(getattr(part, name), INPUTS[name][1:])
+
+
 def test_networks_that_do_not_fit() -> None:
     shape = {"block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1}
     plain = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), **shape}

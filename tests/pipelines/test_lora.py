@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -246,3 +247,49 @@ def test_bad_input_in_words(pipeline: Any, tmp_path: Path) -> None:
         pipeline.load_lora_weights(tensors, hotswap=True)
     with pytest.raises(OSError):
         pipeline.load_lora_weights(tmp_path)
+
+
+@torch.no_grad()
+def test_a_compiled_unet_and_two_threads(pipeline: Any) -> None:
+    """Adapters act in a compiled model as in a plain one, and a scale is its own thread's."""
+    pairs = make(pipeline)
+    pipeline.load_lora_weights(kohya(pairs))
+    expected = {scale: sample(pipeline, cross_attention_kwargs={"scale": scale}) for scale in (0.5, 1.0)}
+    unet = pipeline.unet
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor(3), torch.randn(1, 77, 16))
+    plain = unet(*inputs).sample
+    assert torch.equal(torch.compile(unet, backend="eager")(*inputs).sample, plain)
+    found: dict[float, list[Tensor]] = {0.5: [], 1.0: []}
+
+    def run(scale: float) -> None:
+        for _ in range(3):
+            found[scale].append(sample(pipeline, cross_attention_kwargs={"scale": scale}))
+
+    threads = [Thread(target=run, args=(scale,)) for scale in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for scale, images in found.items():
+        assert len(images) == 3
+        for image in images:
+            assert_close(image, expected[scale])
+    pipeline.unload_lora_weights()
+    bare = torch.compile(unet, backend="eager")
+    before = bare(*inputs).sample
+    pipeline.load_lora_weights(kohya(pairs))  # after it was compiled
+    assert torch.equal(bare(*inputs).sample, plain) and not torch.equal(before, plain)
+
+
+@torch.no_grad()
+def test_adapters_that_change_in_place(pipeline: Any) -> None:
+    """What is kept in the model's dtype is made anew."""
+    pipeline.load_lora_weights(kohya(make(pipeline)))
+    unet = pipeline.unet.to(torch.bfloat16)
+    inputs = (torch.randn(1, 4, 8, 8).bfloat16(), torch.tensor(3), torch.randn(1, 77, 16).bfloat16())
+    first = unet(*inputs).sample
+    for change in unet._lora_adapters.loaded["default_0"].values():
+        change.up.mul_(0)
+    pipeline_off = unet(*inputs).sample
+    pipeline.disable_lora()
+    assert torch.equal(pipeline_off, unet(*inputs).sample) and not torch.equal(first, pipeline_off)

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -40,6 +41,24 @@ def test_stored_images(name: str, tmp_path: Path) -> None:
     found = pipelines["images"](name, difusores, tmp_path)
     assert found.shape == STORED[name].shape and STORED[name].std() > 0.02
     assert (found - STORED[name]).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"), [("text", 2), ("instruction", 3), ("controlnet", 2), ("xl_image", 2)]
+)
+def test_separate_guidance(name: str, parts: int, tmp_path: Path) -> None:
+    """The UNet is called for each part of guidance by itself; the image is the same."""
+    rows: list[int] = []
+
+    def separately(library: Any, folder: Path) -> Any:
+        pipeline = pipelines["CASES"][name][0](library, folder)
+        pipeline.enable_separate_guidance()
+        pipeline.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+        return pipeline
+
+    found = pipelines["images"](name, difusores, tmp_path, separately)
+    steps = 2 if name == "xl_image" else 4
+    assert rows == [1] * (parts * steps) and (found - STORED[name]).abs().max() < 2e-4
 
 
 def test_nothing_needs_diffusers() -> None:
