@@ -1,6 +1,7 @@
 """The fused operations against eager PyTorch and against what the machine allows, at shapes of real UNets.
 
-    python benchmarks/bench_ops.py [--op group_norm_silu|scheduler_step] [--set limit|sd15|cat|cifar10]
+    python benchmarks/bench_ops.py [--op group_norm_silu|scheduler_step|winograd_conv]
+        [--set limit|sd15|cat|cifar10|vae]
         [--dtype float32|bfloat16|float16] [--seconds S] [--json FILE]
 
 Every result is checked against the float64 reference before it is timed; a wrong one is not timed.
@@ -8,6 +9,10 @@ Contestants take turns in random order, figures are medians. `limit` is the grea
 (`clone`: like the op, it makes a new tensor) and of the arithmetic of act alone, run from L1 in the same
 dtype (`_C.group_norm_silu_floor`) over all threads; `/+stats` counts the statistics into that arithmetic.
 `copy_us` is the copy into memory that exists already. For the step, `limit` is `torch.add`.
+
+winograd_conv, with a bias as in a model: `F.conv2d` in NCHW and channels_last, oneDNN with weights that it
+has packed for this very shape, ours with weights as they are and packed; and half a residual block (group
+norm, SiLU, convolution, residual) by group_norm_silu + oneDNN and by group_norm_affine + ours.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from torch import Tensor
 
 from difusores import native, ops
 from difusores.ops.scheduler_step import ROW, W
+from difusores.ops.winograd_conv import pack_weight, plan
 
 # (N, C, H, W): the group norms of each network, 32 groups each, at the widest batch that is run by default.
 SHAPES: dict[str, list[tuple[int, int, int, int]]] = {
@@ -52,6 +58,31 @@ SHAPES: dict[str, list[tuple[int, int, int, int]]] = {
     ],
 }
 GROUPS = 32
+
+# (N, C, O, H, W): the stride-1 3x3 convolutions of each network.
+CONVS: dict[str, list[tuple[int, int, int, int, int]]] = {
+    "limit": [(1, 128, 128, 256, 256), (2, 320, 320, 64, 64), (2, 1280, 1280, 16, 16)],
+    "cifar10": [
+        *((n, c, 128, 32, 32) for n in (8, 1) for c in (128, 256)),
+        *((n, c, 256, 16, 16) for n in (8, 1) for c in (256, 512)),
+        *((n, c, 256, s, s) for n in (8, 1) for s in (8, 4) for c in (256, 512)),
+    ],
+    "cat": [
+        *((1, c, 128, s, s) for s in (256, 128) for c in (128, 256)),
+        *((1, c, 256, s, s) for s in (64, 32) for c in (256, 512)),
+        *((1, c, 512, s, s) for s in (16, 8) for c in (512, 1024)),
+    ],
+    "sd15": [
+        *((2, c, 320, 64, 64) for c in (320, 640, 960)),
+        *((2, c, 640, 32, 32) for c in (640, 960, 1280, 1920)),
+        *((2, c, 1280, s, s) for s in (16, 8) for c in (1280, 2560)),
+    ],
+    "vae": [
+        *((1, 512, 512, s, s) for s in (64, 128)),
+        (1, 256, 256, 256, 256),
+        (1, 128, 128, 512, 512),
+    ],
+}
 
 
 def checked(result: Tensor, eager: Tensor, oracle: Tensor, what: str) -> None:
@@ -140,12 +171,107 @@ def scheduler_step(shape: tuple[int, ...], dtype: torch.dtype, seconds: float) -
     }
 
 
+def distance(y: Tensor, oracle: Tensor) -> float:
+    """Relative L2."""
+    return float((y.double() - oracle).norm() / oracle.norm())
+
+
+def winograd_conv(shape: tuple[int, int, int, int, int], seconds: float) -> dict[str, Any]:
+    n, c, o, h, w = shape
+    torch.manual_seed(0)
+    x = torch.randn(n, c, h, w).to(memory_format=torch.channels_last)
+    residual = torch.randn(n, o, h, w).to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(o, c, 3, 3) / (3 * c**0.5), torch.randn(o)
+    gamma, beta, planes = torch.randn(c), torch.randn(c), x.contiguous()
+    packed = pack_weight(weight)
+    options = ([1, 1], [1, 1], [1, 1], 1)
+    onednn = torch.ops.mkldnn._reorder_convolution_weight(weight, *options, [n, c, h, w])
+    convolve = torch.ops.mkldnn._convolution_pointwise
+
+    def block_of_onednn() -> Tensor:
+        normed = ops.group_norm_silu(x, GROUPS, gamma, beta)
+        out: Tensor = convolve.binary(normed, residual, onednn, bias, *options, "add", 1.0, None, [], None)
+        return out
+
+    def block(weights: Tensor | None) -> Tensor:
+        multiplier, offset = ops.group_norm_affine(x, GROUPS, gamma, beta)
+        parts: dict[str, Any] = {
+            "multiplier": multiplier,
+            "offset": offset,
+            "silu": True,
+            "residual": residual,
+        }
+        return ops.winograd_conv(x, weight, bias, packed=weights, **parts)
+
+    contestants: dict[str, Callable[[], Tensor]] = {
+        "nchw": lambda: F.conv2d(planes, weight, bias, padding=1),
+        "channels_last": lambda: F.conv2d(x, weight, bias, padding=1),
+        "onednn": lambda: convolve(x, onednn, bias, *options, "none", [], ""),
+        "ours": lambda: ops.winograd_conv(x, weight, bias),
+        "ours_packed": lambda: ops.winograd_conv(x, weight, bias, packed=packed),
+    }
+    blocks: dict[str, Callable[[], Tensor]] = {
+        "block_onednn": block_of_onednn,
+        "block_ours": lambda: block(None),
+        "block_ours_packed": lambda: block(packed),
+    }
+    errors = {}
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    normed = F.silu(F.group_norm(x.double(), GROUPS, gamma.double(), beta.double()))
+    exact_block = F.conv2d(normed, weight.double(), bias.double(), padding=1) + residual.double()
+    with ops.use_backend("cpu"):  # the kernel also where the plan leaves the layer to oneDNN
+        for calls, oracle in ((contestants, exact), (blocks, exact_block)):
+            for name, call in calls.items():
+                errors[name] = distance(call(), oracle)
+                if not errors[name] <= 1e-5:
+                    raise SystemExit(f"winograd_conv {shape} {name}: error {errors[name]:.1e}; not timed")
+        times = interleave({**contestants, **blocks}, seconds=seconds)
+    return {
+        "op": "winograd_conv",
+        "shape": list(shape),
+        **{f"{name}_us": 1e6 * t for name, t in times.items()},
+        **{f"{name}_error": e for name, e in errors.items()},
+        "winograd": plan(c, o, h, w).winograd,
+        "gflops": 18e-9 * n * c * o * h * w / times["ours"],
+        "onednn_over_ours": times["onednn"] / times["ours"],
+        "onednn_over_packed": times["onednn"] / times["ours_packed"],
+        "block": times["block_onednn"] / times["block_ours"],
+        "block_packed": times["block_onednn"] / times["block_ours_packed"],
+    }
+
+
+CONV_COLUMNS = {
+    **dict.fromkeys(("nchw_us", "channels_last_us", "onednn_us", "ours_us", "ours_packed_us"), 10.0),
+    **dict.fromkeys(("onednn_over_ours", "onednn_over_packed", "block", "block_packed"), 6.2),
+    "gflops": 6.0,
+}
+
+
+def print_convs(shapes: Sequence[tuple[int, int, int, int, int]], seconds: float) -> list[dict[str, Any]]:
+    """One line per shape as it is measured; ratios are the time of oneDNN over ours."""
+    print(f"{'winograd_conv':22} " + " ".join(CONV_COLUMNS) + " error of ours and of oneDNN, chosen")
+    rows = []
+    for shape in shapes:
+        row = winograd_conv(shape, seconds)
+        rows.append(row)
+        figures = " ".join(f"{row[name]:{width}f}" for name, width in CONV_COLUMNS.items())
+        n, c, o, h, w = shape
+        print(
+            f"{f'{n}x{c}>{o} {h}x{w}':22} {figures} {row['ours_error']:.1e} {row['onednn_error']:.1e} "
+            f"{'winograd' if row['winograd'] else 'onednn'}",
+            flush=True,
+        )
+    return rows
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--op", choices=("group_norm_silu", "scheduler_step"), action="append")
-    parser.add_argument("--set", choices=tuple(SHAPES), action="append", dest="sets")
+    parser.add_argument(
+        "--op", choices=("group_norm_silu", "scheduler_step", "winograd_conv"), action="append"
+    )
+    parser.add_argument("--set", choices=(*SHAPES, "vae"), action="append", dest="sets")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), action="append", dest="dtypes")
     parser.add_argument("--seconds", type=float, default=1.0, help="measuring time of one line of the table")
     parser.add_argument("--json", type=Path, help="write the figures and the machine to this file")
@@ -157,7 +283,7 @@ def main(arguments: Sequence[str]) -> None:
     jobs: list[Callable[[], dict[str, Any]]] = []
     if "group_norm_silu" in (args.op or ("group_norm_silu",)):
         for name in args.sets or SHAPES:
-            for shape in SHAPES[name]:
+            for shape in SHAPES.get(name, ()):
                 for dtype in dtypes:
                     for layout in ("contiguous", "channels_last"):
                         jobs.append(
@@ -186,6 +312,9 @@ def main(arguments: Sequence[str]) -> None:
             )
     slower = [row for row in rows if row["eager_over_ours"] < 1.0]
     print(f"{len(rows)} lines, slower than eager in {len(slower)}")
+    if "winograd_conv" in (args.op or ("winograd_conv",)):
+        with torch.no_grad():
+            rows += print_convs([shape for name in args.sets or CONVS for shape in CONVS[name]], args.seconds)
     if args.json:
         args.json.write_text(json.dumps({"machine": stamp(), "rows": rows}, indent=1) + "\n")
 

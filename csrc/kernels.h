@@ -116,7 +116,7 @@ struct WinogradConvArgs {
     void scheduler_step(const SchedulerStepArgs&, int64_t begin, int64_t end);                                        \
     /* tasks: groups * blocks of C; scratch: (4 group_h + 2) (4 group_w + 2) * 64 floats */                           \
     void winograd_conv_input(const WinogradConvArgs&, float* scratch, int64_t, int64_t);                              \
-    /* tasks: groups * blocks of O; scratch: 15 * kWinogradPoint + 36 * (64 * tiles of a group + kMaxWidth) floats */ \
+    /* tasks: groups * blocks of O; scratch: 21 * kWinogradPoint + 36 * (64 * tiles of a group + kMaxWidth) floats */ \
     void winograd_conv_output(const WinogradConvArgs&, float* scratch, int64_t, int64_t);                             \
     /* tasks: blocks of O * blocks of C; packed: tasks * 36 kWinogradPoint floats; scratch: 9 kWinogradPoint */       \
     void winograd_conv_pack(const WinogradConvArgs&, float* packed, float* scratch, int64_t, int64_t);                \

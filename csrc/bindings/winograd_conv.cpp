@@ -128,7 +128,7 @@ void convolve(WinogradConvArgs& args) {
         run(count * in_blocks, 300 * tiles * kBlock, patch, [&](float* scratch, int64_t begin, int64_t end) {
             g_kernels->winograd_conv_input(args, scratch, begin, end);
         });
-        run(count * out_blocks, 36 * tiles * args.c * kBlock, 15 * kWinogradPoint + points,
+        run(count * out_blocks, 36 * tiles * args.c * kBlock, 21 * kWinogradPoint + points,
             [&](float* scratch, int64_t begin, int64_t end) {
                 g_kernels->winograd_conv_output(args, scratch, begin, end);
             });

@@ -42,15 +42,17 @@ DIFUSORES_INLINE void image_to_points(const f32v (&d)[6], f32v (&v)[6]) {
     v[5] = (d[1] * (kA2 * kB2) + d[5]) - (kA2 + kB2) * d[3];
 }
 
-// G: row `y` of it, and all of it times three weights.
+// G: three weights to six points; the rows at a and -a, and at b and -b, are an even and an odd part.
 constexpr float kNear = 1.0f / (2.0f * kA2 * (kA2 - kB2)), kFar = 1.0f / (2.0f * kB2 * (kB2 - kA2));
-constexpr float kG[kInner][3] = {{1.0f / (kA2 * kB2), 0.0f, 0.0f},  {kNear, kA * kNear, kA2 * kNear},
-                                 {kNear, -kA * kNear, kA2 * kNear}, {kFar, kB * kFar, kB2 * kFar},
-                                 {kFar, -kB * kFar, kB2 * kFar},    {0.0f, 0.0f, 1.0f}};
+constexpr float kZero = 1.0f / (kA2 * kB2);
+DIFUSORES_INLINE f32v even_near(f32v g0, f32v g2) { return g0 * kNear + g2 * (kA2 * kNear); }
+DIFUSORES_INLINE f32v odd_near(f32v g1) { return g1 * (kA * kNear); }
+DIFUSORES_INLINE f32v even_far(f32v g0, f32v g2) { return g0 * kFar + g2 * (kB2 * kFar); }
+DIFUSORES_INLINE f32v odd_far(f32v g1) { return g1 * (kB * kFar); }
 DIFUSORES_INLINE void weights_to_points(const f32v (&g)[3], f32v (&u)[6]) {
-    const f32v even_a = g[0] * kG[1][0] + g[2] * kG[1][2], odd_a = g[1] * kG[1][1];
-    const f32v even_b = g[0] * kG[3][0] + g[2] * kG[3][2], odd_b = g[1] * kG[3][1];
-    u[0] = g[0] * kG[0][0];
+    const f32v even_a = even_near(g[0], g[2]), odd_a = odd_near(g[1]);
+    const f32v even_b = even_far(g[0], g[2]), odd_b = odd_far(g[1]);
+    u[0] = g[0] * kZero;
     u[1] = even_a + odd_a;
     u[2] = even_a - odd_a;
     u[3] = even_b + odd_b;
@@ -96,19 +98,15 @@ DIFUSORES_INLINE int64_t point_stride(const WinogradConvArgs& args) {
 
 // --- input ---
 
-// act(multiplier * x + offset) of kBlock channels from c0 on and the pixels that the tiles of image n read, zeros
-// outside, into patch[rows][columns][width].
-void fill_patch(const WinogradConvArgs& args, const Group& group, int64_t n, int64_t c0, int64_t width, float* patch) {
+// act(multiplier * x + offset) of kBlock channels from c0 on: rows [first, last) of the pixels that the tiles of image
+// n read, zeros outside, into patch[rows][columns][width]. a, b: the affine map of these channels.
+void fill_rows(const WinogradConvArgs& args, const Group& group, int64_t n, int64_t c0, int64_t width, const float* a,
+               const float* b, int64_t first, int64_t last, float* patch) {
     constexpr int kTogether = kWidth == 16 ? 4 : 2;
     const int64_t count = at_most(args.c - c0, kBlock);
-    alignas(64) float a[kBlock], b[kBlock];
-    for (int64_t c = 0; c < kBlock; ++c) {
-        a[c] = args.multiplier.ptr && c < count ? param(args.multiplier, n, c0 + c, 1.0f) : 1.0f;
-        b[c] = args.offset.ptr && c < count ? param(args.offset, n, c0 + c, 0.0f) : 0.0f;
-    }
     const bool affine = args.multiplier.ptr || args.offset.ptr;
     const int64_t columns = kTile * group.columns() + 2;
-    for (int64_t row = 0; row < kTile * group.rows() + 2; ++row) {
+    for (int64_t row = first; row < last; ++row) {
         const int64_t iy = kTile * group.ty0 + row - 1;
         for (int64_t column = 0; column < columns; ++column) {
             const int64_t ix = kTile * group.tx0 + column - 1;
@@ -139,28 +137,45 @@ void fill_patch(const WinogradConvArgs& args, const Group& group, int64_t n, int
     }
 }
 
-// V of the tiles of one image, `first` being the place of its first tile.
-void patch_to_points(const Group& group, const float* patch, int64_t width, int64_t first, int64_t stride, float* v) {
+// V of one row of tiles, whose pixels begin at `patch`.
+void patch_to_points(const Group& group, const float* patch, int64_t width, int64_t stride, float* v) {
     const int64_t columns = kTile * group.columns() + 2;
-    for (int64_t ty = 0; ty < group.rows(); ++ty)
-        for (int64_t tx = 0; tx < group.columns(); ++tx) {
-            const float* const from = patch + (ty * columns + tx) * kTile * width;
-            float* const to = v + (first + ty * group.columns() + tx) * width;
-            for (int64_t c = 0; c < width; c += kWidth) {
-                f32v half[kInner][kInner];
-                for (int x = 0; x < kInner; ++x) {
-                    f32v d[kInner], line[kInner];
-                    for (int y = 0; y < kInner; ++y) d[y] = get(from + (y * columns + x) * width + c);
-                    image_to_points(d, line);
-                    for (int y = 0; y < kInner; ++y) half[y][x] = line[y];
-                }
-                for (int y = 0; y < kInner; ++y) {
-                    f32v line[kInner];
-                    image_to_points(half[y], line);
-                    for (int x = 0; x < kInner; ++x) put(to + (kInner * y + x) * stride + c, line[x]);
-                }
+    for (int64_t tx = 0; tx < group.columns(); ++tx)
+        for (int64_t c = 0; c < width; c += kWidth) {
+            const float* const from = patch + tx * kTile * width + c;
+            float* const to = v + tx * width + c;
+            f32v half[kInner][kInner];
+            for (int x = 0; x < kInner; ++x) {
+                f32v d[kInner], line[kInner];
+                for (int y = 0; y < kInner; ++y) d[y] = get(from + (y * columns + x) * width);
+                image_to_points(d, line);
+                for (int y = 0; y < kInner; ++y) half[y][x] = line[y];
+            }
+            for (int y = 0; y < kInner; ++y) {
+                f32v line[kInner];
+                image_to_points(half[y], line);
+                for (int x = 0; x < kInner; ++x) put(to + (kInner * y + x) * stride, line[x]);
             }
         }
+}
+
+// V of kBlock channels of a group: row of tiles by row of tiles, while its pixels are in L1.
+void image_block(const WinogradConvArgs& args, const Group& group, int64_t c0, float* patch, float* v) {
+    const int64_t count = at_most(args.c - c0, kBlock), width = rounded(count, kWidth);
+    const int64_t row = (kTile * group.columns() + 2) * width;
+    alignas(64) float a[kBlock], b[kBlock];
+    for (int64_t n = group.n0; n < group.n1; ++n) {
+        for (int64_t c = 0; c < kBlock; ++c) {
+            a[c] = c < count ? param(args.multiplier, n, c0 + c, 1.0f) : 1.0f;
+            b[c] = c < count ? param(args.offset, n, c0 + c, 0.0f) : 0.0f;
+        }
+        for (int64_t ty = 0, filled = 0; ty < group.rows(); ++ty, v += group.columns() * width) {
+            const int64_t last = kTile * ty + kInner;
+            fill_rows(args, group, n, c0, width, a, b, filled, last, patch);
+            filled = last;
+            patch_to_points(group, patch + kTile * ty * row, width, point_stride(args), v);
+        }
+    }
 }
 
 // --- weights ---
@@ -231,25 +246,31 @@ void gather_weights(const WinogradConvArgs& args, int64_t o0, int64_t wide, int6
         }
 }
 
-// Row kRow of U = G g G^T: six points of a block, kPoint apart.
-template <int kRow>
-void weights_row(const float* g, int64_t size, float* u) {
+// Two rows of U = G g G^T, whose parts are the same: six points each, kPoint apart.
+constexpr int kPairs[3][2] = {{0, 5}, {1, 2}, {3, 4}};
+template <int kPair>
+void weights_rows(const float* g, int64_t size, float* first, float* second) {
     for (int64_t i = 0; i < size; i += kWidth) {
-        f32v line[3], points[kInner];
+        f32v above[3], below[3], points[kInner];
         for (int x = 0; x < 3; ++x) {
             const float* const from = g + x * kPoint + i;
-            if constexpr (kRow == 0) line[x] = get(from) * kG[0][0];
-            else if constexpr (kRow == 5) line[x] = get(from + 6 * kPoint);
-            else
-                line[x] = get(from) * kG[kRow][0] + get(from + 6 * kPoint) * kG[kRow][2] +
-                          get(from + 3 * kPoint) * kG[kRow][1];
+            const f32v g0 = get(from), g2 = get(from + 6 * kPoint);
+            if constexpr (kPair == 0) {
+                above[x] = g0 * kZero, below[x] = g2;
+            } else {
+                const f32v g1 = get(from + 3 * kPoint);
+                const f32v even = kPair == 1 ? even_near(g0, g2) : even_far(g0, g2);
+                const f32v odd = kPair == 1 ? odd_near(g1) : odd_far(g1);
+                above[x] = even + odd, below[x] = even - odd;
+            }
         }
-        weights_to_points(line, points);
-        for (int x = 0; x < kInner; ++x) put(u + x * kPoint + i, points[x]);
+        weights_to_points(above, points);
+        for (int x = 0; x < kInner; ++x) put(first + x * kPoint + i, points[x]);
+        weights_to_points(below, points);
+        for (int x = 0; x < kInner; ++x) put(second + x * kPoint + i, points[x]);
     }
 }
-constexpr decltype(&weights_row<0>) kWeightsRow[kInner] = {weights_row<0>, weights_row<1>, weights_row<2>,
-                                                           weights_row<3>, weights_row<4>, weights_row<5>};
+constexpr decltype(&weights_rows<0>) kWeightsRows[3] = {weights_rows<0>, weights_rows<1>, weights_rows<2>};
 
 // --- product ---
 
@@ -289,16 +310,21 @@ DIFUSORES_INLINE void multiply(const Panel& p, int64_t t) {
         }
 }
 
+// Tiles in runs of kRows at most and of even lengths: a short run waits for its own sums.
 template <int kVectorCount, bool kFirst>
 void multiply_panel(const Panel& p, int64_t tiles) {
     int64_t t = 0;
-    for (; t + kRows <= tiles; t += kRows) multiply<kRows, kVectorCount, kFirst>(p, t);
-    switch (tiles - t) {
-        case 5: return multiply<5, kVectorCount, kFirst>(p, t);
-        case 4: return multiply<4, kVectorCount, kFirst>(p, t);
-        case 3: return multiply<3, kVectorCount, kFirst>(p, t);
-        case 2: return multiply<2, kVectorCount, kFirst>(p, t);
-        case 1: return multiply<1, kVectorCount, kFirst>(p, t);
+    for (int64_t runs = (tiles + kRows - 1) / kRows; runs; --runs) {
+        const int64_t count = (tiles - t + runs - 1) / runs;
+        switch (count) {
+            case 6: multiply<6, kVectorCount, kFirst>(p, t); break;
+            case 5: multiply<5, kVectorCount, kFirst>(p, t); break;
+            case 4: multiply<4, kVectorCount, kFirst>(p, t); break;
+            case 3: multiply<3, kVectorCount, kFirst>(p, t); break;
+            case 2: multiply<2, kVectorCount, kFirst>(p, t); break;
+            case 1: multiply<1, kVectorCount, kFirst>(p, t); break;
+        }
+        t += count;
     }
 }
 
@@ -329,6 +355,8 @@ DIFUSORES_INLINE void store_tile(const WinogradConvArgs& args, const f32v (&y)[4
     for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < columns; ++j) {
             const int64_t place = ((n * args.h + kTile * ty + i) * args.w + kTile * tx + j) * args.o + o;
+            __builtin_prefetch(args.y + place + kTile * args.o, 1);  // of the next tile
+            if (args.residual) __builtin_prefetch(args.residual + place + kTile * args.o);
             f32v value = y[i][j] + constant;
             if (count == kWidth) {
                 if (args.residual) value += get(args.residual + place);
@@ -352,7 +380,11 @@ void points_to_image(const WinogradConvArgs& args, const Group& group, const flo
                     f32v half[kTile][kInner], y[kTile][kTile];
                     for (int x = 0; x < kInner; ++x) {
                         f32v line[kInner], out[kTile];
-                        for (int k = 0; k < kInner; ++k) line[k] = get(m + (kInner * k + x) * stride + o);
+                        for (int k = 0; k < kInner; ++k) {
+                            const float* const from = m + (kInner * k + x) * stride + o;
+                            line[k] = get(from);
+                            __builtin_prefetch(from + wide);  // of the next tile
+                        }
                         points_to_outputs(line, out);
                         for (int k = 0; k < kTile; ++k) half[k][x] = out[k];
                     }
@@ -366,36 +398,34 @@ void points_to_image(const WinogradConvArgs& args, const Group& group, const flo
 }  // namespace
 
 void winograd_conv_input(const WinogradConvArgs& args, float* scratch, int64_t begin, int64_t end) {
-    const int64_t blocks = (args.c + kBlock - 1) / kBlock, stride = point_stride(args);
-    for (int64_t task = begin; task < end; ++task) {
-        const Group group = group_of(args, args.first_group + task / blocks);
-        const int64_t c0 = task % blocks * kBlock, width = rounded(at_most(args.c - c0, kBlock), kWidth);
-        float* const v = args.v + task * kPoints * stride;
-        for (int64_t n = group.n0; n < group.n1; ++n) {
-            fill_patch(args, group, n, c0, width, scratch);
-            patch_to_points(group, scratch, width, (n - group.n0) * group.rows() * group.columns(), stride, v);
-        }
-    }
+    const int64_t blocks = (args.c + kBlock - 1) / kBlock;
+    for (int64_t task = begin; task < end; ++task)
+        image_block(args, group_of(args, args.first_group + task / blocks), task % blocks * kBlock, scratch,
+                    args.v + task * kPoints * point_stride(args));
 }
 
 void winograd_conv_output(const WinogradConvArgs& args, float* scratch, int64_t begin, int64_t end) {
     const int64_t padded = rounded(args.o, kMaxWidth), wide_blocks = (args.o + kBlock - 1) / kBlock;
     const int64_t blocks = (args.c + kBlock - 1) / kBlock, stride = point_stride(args);
-    float *const g = scratch, *const row = g + 9 * kPoint, *const m = row + kInner * kPoint;
+    float *const g = scratch, *const rows = g + 9 * kPoint, *const m = rows + 2 * kInner * kPoint;
     for (int64_t task = begin; task < end; ++task) {
         const Group group = group_of(args, args.first_group + task / wide_blocks);
         const int64_t o0 = task % wide_blocks * kBlock, wide = at_most(padded - o0, kBlock);
         for (int64_t k = 0; k < blocks; ++k) {
             const int64_t c0 = k * kBlock, channels = at_most(args.c - c0, kBlock);
             const float* const v = args.v + (task / wide_blocks * blocks + k) * kPoints * stride;
-            if (!args.packed) gather_weights(args, o0, wide, c0, g);
-            for (int64_t y = 0; y < kInner; ++y) {
-                const float* u = row;
-                if (args.packed) u = args.packed + ((o0 / kBlock * blocks + k) * kPoints + y * kInner) * kPoint;
-                else kWeightsRow[y](g, channels * wide, row);
-                (k ? multiply_row<false> : multiply_row<true>)(v + y * kInner * stride, rounded(channels, kWidth), u,
-                                                               m + y * kInner * stride, stride, wide, channels,
-                                                               group.tiles());
+            const float* const ready =
+                args.packed ? args.packed + (o0 / kBlock * blocks + k) * kPoints * kPoint : nullptr;
+            if (!ready) gather_weights(args, o0, wide, c0, g);
+            for (int pair = 0; pair < 3; ++pair) {
+                if (!ready) kWeightsRows[pair](g, channels * wide, rows, rows + kInner * kPoint);
+                for (int half = 0; half < 2; ++half) {
+                    const int64_t y = kPairs[pair][half];
+                    const float* const u = ready ? ready + y * kInner * kPoint : rows + half * kInner * kPoint;
+                    (k ? multiply_row<false> : multiply_row<true>)(v + y * kInner * stride, rounded(channels, kWidth),
+                                                                   u, m + y * kInner * stride, stride, wide, channels,
+                                                                   group.tiles());
+                }
             }
         }
         points_to_image(args, group, m, stride, o0, wide);
@@ -407,9 +437,10 @@ void winograd_conv_pack(const WinogradConvArgs& args, float* packed, float* scra
     for (int64_t task = begin; task < end; ++task) {
         const int64_t o0 = task / blocks * kBlock, wide = at_most(padded - o0, kBlock), c0 = task % blocks * kBlock;
         gather_weights(args, o0, wide, c0, scratch);
-        for (int64_t y = 0; y < kInner; ++y)
-            kWeightsRow[y](scratch, at_most(args.c - c0, kBlock) * wide,
-                           packed + (task * kPoints + y * kInner) * kPoint);
+        float* const block = packed + task * kPoints * kPoint;
+        for (int pair = 0; pair < 3; ++pair)
+            kWeightsRows[pair](scratch, at_most(args.c - c0, kBlock) * wide, block + kPairs[pair][0] * kInner * kPoint,
+                               block + kPairs[pair][1] * kInner * kPoint);
     }
 }
 

@@ -178,7 +178,7 @@ void winograd(const Kernels& k, ConvShape shape, GroupShape group, bool fused) {
     const int64_t points = 36 * (kWinogradBlock * group.n * group.h * group.w + kMaxWidth);
     std::vector<float> v(groups * blocks_c * points), packed(blocks_o * blocks_c * 36 * kWinogradPoint);
     std::vector<float> patch((4 * group.h + 2) * (4 * group.w + 2) * kWinogradBlock);
-    std::vector<float> products(15 * kWinogradPoint + points), weights(9 * kWinogradPoint);
+    std::vector<float> products(21 * kWinogradPoint + points), weights(9 * kWinogradPoint);
     a.v = v.data();
     if (fused) {
         a.bias = {bias.data(), DType::f32, 0}, a.add = {add.data(), DType::f32, o};
