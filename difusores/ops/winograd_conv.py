@@ -11,6 +11,7 @@ with rounding errors that depend on the points of interpolation (docs/kernels/wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -35,23 +36,33 @@ POINT = BLOCK * BLOCK + LANES  # floats of one of the 36 points of a block
 A, B = 5 / 8, 3 / 2
 
 
+# Cost of a call with IMAGES images, in vector multiply-adds for each pair of an input channel and a vector
+# of output channels; measured on AVX-512 (docs/kernels/winograd_conv.md), of use as ratios.
+IMAGES = 2
+DIRECT = 9 / 0.9  # of an output pixel, at what oneDNN reaches of the peak
+PRODUCT = 36 / 0.8  # of a tile
+TRANSFORM = 1000.0  # of a tile's inputs for all output channels, and of its outputs for all input channels
+WEIGHTS, PACKED_WEIGHTS = 600.0, 300.0  # transforming them, reading them transformed
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """How a stride-1 3x3 convolution of one shape is best computed; see `plan`.
 
     Attributes:
-        winograd: whether this op's kernel is expected to be faster than the convolution of PyTorch.
+        winograd: whether this op's kernel is expected to be faster than oneDNN's direct convolution.
         reason: why not, in words; None where it is.
         packed_bytes: size of `pack_weight`'s tensor.
-        gain: expected time without packed weights over time with them, at one image.
+        packing_gain: expected time of a call without packed weights over one with them.
     """
 
     winograd: bool
     reason: str | None
     packed_bytes: int
-    gain: float
+    packing_gain: float
 
 
+@cache
 def plan(in_channels: int, out_channels: int, height: int, width: int) -> LayerPlan:
     """Which algorithm a fp32 layer takes: from its shape and this process's ISA level, never from a batch
     size, a number of threads or a timing, so that bits do not move.
@@ -60,27 +71,20 @@ def plan(in_channels: int, out_channels: int, height: int, width: int) -> LayerP
         in_channels, out_channels: C and O.
         height, width: of the image.
     """
-    tiles = -(-height // 4) * -(-width // 4)
-    padded = -(-out_channels // LANES) * LANES
-    gain = 1.0 + 4.0 / max(tiles, 1)
+    tiles = IMAGES * -(-height // 4) * -(-width // 4)
+    lanes = -(-out_channels // LANES) * LANES / max(out_channels, 1)
+    cost = tiles * (PRODUCT * lanes + TRANSFORM / max(out_channels, 1) + TRANSFORM / max(in_channels, 1))
+    direct = IMAGES * height * width * DIRECT
+    reason = native.status("cpu")
+    if reason is None and native.build_info()["isa_used"] == "base":
+        reason = "without AVX2 and FMA oneDNN is faster"
+    if reason is None and direct <= cost + WEIGHTS:
+        reason = (
+            f"{in_channels} to {out_channels} channels at {height}x{width}: what the transforms cost is more "
+            "than the multiplications saved, F.conv2d is faster"
+        )
     size = 4 * _packed_size(out_channels, in_channels)
-    return LayerPlan(*_decide(in_channels, out_channels, height, width, tiles, padded), size, gain)
-
-
-def _decide(c: int, o: int, height: int, width: int, tiles: int, padded: int) -> tuple[bool, str | None]:
-    status = native.status("cpu")
-    if status is not None:
-        return False, status
-    isa = native.build_info()["isa_used"]
-    if isa == "base":
-        return False, "without AVX2 and FMA the convolution of PyTorch is faster"
-    if c < LANES or o < LANES:
-        return False, f"with {c} to {o} channels most lanes of the transforms are empty: F.conv2d is faster"
-    # Multiplications of the direct sum over those of Winograd, with tiles at the border and lanes of padding.
-    saved = 9 * height * width * o / (36 * tiles * padded) if tiles else 0.0
-    if saved < 1.5:
-        return False, f"at {height}x{width} the tiles are mostly border: F.conv2d is faster"
-    return True, None
+    return LayerPlan(reason is None, reason, size, (cost + WEIGHTS) / (cost + PACKED_WEIGHTS))
 
 
 def pack_weight(weight: Tensor) -> Tensor:
