@@ -11,7 +11,6 @@ with rounding errors that depend on the points of interpolation (docs/kernels/wi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -53,16 +52,15 @@ class LayerPlan:
         winograd: whether this op's kernel is expected to be faster than oneDNN's direct convolution.
         reason: why not, in words; None where it is.
         packed_bytes: size of `pack_weight`'s tensor.
-        packing_gain: expected time of a call without packed weights over one with them.
+        gain: expected time of a call without packed weights over one with them.
     """
 
     winograd: bool
     reason: str | None
     packed_bytes: int
-    packing_gain: float
+    gain: float
 
 
-@cache
 def plan(in_channels: int, out_channels: int, height: int, width: int) -> LayerPlan:
     """Which algorithm a fp32 layer takes: from its shape and this process's ISA level, never from a batch
     size, a number of threads or a timing, so that bits do not move.

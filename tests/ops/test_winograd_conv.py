@@ -167,7 +167,7 @@ def test_plan() -> None:
     for shape in ((4, 320, 64, 64), (320, 4, 64, 64), (16, 16, 64, 64), (256, 256, 4, 4), (256, 256, 1, 64)):
         refused = plan(*shape)
         assert not refused.winograd and refused.reason
-    assert plan(64, 64, 8, 8).packing_gain > plan(64, 64, 64, 64).packing_gain > 1
+    assert plan(64, 64, 8, 8).gain > plan(64, 64, 64, 64).gain > 1
     fast = dispatch.status("cpu") is None and ops.dispatch.native.build_info()["isa_used"] != "base"
     assert wide_layer.winograd == fast and (wide_layer.reason is None) == fast
 
