@@ -147,7 +147,7 @@ def on_openvino(precision: str) -> Callable[..., Any]:
     def make(workload: Workload, weights: str) -> Callable[[], Tensor]:
         inputs = workload.inputs()
         model = openvino.convert_model(Network(build("diffusers", workload, weights)), example_input=inputs)
-        model.reshape([tuple(t.shape) for t in inputs])
+        model.reshape({i: list(t.shape) for i, t in enumerate(inputs)})
         options = {
             "INFERENCE_PRECISION_HINT": precision,
             "PERFORMANCE_HINT": "LATENCY",

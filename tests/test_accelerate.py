@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import difusores
 from difusores import native
+from difusores.acceleration import layers
 from difusores.acceleration.session import Forward
 from difusores.models.lora import LowRank, make_adapters
 
@@ -133,8 +134,12 @@ def model(library: str) -> Iterator[nn.Module]:
     difusores.restore(made)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_agrees_and_comes_back(library: str, variant: str, dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize("numbers", ["float32", "bfloat16", "bfloat16 beside float32 images"])
+def test_agrees_and_comes_back(
+    library: str, variant: str, numbers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype = None if numbers == "float32" else "bfloat16"
+    monkeypatch.setattr(layers, "fast_bfloat16_convolution", lambda: numbers == "bfloat16")
     plain = make(library, variant)
     model = copy.deepcopy(plain)
     cases = [inputs(variant), inputs(variant, 3), inputs(variant, 2, (16, 8))]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from difusores.acceleration import heap
+from difusores.acceleration import heap, layers
 from difusores.acceleration.layers import ConvForward, LinearForward
 from difusores.acceleration.report import Report, size
 from difusores.acceleration.session import DTYPES, SESSION, Forward, Session
@@ -34,7 +34,8 @@ def accelerate(
 
     Args:
         model_or_pipe: a model or pipeline of this package or of diffusers, in evaluation mode, on the CPU.
-        dtype: None computes in the parameters' dtype; "bfloat16" rounds inside, with float32 parameters too.
+        dtype: None computes in the parameters' dtype; "bfloat16" rounds inside, with float32 parameters too:
+            everything where the processor has AMX, else matrix products and attention alone.
         memory_format: "auto": channels_last within; results in the layout in which the input came.
         memory: prepared weights take at most 1.2 ("balanced") or 2.5 ("fast") times the model's size.
         approximate: names of approximations to allow. This version has none.
@@ -59,7 +60,8 @@ def accelerate(
             restore(model)
             session = None
         if session is None:
-            session = Session(settings, dtype, int(BUDGETS[memory] * size(model)))
+            of_images = dtype if dtype is torch.float32 or layers.fast_bfloat16_convolution() else None
+            session = Session(settings, dtype, of_images, int(BUDGETS[memory] * size(model)))
             model.__dict__[SESSION] = session
         reason = heap.keep(session)
         if reason is not None and reason not in notes:

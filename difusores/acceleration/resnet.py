@@ -66,9 +66,7 @@ class ResnetForward(Forward):
         self, x: Tensor, temb: Tensor | None = None, size: torch.Size | None = None, **ignored: object
     ) -> Tensor:
         m = self.module
-        if self.session.dtype is not None:
-            x = x.to(self.session.dtype)
-        x = x.contiguous(memory_format=CHANNELS_LAST)
+        x = x.to(self.session.image_dtype or x.dtype).contiguous(memory_format=CHANNELS_LAST)
         scale = 1 / m.output_scale_factor
         embedding = self._time(temb)
         add, modulation = None, embedding

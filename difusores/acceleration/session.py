@@ -25,16 +25,24 @@ class Session:
 
     Attributes:
         settings: its arguments, to tell whether a second call asks for the same.
-        dtype: in which the layers compute; None for each layer's own.
+        dtype: in which matrix products and attention compute; None for each layer's own.
+        image_dtype: the same for images: residual blocks and convolutions of more than a pixel.
         budget: bytes that prepared weights may take.
         forms: the prepared weights that there are now.
         generation: counts how often bytes were given back.
         clock: seconds within replaced layers while somebody counts them, else None.
     """
 
-    def __init__(self, settings: tuple[Any, ...], dtype: torch.dtype | None, budget: int) -> None:
+    def __init__(
+        self,
+        settings: tuple[Any, ...],
+        dtype: torch.dtype | None,
+        image_dtype: torch.dtype | None,
+        budget: int,
+    ) -> None:
         self.settings = settings
         self.dtype = dtype
+        self.image_dtype = image_dtype
         self.budget = budget
         self.forms: list[Packed] = []
         self.generation = 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from difusores.acceleration.layers import CHANNELS_LAST, apply_linear, normalize, plain_norm
-from difusores.acceleration.session import Forward, hooked
+from difusores.acceleration.session import Forward, Session, hooked
 from difusores.models.transformer import NO_CONTEXT, Context
 from difusores.ops import attention, geglu
 
@@ -59,14 +59,14 @@ class ImageAttentionForward(Forward):
 
     def run(self, x: Tensor, context: object = None) -> Tensor:
         m = self.module
-        return attend_image(m, m.group_norm, x, self.session.dtype, m.output_scale_factor)
+        return attend_image(m, m.group_norm, x, self.session, m.output_scale_factor)
 
 
-def attend_image(m: Any, norm: Any, x: Tensor, dtype: torch.dtype | None, divisor: float) -> Tensor:
+def attend_image(m: Any, norm: Any, x: Tensor, session: Session, divisor: float) -> Tensor:
     """(x + attention over the pixels of norm(x)) / divisor."""
-    x = x.to(dtype or x.dtype).contiguous(memory_format=CHANNELS_LAST)
+    x = x.to(session.image_dtype or x.dtype).contiguous(memory_format=CHANNELS_LAST)
     hidden = x if norm is None else normalize(norm, x, silu=False)
-    tokens = as_tokens(hidden)
+    tokens = as_tokens(hidden).to(session.dtype or x.dtype)
     out = as_image(attend(m, tokens, tokens, None), x) + x
     return out if divisor == 1 else out / divisor
 
@@ -133,8 +133,7 @@ class DiffusersAttentionForward(Forward):
     ) -> Tensor:
         m = self.module
         if hidden_states.ndim == 4:
-            dtype = self.session.dtype
-            return attend_image(m, m.group_norm, hidden_states, dtype, m.rescale_output_factor)
+            return attend_image(m, m.group_norm, hidden_states, self.session, m.rescale_output_factor)
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         return attend(m, hidden_states, source, None)
 
@@ -167,8 +166,8 @@ class TransformerForward(Forward):
 
 def transform(forward: Forward, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """x plus what the blocks, called with these arguments, make of its pixels."""
-    m, dtype = forward.module, forward.session.dtype
-    x = x.to(dtype or x.dtype).contiguous(memory_format=CHANNELS_LAST)
+    m = forward.module
+    x = x.to(forward.session.image_dtype or x.dtype).contiguous(memory_format=CHANNELS_LAST)
     tokens = project(m.proj_in, as_tokens(normalize(m.norm, x, silu=False)), x)
     for block in m.transformer_blocks:
         tokens = block(tokens, *args, **kwargs)
