@@ -14,7 +14,8 @@ from torch import Tensor
 from difusores.models.audio_encoder import AudioEncoder
 from difusores.models.conditioning import Conditioning
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
-from difusores.pipelines.latent import Conditions, LatentPipeline, Run, StepCallback
+from difusores.pipelines.latent import Conditions, LatentPipeline, StepCallback
+from difusores.pipelines.runs import Run
 from difusores.sampling import Generators
 
 SemanticMap = Tensor | Image.Image | Sequence[Image.Image]

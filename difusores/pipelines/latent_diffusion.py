@@ -19,8 +19,9 @@ from difusores.models.ldm_bert import LDMBertModel
 from difusores.models.unet_2d import UNet2DModel
 from difusores.models.unet_2d_condition import UNet2DConditionModel
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
-from difusores.pipelines.latent import Conditions, LatentPipeline, Run, StepCallback
+from difusores.pipelines.latent import Conditions, LatentPipeline, StepCallback
 from difusores.pipelines.prompts import as_list, check_prompts, repeat_each, tokenize
+from difusores.pipelines.runs import Run
 from difusores.sampling import Generators, draw_noise
 
 TOKENS = 77

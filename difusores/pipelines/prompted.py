@@ -14,13 +14,13 @@ from difusores.pipelines.images import check_output_type
 from difusores.pipelines.latent import (
     After,
     Conditions,
-    Run,
     StepCallback,
     check_callback_inputs,
     check_finite,
 )
 from difusores.pipelines.preprocess import preprocess, preprocess_mask, repeat_to
 from difusores.pipelines.prompts import repeat_each
+from difusores.pipelines.runs import Run
 from difusores.pipelines.single_file import SingleFilePipeline
 from difusores.sampling import Generators, Model, draw_noise, masked
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from difusores.models.controlnet import ControlNetModel
-from difusores.pipelines.latent import Conditions, Run, StepCallback
+from difusores.pipelines.latent import Conditions, StepCallback
 from difusores.pipelines.preprocess import preprocess
 from difusores.pipelines.prompted import Texts
+from difusores.pipelines.runs import Run
 from difusores.pipelines.stable_diffusion import StableDiffusionBase, StableDiffusionPipelineOutput
 from difusores.sampling import Generators, Model
 
