@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from difusores.models.lora import LowRank
+from difusores.models.original_layout import file_names, unet_modules
+from difusores.models.unet_2d_condition import UNet2DConditionModel
 
 KOHYA = {
     "lora_unet_": "unet",
@@ -16,7 +18,8 @@ KOHYA = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
 }
-"""Prefix of kohya's names -> component. After it, the layer's name has underscores for its points."""
+"""Prefix of kohya's names -> component. After it, the layer's name has underscores for its points; that of
+the UNet's layers is diffusers' or, as trainers of Stable Diffusion XL write it, that of the original layout."""
 
 COMPONENTS = ("unet", "text_encoder_2", "text_encoder")
 OLD_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -106,6 +109,10 @@ class _Finder:
         kinds = (nn.Linear, nn.Conv2d)
         self.names = {name for name, module in model.named_modules() if isinstance(module, kinds)}
         self.by_flat = {name.replace(".", "_"): name for name in self.names}
+        if isinstance(model, UNet2DConditionModel):
+            original = file_names([f"{name}.weight" for name in self.names], unet_modules(model))
+            for ours, theirs in original.items():
+                self.by_flat[theirs.removesuffix(".weight").replace(".", "_")] = ours.removesuffix(".weight")
 
     def dotted(self, name: str) -> str | None:
         return next((form for form in _forms(name, ".") if form in self.names), None)

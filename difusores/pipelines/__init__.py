@@ -15,10 +15,8 @@ from difusores.pipelines.stable_diffusion_controlnet import StableDiffusionContr
 from difusores.pipelines.stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
 from difusores.pipelines.stable_diffusion_inpaint import StableDiffusionInpaintPipeline
 from difusores.pipelines.stable_diffusion_instruct_pix2pix import StableDiffusionInstructPix2PixPipeline
-from difusores.pipelines.stable_diffusion_xl import (
-    StableDiffusionXLPipeline,
-    StableDiffusionXLPipelineOutput,
-)
+from difusores.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
+from difusores.pipelines.stable_diffusion_xl_base import StableDiffusionXLPipelineOutput
 from difusores.pipelines.stable_diffusion_xl_img2img import StableDiffusionXLImg2ImgPipeline
 from difusores.pipelines.stable_diffusion_xl_inpaint import StableDiffusionXLInpaintPipeline
 from difusores.pipelines.unconditional import DDIMPipeline, DDPMPipeline

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from difusores.pipelines.latent import Conditions, StepCallback, check_finite
 from difusores.pipelines.prompted import Texts
-from difusores.pipelines.stable_diffusion_xl import (
+from difusores.pipelines.stable_diffusion_xl_base import (
     Size,
     StableDiffusionXLBase,
     StableDiffusionXLPipelineOutput,

@@ -293,3 +293,103 @@ def test_adapters_that_change_in_place(pipeline: Any) -> None:
     pipeline_off = unet(*inputs).sample
     pipeline.disable_lora()
     assert torch.equal(pipeline_off, unet(*inputs).sample) and not torch.equal(first, pipeline_off)
+
+
+class TestTwoTextEncoders:
+    """Stable Diffusion XL: trainers name the UNet's layers as the original layout does."""
+
+    UNET = (
+        (
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+            "input_blocks_1_1_transformer_blocks_0_attn1_to_q",
+        ),
+        ("down_blocks.0.downsamplers.0.conv", "input_blocks_2_0_op"),
+        ("mid_block.attentions.0.proj_in", "middle_block_1_proj_in"),
+        ("mid_block.resnets.1.time_emb_proj", "middle_block_2_emb_layers_1"),
+        ("up_blocks.0.resnets.0.conv_shortcut", "output_blocks_0_0_skip_connection"),
+        ("up_blocks.0.upsamplers.0.conv", "output_blocks_1_1_conv"),
+        (
+            "up_blocks.1.attentions.1.transformer_blocks.0.ff.net.0.proj",
+            "output_blocks_3_1_transformer_blocks_0_ff_net_0_proj",
+        ),
+        ("add_embedding.linear_1", "label_emb_0_0"),
+        ("time_embedding.linear_2", "time_embed_2"),
+        ("conv_in", "input_blocks_0_0"),
+        ("conv_out", "out_2"),
+    )
+    TEXT = (("encoder.layers.0.self_attn.q_proj", "encoder_layers_0_self_attn_q_proj"),)
+
+    @pytest.fixture
+    def pipeline(self, xl_parts: dict[str, Any]) -> Any:
+        copies = {name: copy.deepcopy(xl_parts[name]) for name in ("text_encoder", "text_encoder_2")}
+        made = difusores.StableDiffusionXLPipeline(**{**xl_parts, **copies})
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    @pytest.mark.parametrize("layout", ["original", "kohya", "diffusers"])
+    def test_layouts_and_strength(self, pipeline: Any, layout: str, tmp_path: Path) -> None:
+        generator, plain = torch.Generator().manual_seed(0), sample(pipeline)
+        changes: list[tuple[Tensor, Tensor]] = []
+        tensors: dict[str, Tensor] = {}
+        for component, prefix, dotted, layers in (
+            ("unet", "lora_unet_", "", self.UNET),
+            ("text_encoder", "lora_te1_text_model_", "text_model.", self.TEXT),
+            ("text_encoder_2", "lora_te2_text_model_", "text_model.", self.TEXT),
+        ):
+            model = getattr(pipeline, component)
+            inner = model.text_model if hasattr(model, "text_model") else model
+            for layer, original in layers:
+                weight = inner.get_submodule(layer).weight
+                down = torch.randn(2, *weight.shape[1:], generator=generator) * 0.2
+                up = torch.randn(len(weight), 2, *(1,) * (weight.ndim - 2), generator=generator) * 0.2
+                name = f"{component}.{dotted}{layer}"
+                ends = ("lora_A.weight", "lora_B.weight")
+                if layout != "diffusers":
+                    name = prefix + (original if layout == "original" else layer.replace(".", "_"))
+                    ends = ("lora_down.weight", "lora_up.weight")
+                tensors |= {
+                    f"{name}.{ends[0]}": down,
+                    f"{name}.{ends[1]}": up,
+                    f"{name}.alpha": torch.tensor(3.0),
+                }
+                changes.append((weight, 1.5 * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)))
+        pipeline.load_lora_weights(tensors, adapter_name="one")
+        assert {name: len(found["one"]) for name, found in self.loaded(pipeline).items()} == {
+            "unet": 11,
+            "text_encoder": 1,
+            "text_encoder_2": 1,
+        }
+        whole, half = sample(pipeline), sample(pipeline, cross_attention_kwargs={"scale": 0.5})
+        states = {
+            f"{name}_lora_layers": lora_state_dict(getattr(pipeline, name), "one")
+            for name in self.loaded(pipeline)
+        }
+        pipeline.save_lora_weights(tmp_path, **states)
+        pipeline.unload_lora_weights()
+        assert torch.equal(sample(pipeline), plain)
+        pipeline.load_lora_weights(tmp_path)
+        assert_close(sample(pipeline), whole)
+        pipeline.unload_lora_weights()
+        for result in (half, whole):
+            with torch.no_grad():
+                for weight, change in changes:
+                    weight += 0.5 * change
+            assert float((result - plain).norm() / plain.norm()) > 1e-2
+            assert_close(result, sample(pipeline))
+
+    def loaded(self, pipeline: Any) -> dict[str, Any]:
+        return {name: adapters.loaded for name, adapters in pipeline._adapters().items()}
+
+    def test_each_text_encoder_is_changed(self, pipeline: Any) -> None:
+        plain = pipeline.encode_prompt("a cat")[0]
+        for prefix, columns in (("lora_te1_", slice(0, 16)), ("lora_te2_", slice(16, 40))):
+            width = columns.stop - columns.start
+            name = f"{prefix}text_model_encoder_layers_0_self_attn_q_proj"
+            tensors = {
+                f"{name}.lora_down.weight": torch.randn(2, width),
+                f"{name}.lora_up.weight": torch.randn(width, 2),
+            }
+            pipeline.load_lora_weights(tensors)
+            changed = (pipeline.encode_prompt("a cat")[0] - plain).abs().amax((0, 1)) > 1e-4
+            assert changed[columns].all() and int(changed.sum()) == width
+            pipeline.unload_lora_weights()
