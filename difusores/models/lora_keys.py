@@ -18,8 +18,8 @@ KOHYA = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
 }
-"""Prefix of kohya's names -> component. After it, the layer's name has underscores for its points; that of
-the UNet's layers is diffusers' or, as trainers of Stable Diffusion XL write it, that of the original layout."""
+"""Prefix of kohya's names -> component. After it, the layer's name has underscores for its points. The UNet's
+are diffusers' or, as trainers of Stable Diffusion XL write them, those of the original layout."""
 
 COMPONENTS = ("unet", "text_encoder_2", "text_encoder")
 OLD_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
