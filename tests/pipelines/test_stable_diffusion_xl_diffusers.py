@@ -91,7 +91,7 @@ def difference(folder: Path, kind: str, scheduler: str = "euler", **options: Any
     return float(np.abs(ours - theirs).max())
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", ["euler", "ddim", "dpm++"])
 @pytest.mark.parametrize(("kind", "channels"), [(TEXT, 4), (CHANGE, 4), (FILL, 4), (FILL, 9)])
 def test_same_seed_same_images(save: Any, kind: str, channels: int, scheduler: str) -> None:
     assert follows_plan(getattr(difusores, SCHEDULERS[scheduler][0])())
