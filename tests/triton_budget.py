@@ -55,7 +55,7 @@ def heads(length: int, keys: int, count: int, width: int, dtype: torch.dtype = H
 
 
 def step(noise: bool) -> tuple[Any, ...]:
-    """Arguments of scheduler_step for an fp32 latent and an fp16 model: a guided step; all operands and Philox."""
+    """Arguments of scheduler_step, fp32 latent and fp16 model: a guided step; all there is, Philox too."""
     x, e = meta(2, 4, 64, 64, dtype=torch.float32), meta(2, 4, 64, 64)
     table, counter = meta(50, 40, dtype=torch.float64), meta(1, dtype=torch.int64)
     if noise:

@@ -1,0 +1,70 @@
+"""The cost model's rules, on modules small enough to count by hand, and a whole model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from difusores.models.layers import GroupNormAct
+from difusores.models.transformer import CrossAttention
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+pytest.importorskip("triton", reason="triton is not installed")
+
+import gpu_model
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, module: nn.Module, *shape: int) -> gpu_model.Count:
+    x = gpu_model.half(*shape)
+    monkeypatch.setattr(gpu_model, "build", lambda *_: (module.to("meta"), lambda m: m(x)))
+    return gpu_model.trace(None, "")
+
+
+def test_a_convolution_and_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, halved = 2 * 2 * 32 * 16 * 16, 2 * 2 * 8 * 16 * 16  # bytes
+    weight = 2 * 8 * 32 * 9
+    layers = nn.Sequential(GroupNormAct(4, 32, 1e-5), nn.Conv2d(32, 8, 3, padding=1))
+    ours = counted(monkeypatch, layers, 2, 32, 16, 16)
+    assert ours.launches == {"group_norm_silu": 1, "convolution": 1, "bias of a convolution": 1}
+    norm = 2 * image + 2 * 2 * 32
+    assert ours.bytes["group_norm_silu"] == norm
+    assert ours.bytes["convolution"] == image + weight + halved
+    assert ours.bytes["bias of a convolution"] == 2 * halved + 2 * 8
+    assert ours.flops == 2 * (2 * 8 * 16 * 16) * 32 * 9
+    assert ours.least_bytes == norm + image + weight + halved + 2 * 8
+    eager = counted(monkeypatch, nn.Sequential(nn.GroupNorm(4, 32), nn.SiLU()), 2, 32, 16, 16)
+    assert eager.launches == {"native_group_norm": 3, "silu": 1}
+    assert eager.bytes["silu"] == 2 * image
+    large = counted(monkeypatch, nn.Sequential(GroupNormAct(1, 4, 1e-5)), 1, 4, 512, 512)
+    assert large.launches == {"group_norm_silu": 2}, "a group too large for one program"
+
+
+def test_attention_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = counted(monkeypatch, CrossAttention(80, None, 2), 1, 64, 80)
+    assert count.launches == {"mm": 3, "attention": 1, "addmm": 1}
+    assert count.bytes["attention"] == 4 * 2 * 64 * 80
+    assert count.attention_flops == 2 * 2 * 64 * 64 * 80
+    assert count.attention_tiles / count.attention_flops == (32 + 16 + 32 + 8) / 80
+    linear = 2 * 64 * 80 * 80
+    assert count.flops == 4 * linear + count.attention_flops
+
+
+def test_a_kernel_that_does_not_take_the_call_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = sys.modules["difusores.ops.group_norm_silu"]  # the package has a function of that name
+    monkeypatch.setattr(op, "supports", lambda *_: "it does not")
+    count = counted(monkeypatch, nn.Sequential(GroupNormAct(4, 32, 1e-5)), 2, 32, 16, 16)
+    assert count.launches == {"native_group_norm": 3, "silu": 1}
+
+
+@pytest.mark.slow
+def test_a_whole_decoder() -> None:
+    result: dict[str, Any] = gpu_model.report("vae", "h100")
+    eager, ours = result["eager"], result["ours"]
+    assert ours["teraflops"] == eager["teraflops"] > 1
+    assert ours["launches"] < eager["launches"] and ours["gigabytes"] < eager["gigabytes"]
+    assert 1 < result["ours_over_least"] < result["eager_over_least"]
+    assert ours["floor_ms"] < eager["floor_ms"]
