@@ -194,7 +194,7 @@ def build(library: Any, model: str) -> tuple[nn.Module, Callable[[nn.Module], An
 
 
 def trace(library: Any, model: str) -> Count:
-    """One forward pass of a library's module; ours as on a GPU with Triton and without the compiled module."""
+    """One forward pass of a library's module; ours as on a GPU with Triton, without the compiled module."""
     module, call = build(library, model)
     module = module.half().eval()
     count = Count()
