@@ -116,7 +116,7 @@ def test_group_norm_silu(shape: Any, groups: int, options: str, layout: str, che
 @pytest.fixture
 def cut_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and tiles so small that a small image has many of them."""
-    for name, value in {"FUSED": 256, "CHUNK": 1024, "TILE": 512, "MOST": 20}.items():
+    for name, value in {"FUSED": 256, "CHUNK": 1024, "TILE": 512, "JOINED": 4}.items():
         monkeypatch.setattr(norm_kernels, name, value)
 
 
