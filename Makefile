@@ -16,6 +16,8 @@ endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 GENERATE := $(BIN)/python -m difusores generate --model bundled:digits --num 36 --steps 25 --seed 1
+# a process for each core, up to eight, which share the cores (tests/conftest.py)
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.cpp tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp)
 
 stop = { printf '\n%s\n' $(1) >&2; exit 1; }
@@ -75,10 +77,10 @@ fetch-terrain: .venv/package.stamp
 
 test: .venv/test.stamp
 	@[ ! -f difusores/_build_reason.txt ] || $(call stop,$(NO_COMPILER))
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 test-core: .venv/test.stamp
-	@DIFUSORES_DISABLE=1 $(BIN)/python -m pytest -m 'not slow'
+	@DIFUSORES_DISABLE=1 $(PYTEST) -m 'not slow'
 
 test-cpp: .venv/tools.stamp
 	@$(BIN)/cmake -S . -B build/cpp-tests -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \

@@ -7,13 +7,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <optional>
 
 #include "kernels.h"
+#include "recycler.h"
 
 namespace difusores {
 
@@ -35,16 +32,6 @@ inline DType dtype_of(const Tensor& t, const char* name) {
     return DType::f32;
 }
 
-// Large fresh memory costs a page fault for every 4 KB, several times the price of writing it; huge pages are 512 times
-// fewer. A hint: where the kernel refuses it, nothing changes.
-inline void want_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__)
-    constexpr uintptr_t kPage = 2 << 20;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-    const uintptr_t end = reinterpret_cast<uintptr_t>(data) + bytes;
-    if (end >= begin + 4 * kPage) madvise(reinterpret_cast<void*>(begin), (end - begin) / kPage * kPage, MADV_HUGEPAGE);
-#endif
-}
 inline void want_huge_pages(const Tensor& t) { want_huge_pages(t.data_ptr(), t.numel() * t.element_size()); }
 
 // A new tensor of x's dtype on the CPU. torch::stable::empty_like looks its op up by name at every call, which takes

@@ -20,12 +20,22 @@ struct Tensor {
     uint64_t byte_offset;
 };
 
+// A tensor with its owner, who is told by `deleter` when nobody holds it any more.
+struct ManagedTensor {
+    uint32_t major, minor;
+    void* manager;
+    void (*deleter)(ManagedTensor* self);
+    uint64_t flags;
+    Tensor tensor;
+};
+
 struct ExchangeAPI {
     uint32_t major, minor;
     void* prev_api;
     void* managed_tensor_allocator;
     void* managed_tensor_from_py_object_no_sync;
-    void* managed_tensor_to_py_object_no_sync;
+    // Takes the tensor over and makes a Python object of it; 0, or -1 with a Python exception set.
+    int (*managed_tensor_to_py_object_no_sync)(ManagedTensor* tensor, void** out);
     // Fills `out` with borrowed pointers; 0, or -1 with a Python exception set. May be absent.
     int (*dltensor_from_py_object_no_sync)(void* py_object, Tensor* out);
     void* current_work_stream;

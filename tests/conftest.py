@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from difusores import native
+
 # The only reasons to skip a test where CI=true: what the machine is or was told, not what the set-up forgot.
 ALLOWED_SKIPS = re.compile(
     "|".join(
@@ -27,8 +29,15 @@ ALLOWED_SKIPS = re.compile(
 
 
 def pytest_configure() -> None:
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:  # they share the cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    if native.status("cpu") is None:
+        from difusores import _C
+
+        _C.poison_outputs(True)  # the memory of a step's results, which is not PyTorch's
 
 
 @pytest.fixture(autouse=True)

@@ -147,10 +147,10 @@ void scheduler_step(Tensor row, OptionalTensor step, Tensor sample, Tensor e1, O
 
 // --- around the dispatcher ---
 
-// Asked for once: DLPack's table of torch.Tensor (nullptr where this torch has none), and torch.empty_like.
+// Asked for once: DLPack's table of torch.Tensor (nullptr where this torch has none).
 const dlpack::ExchangeAPI* g_exchange = nullptr;
 PyTypeObject* g_tensor = nullptr;
-PyObject* g_empty_like = nullptr;
+constexpr int kMostDims = 8;  // of a sample on this way
 
 void find_exchange() {
     const pybind11::module_ torch = pybind11::module_::import("torch");
@@ -160,10 +160,48 @@ void find_exchange() {
     const auto* table =
         static_cast<const dlpack::ExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (!table) throw pybind11::error_already_set();
-    if (table->major != dlpack::kMajorVersion || !table->dltensor_from_py_object_no_sync) return;
-    g_empty_like = pybind11::object(torch.attr("empty_like")).release().ptr();
+    if (table->major != dlpack::kMajorVersion || !table->dltensor_from_py_object_no_sync ||
+        !table->managed_tensor_to_py_object_no_sync)
+        return;
     g_tensor = reinterpret_cast<PyTypeObject*>(pybind11::object(tensor).release().ptr());
     g_exchange = table;
+}
+
+// Who would miss a call that goes around the dispatcher, told once by difusores/ops/dispatch.py: the variable of the
+// backend asked for and the list with that of the environment, which must hold None or "cpu" (an empty list: not looked
+// at yet); functions which must answer None, False or 0; the module whose _current_level must be negative.
+PyObject *g_wanted = nullptr, *g_environment = nullptr, *g_questions = nullptr, *g_forward_ad = nullptr;
+
+void watch(pybind11::object wanted, pybind11::list environment, pybind11::tuple questions,
+           pybind11::module_ forward_ad) {
+    g_wanted = wanted.release().ptr(), g_environment = environment.release().ptr();
+    g_questions = questions.release().ptr(), g_forward_ad = forward_ad.release().ptr();
+}
+
+bool leaves_cpu(PyObject* backend) {
+    return backend == Py_None || (PyUnicode_Check(backend) && PyUnicode_CompareWithASCIIString(backend, "cpu") == 0);
+}
+
+// Whether nobody watches; errors are left for plain_step to clear.
+bool unwatched() {
+    static PyObject* const level_name = PyUnicode_InternFromString("_current_level");
+    if (!g_wanted || PyList_GET_SIZE(g_environment) == 0 || !leaves_cpu(PyList_GET_ITEM(g_environment, 0)))
+        return false;
+    PyObject* value = nullptr;
+    if (PyContextVar_Get(g_wanted, nullptr, &value) || !value) return false;
+    const bool cpu = leaves_cpu(value);
+    Py_DECREF(value);
+    if (!cpu) return false;
+    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(g_questions); ++k) {
+        PyObject* const answer = PyObject_CallNoArgs(PyTuple_GET_ITEM(g_questions, k));
+        const bool nobody = answer == Py_None || answer == Py_False || (answer && PyObject_Not(answer) == 1);
+        Py_XDECREF(answer);
+        if (!nobody) return false;
+    }
+    PyObject* const level = PyObject_GetAttr(g_forward_ad, level_name);
+    const bool none = level && PyLong_Check(level) && PyLong_AsLong(level) < 0;
+    Py_XDECREF(level);
+    return none;
 }
 
 // A plain dense tensor on the CPU that autograd does not follow, or false.
@@ -203,56 +241,105 @@ bool look_operand(PyObject* object, bool records, const Shape& sample, Operand& 
     return true;
 }
 
-// plain_step(row, sample, model_output, noise, slots, places): new tensors like sample, one for each of places, which
-// number y, d, u, x0; None where the call is not as plain as that, an exception of the kernel's included. The caller
-// has seen to it that nobody watches: no mode, no transform, no tracing.
-PyObject* plain_step(PyObject*, PyObject* const* given, Py_ssize_t count) {
-    if (count != 6 || !PyTuple_Check(given[4]) || !PyTuple_Check(given[5])) {
-        PyErr_SetString(PyExc_TypeError, "plain_step(row, sample, model_output, noise, slots, places)");
+// A new tensor of the sample's shape and dtype, images dense and laid out as the sample's, in recycled memory.
+struct Output {
+    dlpack::ManagedTensor managed;
+    int64_t bytes;
+    int64_t sizes[kMostDims], strides[kMostDims];
+    static void drop(dlpack::ManagedTensor* managed) {
+        Output* const self = static_cast<Output*>(managed->manager);
+        recycler().give(managed->tensor.data, self->bytes);
+        delete self;
+    }
+};
+
+// The tensor as a Python object and where its elements lie; nullptr with a Python exception set.
+PyObject* new_output(const dlpack::Tensor& sample, int64_t inner, void*& data) {
+    const int64_t bytes = sample.shape[0] * inner * (sample.type_bits / 8);
+    data = recycler().take(bytes);
+    if (!data) return PyErr_NoMemory();
+    Output* const output = new Output{};
+    output->bytes = bytes;
+    for (int d = 0; d < sample.ndim; ++d) output->sizes[d] = sample.shape[d], output->strides[d] = sample.strides[d];
+    if (sample.shape[0] > 1) output->strides[0] = inner;
+    dlpack::ManagedTensor& m = output->managed;
+    m.major = dlpack::kMajorVersion, m.manager = output, m.deleter = &Output::drop;
+    m.tensor = sample;
+    m.tensor.data = data, m.tensor.byte_offset = 0, m.tensor.shape = output->sizes, m.tensor.strides = output->strides;
+    void* made = nullptr;
+    if (g_exchange->managed_tensor_to_py_object_no_sync(&m, &made)) {
+        Output::drop(&m);
         return nullptr;
     }
-    const auto otherwise = [] {
-        PyErr_Clear();
-        Py_RETURN_NONE;
-    };
-    if (!g_exchange || given[2] == Py_None) return otherwise();
+    return static_cast<PyObject*>(made);
+}
+
+// What the slots hold after a step: `places` counts in (*results, sample, noise, *slots).
+PyObject* rebound(PyObject* places, PyObject* results, PyObject* sample, PyObject* noise, PyObject* slots) {
+    const Py_ssize_t count = PyTuple_GET_SIZE(places), made = PyTuple_GET_SIZE(results);
+    PyObject* const held = PyTuple_New(count);
+    for (Py_ssize_t k = 0; held && k < count; ++k) {
+        const Py_ssize_t place = PyLong_AsSsize_t(PyTuple_GET_ITEM(places, k)), kept = place - made - 2;
+        if (place < 0 || kept >= PyTuple_GET_SIZE(slots)) {
+            Py_DECREF(held);
+            return nullptr;
+        }
+        PyObject* const t = place < made        ? PyTuple_GET_ITEM(results, place)
+                            : place == made     ? sample
+                            : place == made + 1 ? noise
+                                                : PyTuple_GET_ITEM(slots, kept);
+        Py_INCREF(t);
+        PyTuple_SET_ITEM(held, k, t);
+    }
+    return held;
+}
+
+// What plain_step and take_stage make: new tensors like sample, one for each of outputs, which number y, d, u, x0, and
+// what the slots hold afterwards (see `rebound` for places). Neither where the call is not as plain as that, an
+// exception of the kernel's included, or where somebody watches: a mode, a transform, a tracer, a profiler.
+struct Made {
+    PyObject* results = nullptr;
+    PyObject* slots = nullptr;
+};
+
+Made make(PyObject* given_row, PyObject* given_sample, PyObject* model_output, PyObject* noise, PyObject* given_slots,
+          PyObject* given_outputs, PyObject* places, bool only_f32) {
+    if (!g_exchange || model_output == Py_None || !unwatched()) return {};
     const bool records = aoti_torch_grad_mode_is_enabled();
     dlpack::Tensor row, sample;
     SchedulerStepArgs a{};
-    if (!look(given[0], false, row) || row.type_code != dlpack::kFloat || row.type_bits != 64 || row.ndim != 1 ||
-        row.shape[0] != 40 || row.strides[0] != 1 || !look(given[1], records, sample) ||
-        !kernel_dtype(sample, a.sample.dtype))
-        return otherwise();
+    if (!look(given_row, false, row) || row.type_code != dlpack::kFloat || row.type_bits != 64 || row.ndim != 1 ||
+        row.shape[0] != 40 || row.strides[0] != 1 || !look(given_sample, records, sample) ||
+        !kernel_dtype(sample, a.sample.dtype) || (only_f32 && a.sample.dtype != DType::f32))
+        return {};
     const Shape shape(sample);
     a.batch = shape.sizes[0], a.inner = 1;
     for (int64_t d = 1; d < shape.dim; ++d) a.inner *= shape.sizes[d];
-    const Py_ssize_t slots = PyTuple_GET_SIZE(given[4]), outputs = PyTuple_GET_SIZE(given[5]);
-    if (a.batch * a.inner == 0 || !shape.dense_image(a.inner) || slots > 5) return otherwise();
+    const Py_ssize_t slots = PyTuple_GET_SIZE(given_slots), outputs = PyTuple_GET_SIZE(given_outputs);
+    if (a.batch * a.inner == 0 || !shape.dense_image(a.inner) || slots > 5 || shape.dim > kMostDims ||
+        (a.batch > 1 && shape.strides[0] < a.inner))
+        return {};
     a.row = static_cast<const double*>(data(row));
     a.sample.ptr = data(sample), a.sample.batch_stride = shape.strides[0];
-    if (!look_operand(given[2], records, shape, a.e[0]) || a.e[0].dtype != a.sample.dtype ||
-        !look_operand(given[3], records, shape, a.noise))
-        return otherwise();
+    if (!look_operand(model_output, records, shape, a.e[0]) || a.e[0].dtype != a.sample.dtype ||
+        !look_operand(noise, records, shape, a.noise))
+        return {};
     for (Py_ssize_t k = 0; k < slots; ++k)
-        if (!look_operand(PyTuple_GET_ITEM(given[4], k), records, shape, a.slots[k])) return otherwise();
+        if (!look_operand(PyTuple_GET_ITEM(given_slots, k), records, shape, a.slots[k])) return {};
     PyObject* const made = PyTuple_New(outputs);
-    if (!made) return nullptr;
-    const auto drop = [&] {
+    if (!made) return {};
+    const auto drop = [&]() -> Made {
         Py_DECREF(made);
-        return otherwise();
+        return {};
     };
     Result* const results[4] = {&a.y, &a.d, &a.u, &a.x0};
     for (Py_ssize_t k = 0; k < outputs; ++k) {
-        const long place = PyLong_AsLong(PyTuple_GET_ITEM(given[5], k));
-        PyObject* const output = PyObject_CallOneArg(g_empty_like, given[1]);
+        const long place = PyLong_AsLong(PyTuple_GET_ITEM(given_outputs, k));
+        Result* const result = place < 0 || place > 3 ? nullptr : results[place];
+        PyObject* const output = result ? new_output(sample, a.inner, result->ptr) : nullptr;
         if (!output) return drop();
         PyTuple_SET_ITEM(made, k, output);
-        dlpack::Tensor t;
-        if (place < 0 || place > 3 || g_exchange->dltensor_from_py_object_no_sync(output, &t) ||
-            !Shape(t).same_image(shape) || (a.batch > 1 && t.strides[0] != a.inner))
-            return drop();
-        want_huge_pages(data(t), a.batch * a.inner * (t.type_bits / 8));
-        *results[place] = {data(t), a.sample.dtype, 1};
+        result->dtype = a.sample.dtype, result->repeats = 1;
     }
     try {
         check_row(a);
@@ -265,9 +352,91 @@ PyObject* plain_step(PyObject*, PyObject* const* given, Py_ssize_t count) {
     } catch (const std::exception&) {
         return drop();
     }
-    return made;
+    PyObject* const held = rebound(places, made, given_sample, noise, given_slots);
+    if (!held) return drop();
+    return {made, held};
 }
 
+// What went wrong on this way will go wrong, or right, on the general one, which has the words for it.
+PyObject* otherwise() {
+    PyErr_Clear();
+    Py_RETURN_NONE;
+}
+
+// plain_step(row, sample, model_output, noise, slots, outputs, places) -> (results, slots afterwards) or None.
+PyObject* plain_step(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    if (count != 7 || !PyTuple_Check(given[4]) || !PyTuple_Check(given[5]) || !PyTuple_Check(given[6])) {
+        PyErr_SetString(PyExc_TypeError, "plain_step(row, sample, model_output, noise, slots, outputs, places)");
+        return nullptr;
+    }
+    const Made made = make(given[0], given[1], given[2], given[3], given[4], given[5], given[6], false);
+    if (!made.results) return otherwise();
+    PyObject* const pair = PyTuple_Pack(2, made.results, made.slots);
+    Py_DECREF(made.results);
+    Py_DECREF(made.slots);
+    return pair;
+}
+
+bool is_version(PyObject* tensor, PyObject* version) {
+    static PyObject* const name = PyUnicode_InternFromString("_version");
+    PyObject* const now = PyObject_GetAttr(tensor, name);
+    const bool same = now && PyObject_RichCompareBool(now, version, Py_EQ) == 1;
+    Py_XDECREF(now);
+    return same;
+}
+
+// take_stage(run, options, model_output, sample, only_f32, returned) -> the first `returned` results or None: the next
+// stage of a run of difusores/schedulers/indexed.py, where it is plain, draws nothing and is still that of its tables.
+PyObject* take_stage(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    if (count != 6) {
+        PyErr_SetString(PyExc_TypeError, "take_stage(run, options, model_output, sample, only_f32, returned)");
+        return nullptr;
+    }
+    static PyObject* const names[] = {PyUnicode_InternFromString("index"),    PyUnicode_InternFromString("begin"),
+                                      PyUnicode_InternFromString("stages"),   PyUnicode_InternFromString("options"),
+                                      PyUnicode_InternFromString("times"),    PyUnicode_InternFromString("levels"),
+                                      PyUnicode_InternFromString("versions"), PyUnicode_InternFromString("slots")};
+    // Held, and not borrowed from the run: while a large step runs, another thread may change the run.
+    PyObject* const run = given[0];
+    pybind11::object held[9];
+    for (int k = 0; k < 8; ++k) {
+        held[k] = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(run, names[k]));
+        if (!held[k]) return otherwise();
+    }
+    PyObject *const index = held[0].ptr(), *const begin = held[1].ptr(), *const stages = held[2].ptr(),
+                    *const options = held[3].ptr(), *const times = held[4].ptr(), *const levels = held[5].ptr(),
+                    *const versions = held[6].ptr(), *const slots = held[7].ptr();
+    if (!PyLong_Check(index) || !PyLong_Check(begin) || !PyList_Check(stages) || !PyTuple_Check(slots) ||
+        !PyTuple_Check(versions) || PyTuple_GET_SIZE(versions) != 2 ||
+        PyObject_RichCompareBool(options, given[1], Py_EQ) != 1 || !is_version(times, PyTuple_GET_ITEM(versions, 0)) ||
+        !is_version(levels, PyTuple_GET_ITEM(versions, 1)))
+        return otherwise();
+    const Py_ssize_t here = PyLong_AsSsize_t(index), place = here - PyLong_AsSsize_t(begin);
+    if (place < 0 || place >= PyList_GET_SIZE(stages)) return otherwise();
+    PyObject* const stage = PyList_GET_ITEM(stages, place);
+    held[8] = pybind11::reinterpret_borrow<pybind11::object>(stage);
+    if (!PyTuple_Check(stage) || PyTuple_GET_SIZE(stage) != 8) return otherwise();
+    // CachedStage of difusores/schedulers/base.py
+    PyObject *const row = PyTuple_GET_ITEM(stage, 0), *const places = PyTuple_GET_ITEM(stage, 5),
+                    *const outputs = PyTuple_GET_ITEM(stage, 7);
+    if (PyTuple_GET_ITEM(stage, 1) != Py_None || PyTuple_GET_ITEM(stage, 2) != Py_False ||
+        PyTuple_GET_ITEM(stage, 3) != Py_None)
+        return otherwise();
+    const Made made = make(row, given[3], given[2], Py_None, slots, outputs, places, given[4] == Py_True);
+    if (!made.results) return otherwise();
+    PyObject* const next = PyLong_FromSsize_t(here + 1);
+    const Py_ssize_t returned = PyLong_AsSsize_t(given[5]);
+    PyObject* results = nullptr;
+    if (next && !PyObject_SetAttr(run, names[7], made.slots) && !PyObject_SetAttr(run, names[0], next))
+        results = PyTuple_GetSlice(made.results, 0, returned);
+    Py_XDECREF(next);
+    Py_DECREF(made.results);
+    Py_DECREF(made.slots);
+    return results;
+}
+
+PyMethodDef g_take_stage = {"take_stage", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(take_stage)),
+                            METH_FASTCALL, nullptr};
 PyMethodDef g_plain_step = {"plain_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_step)),
                             METH_FASTCALL, nullptr};
 
@@ -275,6 +444,9 @@ PyMethodDef g_plain_step = {"plain_step", reinterpret_cast<PyCFunction>(reinterp
 
 void define_scheduler_step(pybind11::module_& m) {
     find_exchange();
+    m.def("watch", &watch);
+    m.def("poison_outputs", [](bool on) { recycler().poison(on); });
+    m.add_object("take_stage", pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&g_take_stage, nullptr)));
     m.add_object("plain_step", pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&g_plain_step, nullptr)));
 }
 

@@ -33,13 +33,7 @@ _DEVICES: dict[str, tuple[str, ...]] = {"cuda": ("cuda",), "triton": ("cuda",), 
 _TRITON = (3, 3)  # the oldest version that the kernels are written for
 _OPS: dict[str, tuple[str, ...]] = {}
 _wanted: ContextVar[str | None] = ContextVar("difusores_backend", default=None)
-# What would miss a call that goes around PyTorch's dispatcher; held here, since finding them takes as long
-# as asking.
-_functorch_level = torch._C._functorch.maybe_current_level
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_profiles = torch._C._autograd._profiler_enabled
-_traces = torch._C._is_tracing
+_functorch_level = torch._C._functorch.maybe_current_level  # finding it takes as long as asking
 
 
 class BackendUnavailable(RuntimeError):
@@ -213,14 +207,21 @@ def below_autograd(op: Callable[..., Any], *call: Any) -> Any:
         return op(*call)
 
 
-def unwatched() -> bool:
-    """Whether a call on plain CPU tensors may go to the CPU kernel unseen by PyTorch's dispatcher.
+def watchers() -> tuple[Any, ...]:
+    """Who would miss a call that goes around PyTorch's dispatcher, as the compiled module's `watch` takes it.
 
-    No tracing, mode, transform or profiler would miss it, and nobody asked for another backend.
+    The backend asked for; that of the environment, once it was looked at; what answers None, False or 0 where
+    no transform, mode, profiler or tracer is at work; the module that counts levels of forward-mode
+    derivatives.
     """
-    if torch.compiler.is_compiling() or wanted() not in (None, "cpu") or transformed():
-        return False
-    return not (_dispatch_modes() or _function_modes() or _profiles() or _traces())
+    questions = (
+        torch._C._functorch.maybe_current_level,
+        torch._C._len_torch_dispatch_stack,
+        torch._C._len_torch_function_stack,
+        torch._C._autograd._profiler_enabled,
+        torch._C._is_tracing,
+    )
+    return _wanted, _environment, questions, forward_ad
 
 
 def straight_to_cpu(*tensors: torch.Tensor | None) -> bool:

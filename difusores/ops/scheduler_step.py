@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ from difusores.ops.dispatch import (
     register,
     register_triton,
     straight_to_cpu,
-    unwatched,
+    wanted,
+    watchers,
 )
 
 G1, G2, G3, R, PX, PE, LO, HI, NU0, NU1, MODE, CIN = range(12)
@@ -397,34 +398,60 @@ def plain_step(
     model_output: Tensor,
     slots: tuple[Tensor, ...],
     noise: Tensor | None,
-    places: tuple[int, ...],
-) -> tuple[Tensor, ...] | None:
+    outputs: tuple[int, ...],
+    places: tuple[int, ...] = (),
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]] | None:
     """`scheduler_step` for one model output and new tensors, by the shortest way to the CPU kernel.
 
-    It goes around PyTorch's dispatcher, which would take longer than the kernel at the size of a latent.
+    It goes around PyTorch's dispatcher, which would take longer than the kernel at the size of a latent, and
+    its results lie in memory that dropped results of the same size have left.
 
     Args:
         row, sample, model_output, slots, noise: as there.
-        places: of the outputs in OUTPUTS, without "m".
+        outputs: positions in OUTPUTS, without "m".
+        places: positions in (*results, sample, noise, *slots) of what the slots hold afterwards.
 
     Returns:
-        The outputs, or None where this way is not open: somebody watches, or the tensors are not plain ones
-        on the CPU, of one shape and with the model output in the sample's dtype.
+        The results and what the slots hold afterwards; None where this way is not open: somebody watches, or
+        the tensors are not plain ones on the CPU, of one shape and with the model output in the sample's
+        dtype.
     """
-    if not unwatched():
+    module = None if torch.compiler.is_compiling() else _without_dispatcher()
+    if module is None:
         return None
-    shortest = _shortest()
-    return None if shortest is None else shortest(row, sample, model_output, noise, slots, places)
+    return module.plain_step(row, sample, model_output, noise, slots, outputs, places)  # type: ignore[no-any-return]
+
+
+def take_stage(
+    run: Any, options: dict[str, Any], model_output: Tensor, sample: Tensor, only_fp32: bool, returned: int
+) -> tuple[Tensor, ...] | None:
+    """`plain_step` for the next stage of a run of the schedulers, which moves on; or None, and it stays.
+
+    The stage may not draw noise. In C from end to end: in Python, finding the stage takes as long as carrying
+    it out.
+
+    Args:
+        run: has index, begin, stages, options, times, levels, versions and slots, and is changed.
+        options: those that the caller wants; others than the run's are not for this way.
+        only_fp32: take no sample of another dtype.
+        returned: how many of the results to return.
+    """
+    module = None if torch.compiler.is_compiling() else _without_dispatcher()
+    if module is None:
+        return None
+    return module.take_stage(run, options, model_output, sample, only_fp32, returned)  # type: ignore[no-any-return]
 
 
 @functools.cache
-def _shortest() -> Callable[..., Any] | None:
-    """The kernel without the dispatcher, if the CPU module is there."""
+def _without_dispatcher() -> Any:
+    """The compiled module, told who may be watching; None if it is not there."""
     if native.status("cpu") is not None:
         return None
     from difusores import _C
 
-    return _C.plain_step  # type: ignore[no-any-return]
+    wanted()  # looks at the environment, which that way does not
+    _C.watch(*watchers())
+    return _C
 
 
 def _general(

@@ -204,7 +204,7 @@ class TableScheduler(SchedulerMixin):
         unchanged = _same(self.__dict__.get(name, _PLAIN), value)
         super().__setattr__(name, value)
         if name in KEYS_OF_ROWS:
-            self.__dict__["_known"] = None
+            self._regrid()
         elif not unchanged and (not name.startswith("_") or name == "_internal_dict"):
             self._forget()
 
@@ -214,6 +214,10 @@ class TableScheduler(SchedulerMixin):
 
     def _forget(self) -> None:
         self.__dict__.update(self._empty())
+
+    def _regrid(self) -> None:
+        """`timesteps`, or what goes with it, was assigned; rows are kept by it."""
+        self.__dict__["_known"] = None
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy's timesteps lie elsewhere in memory
@@ -424,18 +428,16 @@ def advance(
         dtype = noise_dtype(draw, sample, model_output)
         for _ in range(draw.draws):
             noise = draw_noise(model_output.shape, generator, model_output.device, dtype)
-    results = None
     if variance is None and threshold is None and (not upcast or sample.dtype is torch.float32):
-        results = plain_step(row, sample, model_output, slots, noise, targets)
-    if results is None:
-        if model_output.dtype is not sample.dtype and not upcast:
-            sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
-        sample, model_output, noise, variance = _broadcast(sample, model_output, noise, variance)
-        results = _step_by_general_way(cached, sample, model_output, slots, noise, variance, upcast)
-    if not places:
-        return results, ()
+        made = plain_step(row, sample, model_output, slots, noise, targets, places)
+        if made is not None:
+            return made
+    if model_output.dtype is not sample.dtype and not upcast:
+        sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
+    sample, model_output, noise, variance = _broadcast(sample, model_output, noise, variance)
+    results = _step_by_general_way(cached, sample, model_output, slots, noise, variance, upcast)
     held = (*results, sample, noise, *slots)
-    return results, tuple([held[place] for place in places])  # type: ignore[misc]
+    return results, tuple([held[place] for place in places])
 
 
 def _step_by_general_way(

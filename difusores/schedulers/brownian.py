@@ -40,7 +40,7 @@ def _next_noise(
     """The noise of the stage that `step` carries out next; the first one begins the path."""
     run = scheduler._run
     index = scheduler._start(timestep) if run.index is None else run.index
-    stages = scheduler._rows_from(run.begin, options)[index - run.begin :]
+    stages = scheduler._stages_of(run, options)[index - run.begin :]
     if not stages or stages[0].noise is None:
         return None
     if scheduler.noise_sampler is None:

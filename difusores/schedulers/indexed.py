@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from difusores.ops.scheduler_step import take_stage
 from difusores.plan import Stage
 from difusores.sampling import Generators
 from difusores.schedulers.base import CachedStage, TableScheduler, advance, cached_stage
@@ -16,18 +18,23 @@ MOST_RUNS = 64
 """Runs (a beginning, options of step) whose rows a scheduler keeps."""
 
 
+_NOTHING = torch.empty(0, device="cpu")
+
+
 class Run:
     """Where a sampling run is: what `step` needs and changes."""
 
-    __slots__ = ("begin", "index", "key", "options", "slots", "stages")
+    __slots__ = ("begin", "index", "levels", "options", "slots", "stages", "times", "versions")
 
     def __init__(self) -> None:
         self.index: int | None = None
         self.begin = 0
         self.slots: tuple[Tensor, ...] = ()
-        self.key: tuple[Any, ...] = (None,) * 5
+        # None: to be asked for. Else those of these options, times and levels, at these versions of the two.
+        self.stages: list[CachedStage] | None = None
         self.options: dict[str, Any] = {}
-        self.stages: list[CachedStage] = []
+        self.times = self.levels = _NOTHING
+        self.versions = (0, 0)
 
 
 class IndexedScheduler(TableScheduler):
@@ -54,6 +61,16 @@ class IndexedScheduler(TableScheduler):
     def _stages(self, grid: SigmaGrid, begin: int, **options: Any) -> Iterable[Stage]:
         """The stages from `begin`, an index into `grid.timesteps`, on."""
         raise NotImplementedError
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._regrid()
+
+    def _regrid(self) -> None:
+        super()._regrid()
+        run = self.__dict__.get("_run")
+        if run is not None:
+            run.stages = None
 
     def _restart(self) -> None:
         self.__dict__.update(_run=Run(), _begin_index=None)
@@ -116,16 +133,19 @@ class IndexedScheduler(TableScheduler):
         """What a step depends on besides `timesteps`: `_stages` is given it as `grid.sigmas`."""
         return self.sigmas
 
-    def _rows_from(self, begin: int, options: dict[str, Any]) -> list[CachedStage]:
-        """The stages of a run, kept for the next run on the same grid."""
-        grid = SigmaGrid(tuple(self._times()), tuple(self._levels_table().tolist()))
-        key = (grid, begin, *options.values())
+    def _stages_of(self, run: Run, options: dict[str, Any]) -> list[CachedStage]:
+        """The stages of a run as the tables are now, kept for the next run on the same grid."""
+        run.times, run.levels, run.options = self.timesteps, self._levels_table(), options
+        run.versions = (run.times._version, run.levels._version)
+        grid = SigmaGrid(tuple(self._times()), tuple(run.levels.tolist()))
+        key = (grid, run.begin, *options.values())
         stages: list[CachedStage] | None = self._rows.get(key)
         if stages is None:
             if len(self._rows) >= MOST_RUNS:
                 self._rows.clear()
-            made = self._stages(grid, begin, **options)
+            made = self._stages(grid, run.begin, **options)
             stages = self._rows[key] = [cached_stage(stage, self.returned) for stage in made]
+        run.stages = stages
         return stages
 
     def _take(
@@ -142,29 +162,26 @@ class IndexedScheduler(TableScheduler):
         noise: used where the stage draws noise, in place of it.
         """
         run = self._run
+        count = len(self.returned)
+        taken = take_stage(run, options, model_output, sample, self.upcast, count)
+        if taken is not None:
+            return taken
         index = self._start(timestep) if run.index is None else run.index
-        rows, levels, times = self._rows, self._levels_table(), self.timesteps
-        known_rows, known_levels, levels_version, known_times, times_version = run.key
-        if (
-            known_rows is not rows
-            or known_levels is not levels
-            or known_times is not times
-            or levels_version != levels._version
-            or times_version != times._version
-            or run.options != options
-        ):
-            run.key = (rows, levels, levels._version, times, times._version)
-            run.options, run.stages = options, self._rows_from(run.begin, options)
         stages = run.stages
+        if (
+            stages is None
+            or run.options != options
+            or run.versions != (run.times._version, run.levels._version)
+        ):
+            stages = self._stages_of(run, options)
         if index - run.begin >= len(stages):
             raise IndexError(f"the run is over: it has {len(self.timesteps)} timesteps; call set_timesteps")
         cached = stages[index - run.begin]
-        given = noise if cached.noise is not None else None
-        results, run.slots = advance(
-            cached, model_output, sample, generator, given, slots=run.slots, upcast=self.upcast
-        )
+        if cached.noise is None:
+            noise = None
+        results, run.slots = advance(cached, model_output, sample, generator, noise, run.slots, self.upcast)
         run.index = index + 1
-        return results[: len(self.returned)]
+        return results[:count]
 
 
 def refuse_integers(scheduler: object, timestep: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -345,12 +346,12 @@ def plain() -> dict[str, Any]:
         "model_output": given["model_outputs"][0].contiguous(),
         "slots": tuple(given["slots"][:2]),
         "noise": given["noise"],
-        "places": (0, 3, 1),
+        "outputs": (0, 3, 1),
     }
 
 
 def by_dispatcher(plain: dict[str, Any]) -> tuple[Tensor, ...]:
-    names = [OUTPUTS[place] for place in plain["places"]]
+    names = [OUTPUTS[place] for place in plain["outputs"]]
     given = {name: plain[name] for name in ("row", "sample", "slots", "noise")}
     return ops.scheduler_step(**given, model_outputs=(plain["model_output"],), outputs=names)
 
@@ -367,8 +368,11 @@ def test_the_shortest_way_gives_the_same_bits(plain: dict[str, Any], shape: Any,
             for name in ("sample", "model_output", "noise"):
                 plain[name] = plain[name].to(memory_format=torch.channels_last)
             plain["slots"] = tuple(t.to(memory_format=torch.channels_last) for t in plain["slots"])
-        results = plain_step(**plain)
-        assert results is not None
+        made = plain_step(**plain, places=(0, 3, 4, 6))
+        assert made is not None
+        results, held = made
+        kept = (results[0], plain["sample"], plain["noise"], plain["slots"][1])
+        assert all(ours is expected for ours, expected in zip(held, kept, strict=True))
         for ours, expected in zip(results, by_dispatcher(plain), strict=True):
             assert ours.dtype is expected.dtype and ours.stride() == expected.stride()
             assert torch.equal(ours, expected)
@@ -393,13 +397,37 @@ def test_the_shortest_way_gives_the_same_bits(plain: dict[str, Any], shape: Any,
         {"row": torch.zeros(ROW)},
         {"row": torch.zeros(ROW - 1, dtype=torch.float64)},
         {"row": torch.zeros(2 * ROW, dtype=torch.float64)[::2]},
-        {"places": (4,)},
+        {"outputs": (4,)},
+        {"outputs": (-1,)},
+        {"places": (7,)},
         {"places": (-1,)},
     ],
     ids=lambda change: next(iter(change)),
 )
 def test_the_shortest_way_leaves_what_is_not_plain(plain: dict[str, Any], change: dict[str, Any]) -> None:
     assert plain_step(**(plain | change)) is None
+
+
+@pytest.mark.skipif(not KERNEL, reason=dispatch.status("cpu") or "")
+def test_results_lie_in_memory_that_dropped_ones_left(plain: dict[str, Any]) -> None:
+    def step() -> Tensor:
+        made = plain_step(**plain)
+        assert made is not None
+        return made[0][0]
+
+    held = step()
+    view, old = held[1], held.clone()
+    kept = view.data_ptr()
+    del held
+    others = [step() for _ in range(20)]
+    assert len({t.data_ptr() for t in others}) == 20, "no two results at one place"
+    assert not any(t.data_ptr() <= kept < t.data_ptr() + 4 * t.numel() for t in others), "a view holds memory"
+    assert torch.equal(view, old[1])
+    places = {t.data_ptr() for t in others}
+    del others
+    assert step().data_ptr() in places
+    copy = step().share_memory_()
+    assert torch.equal(pickle.loads(pickle.dumps(copy)), old)
 
 
 @pytest.mark.skipif(not KERNEL, reason=dispatch.status("cpu") or "")
