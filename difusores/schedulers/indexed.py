@@ -18,7 +18,7 @@ MOST_RUNS = 64
 """Runs (a beginning, options of step) whose rows a scheduler keeps."""
 
 
-_NOTHING = torch.empty(0, device="cpu")
+_NOTHING = torch.tensor([], device="cpu")
 
 
 class Run:
