@@ -40,6 +40,20 @@ struct GroupNormSiluArgs {
     float* channels;   // [N, 4, C]: add, and the center, multiplier and offset of each channel
 };
 
+// CUDA: how group_norm_silu cuts an image, whatever the batch. A tile is `chunk` elements of a group (channels first)
+// or `chunk` rows of `span` channels (channels last), which are whole groups or one of `parts` of a group.
+struct GroupNormPlan {
+    bool channels_last;
+    int vec;     // elements of an access
+    bool whole;  // a tile holds all of its groups: one kernel, which keeps it in shared memory
+    int64_t chunk, chunks;
+    int64_t span, spans, groups_in_span, parts;
+    int64_t table;         // channels first: channels of a tile at most, rounded up to 4
+    unsigned threads;      // of a block
+    int64_t partials;      // channels' moments between the two kernels, 16 bytes each; 0: one kernel
+    int64_t shared_bytes;  // of the first kernel
+};
+
 // One operand of a step: [B, inner], any batch stride. ptr == nullptr: absent.
 struct Operand {
     const void* ptr = nullptr;

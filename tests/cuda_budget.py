@@ -16,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 BUDGET = Path(__file__).with_name("cuda_budget.json")
 ARCHITECTURES = ("75", "80", "86", "89", "90a", "100a", "120")
 FLAGS = ("-std=c++20", "-O3", "--Werror=all-warnings")
 
-Usage = dict[str, int]
+Usage = dict[str, Any]  # a spill or a stack has its "reason" beside it
 AT_MOST = ("registers", "stack", "spills", "shared")
 AT_LEAST = ("wide_loads", "wide_stores", "matrix")
 # A spill is a load or store of local memory; a wide access one of 128 bits of global memory.
@@ -120,12 +121,15 @@ def main() -> int:
     write = parser.parse_args().write
     measured: dict[str, dict[str, Usage]] = {}
     broken = 0
-    budget = {} if write else json.loads(BUDGET.read_text(encoding="utf-8"))
+    budget = json.loads(BUDGET.read_text(encoding="utf-8"))
     for architecture in ARCHITECTURES:
         usages = measured.setdefault(f"sm_{architecture}", {})
         for source in sources():
             usages |= {short_name(symbol): usage for symbol, usage in usage_of(source, architecture).items()}
         print(f"sm_{architecture}: {len(usages)} kernels")
+        for name, usage in usages.items():
+            if usage["stack"] or usage["spills"]:
+                usage["reason"] = budget[f"sm_{architecture}"].get(name, {}).get("reason", "")
         for sentence in [] if write else violations(budget[f"sm_{architecture}"], usages):
             print(f"  {sentence}")
             broken += 1

@@ -27,7 +27,7 @@ def test_the_budget_covers_every_architecture() -> None:
     for kernels in BUDGET.values():
         assert set(kernels) == set(BUDGET["sm_80"])
         for usage in kernels.values():
-            assert usage["stack"] == usage["spills"] == 0
+            assert usage["stack"] == usage["spills"] == 0 or usage["reason"], "spills need a reason"
 
 
 def test_a_kernel_outside_its_budget_is_named() -> None:

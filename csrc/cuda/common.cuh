@@ -98,20 +98,93 @@ __device__ __forceinline__ RawOf<D, kCount> pack(const float (&v)[kCount]) {
     return raw;
 }
 
-// Elements [i, i + kCount) of an array; kCount == 1: one element, without any demand on its address.
-template <DType D, int kCount>
-__device__ __forceinline__ void load(const void* p, int64_t i, float (&out)[kCount]) {
-    if constexpr (kCount == 1) out[0] = load_one<D>(p, i);
-    else
-        unpack<D, kCount>(*reinterpret_cast<const RawOf<D, kCount>*>(static_cast<const char*>(p) + i * bytes_of(D)),
-                          out);
-}
-
 template <DType D, int kCount>
 __device__ __forceinline__ void store(void* p, int64_t i, const float (&v)[kCount]) {
-    if constexpr (kCount == 1) store_one<D>(p, i, v[0]);
-    else *reinterpret_cast<RawOf<D, kCount>*>(static_cast<char*>(p) + i * bytes_of(D)) = pack<D, kCount>(v);
+    *reinterpret_cast<RawOf<D, kCount>*>(static_cast<char*>(p) + i * bytes_of(D)) = pack<D, kCount>(v);
 }
+
+// --- one access of the widest kind by a dtype known when the kernel runs: kVec 4 is fp32, 8 are 16-bit elements, both
+// in 128 bits; 1 is an element of any dtype, without any demand on its address ---
+
+template <int kVec>
+struct Packed {
+    uint4 v;
+};
+template <>
+struct Packed<1> {
+    unsigned v;
+};
+
+template <int kVec>
+__device__ __forceinline__ Packed<kVec> get(const void* p, int64_t i, DType dtype) {
+    if constexpr (kVec > 1) return {*reinterpret_cast<const uint4*>(static_cast<const char*>(p) + i * (16 / kVec))};
+    else if (dtype == DType::f32) return {static_cast<const unsigned*>(p)[i]};
+    else return {static_cast<const unsigned short*>(p)[i]};
+}
+
+template <int kVec>
+__device__ __forceinline__ void put(void* p, int64_t i, DType dtype, const Packed<kVec>& packed) {
+    if constexpr (kVec > 1) *reinterpret_cast<uint4*>(static_cast<char*>(p) + i * (16 / kVec)) = packed.v;
+    else if (dtype == DType::f32) static_cast<unsigned*>(p)[i] = packed.v;
+    else static_cast<unsigned short*>(p)[i] = static_cast<unsigned short>(packed.v);
+}
+
+template <int kVec>
+__device__ __forceinline__ void unpack(const Packed<kVec>& packed, DType dtype, float (&out)[kVec]) {
+    if constexpr (kVec == 4) unpack<DType::f32, 4>({packed.v}, out);
+    else if constexpr (kVec == 8) {
+        if (dtype == DType::bf16) unpack<DType::bf16, 8>({packed.v}, out);
+        else unpack<DType::f16, 8>({packed.v}, out);
+    } else {
+        out[0] = dtype == DType::f32    ? widen<DType::f32>(packed.v)
+                 : dtype == DType::bf16 ? widen<DType::bf16>(packed.v)
+                                        : widen<DType::f16>(packed.v);
+    }
+}
+
+template <int kVec>
+__device__ __forceinline__ Packed<kVec> pack(DType dtype, const float (&v)[kVec]) {
+    if constexpr (kVec == 4) return {pack<DType::f32, 4>(v).v};
+    else if constexpr (kVec == 8) return {dtype == DType::bf16 ? pack<DType::bf16, 8>(v).v : pack<DType::f16, 8>(v).v};
+    else
+        return {dtype == DType::f32    ? narrow<DType::f32>(v[0])
+                : dtype == DType::bf16 ? narrow<DType::bf16>(v[0])
+                                       : narrow<DType::f16>(v[0])};
+}
+
+// --- per-channel parameters, sums, division ---
+
+__device__ __forceinline__ float param(const Param& p, int64_t n, int64_t c, float otherwise) {
+    return p.ptr ? load_one(p.ptr, p.dtype, n * p.row_stride + c) : otherwise;
+}
+
+// The sum over a warp, the same bits in every lane.
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+    for (int other = kWarp / 2; other; other /= 2) v += __shfl_xor_sync(kAllLanes, v, other);
+    return v;
+}
+
+// The sum over a block, the same bits in every thread; `parts` holds a float2 for every warp and is not in use.
+__device__ __forceinline__ float2 block_sum(float a, float b, float2* parts) {
+    a = warp_sum(a), b = warp_sum(b);
+    if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = make_float2(a, b);
+    __syncthreads();
+    float2 total = parts[0];
+    for (unsigned k = 1; k < blockDim.x / kWarp; ++k) total.x += parts[k].x, total.y += parts[k].y;
+    return total;
+}
+
+// Quotients of numbers below 2^31 by a divisor below 2^31, without a division (Granlund and Montgomery 1994).
+struct Divisor {
+    unsigned factor = 0, shift = 0;
+    Divisor() = default;
+    __host__ explicit Divisor(int64_t divisor) {
+        while ((int64_t{1} << shift) < divisor) ++shift;
+        factor = static_cast<unsigned>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor)) / divisor + 1);
+    }
+    __device__ __forceinline__ unsigned quotient(unsigned n) const { return (__umulhi(n, factor) + n) >> shift; }
+};
 
 }  // namespace cuda
 }  // namespace difusores

@@ -9,6 +9,7 @@ constexpr size_t kSharedWithoutAsking = 48 << 10;
 
 struct OnStream {
     cudaStream_t stream;
+    static bool ok(cudaError_t error) { return error == cudaSuccess; }
     template <class... Parameters, class... Arguments>
     cudaError_t operator()(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared,
                            const Arguments&... arguments) const {

@@ -8,6 +8,11 @@
 namespace difusores {
 namespace cuda {
 
+GroupNormPlan group_norm_silu_plan(const GroupNormSiluArgs& args, bool channels_last, int64_t shared_limit);
+// partial: plan.partials of 16 bytes.
+cudaError_t group_norm_silu(const GroupNormSiluArgs& args, const GroupNormPlan& plan, void* partial,
+                            cudaStream_t stream);
+
 cudaError_t scheduler_step(const SchedulerStepArgs& args, const StepRow& row, cudaStream_t stream);
 
 }  // namespace cuda

@@ -49,7 +49,7 @@ def library(op: str, change: tuple[str, str] | None = None) -> ctypes.CDLL:
     """
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cuh")), ROOT / "csrc" / "kernels.h"]
     ours = [*sorted(HERE.glob("*.h")), HERE / f"{op}.cpp"]
-    flags = [*FLAGS, *(SANITIZERS if os.environ.get("SANITIZE") == "1" else ()), "-O1"]
+    flags = [*FLAGS, *(SANITIZERS if os.environ.get("SANITIZE") == "1" else ()), "-O0" if change else "-O1"]
     texts = {path.relative_to(ROOT / "csrc"): path.read_text(encoding="utf-8") for path in sources}
     if change is not None:
         changed = Path("cuda", f"{op}.cuh")
@@ -198,4 +198,105 @@ def scheduler_step(
     )
 
 
-OPS: dict[str, Any] = {"scheduler_step": scheduler_step}
+# --- group_norm_silu ---
+
+
+class Param(ctypes.Structure):
+    _fields_ = (("ptr", ctypes.c_void_p), ("dtype", ctypes.c_int32), ("row_stride", ctypes.c_int64))
+
+
+class GroupNormSiluArgs(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "y", "sum")),
+        ("dtype", ctypes.c_int32),
+        *((name, Param) for name in ("weight", "bias", "scale", "shift", "add")),
+        *((name, ctypes.c_int64) for name in ("n", "c", "s", "groups")),
+        ("eps", ctypes.c_double),
+        ("silu", ctypes.c_bool),
+        *((name, ctypes.c_int64) for name in ("fetch", "chunks", "chunk_rows", "padded_c")),
+        *((name, ctypes.c_void_p) for name in ("scratch", "partial", "channels")),
+    )
+
+
+class GroupNormPlan(ctypes.Structure):
+    _fields_ = (
+        ("channels_last", ctypes.c_bool),
+        ("vec", ctypes.c_int32),
+        ("whole", ctypes.c_bool),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("chunk", "chunks", "span", "spans", "groups_in_span", "parts", "table")
+        ),
+        ("threads", ctypes.c_uint32),
+        *((name, ctypes.c_int64) for name in ("partials", "shared_bytes")),
+    )
+
+
+SHARED_LIMIT = 227 << 10
+"""Bytes of shared memory that a block may have; of sm_90. A test sets less, and tiles become smaller."""
+
+
+def _param(t: Tensor | None) -> Param:
+    return Param() if t is None else Param(t.data_ptr(), DTYPES[t.dtype], t.stride(0) if t.ndim == 2 else 0)
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+    return_sum: bool,
+    *,
+    shared_limit: int | None = None,
+    change: tuple[str, str] | None = None,
+    plan: GroupNormPlan | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The registered op `group_norm_silu`, carried out by the CUDA kernels; `plan` takes how they cut it."""
+    channels_last = not x.is_contiguous()
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if channels_last and not (x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim])):
+        raise RuntimeError("the kernel takes contiguous and channels_last tensors")
+    if residual is not None and (residual.stride() != x.stride() or residual.dtype is not x.dtype):
+        raise RuntimeError("residual must be like x")
+    if any(p is not None and p.stride(-1) != 1 for p in (weight, bias, scale, shift, add)):
+        raise RuntimeError("parameters must be contiguous along the channels")
+    y, total = torch.empty_like(x), torch.empty_like(x) if return_sum else x.new_empty(0)
+    if x.numel() == 0:
+        return y, total
+    n, c = x.shape[:2]
+    args = GroupNormSiluArgs(
+        x=x.data_ptr(),
+        residual=None if residual is None else residual.data_ptr(),
+        y=y.data_ptr(),
+        sum=total.data_ptr() if return_sum else None,
+        dtype=DTYPES[x.dtype],
+        weight=_param(weight),
+        bias=_param(bias),
+        scale=_param(scale),
+        shift=_param(shift),
+        add=_param(add),
+        n=n,
+        c=c,
+        s=x.numel() // (n * c),
+        groups=num_groups,
+        eps=eps,
+        silu=silu,
+    )
+    function = library("group_norm_silu", change).group_norm_silu
+    function.restype = ctypes.c_char_p
+    limit = ctypes.c_int64(SHARED_LIMIT if shared_limit is None else shared_limit)
+    found = GroupNormPlan() if plan is None else plan
+    under_all_schedules(
+        lambda schedule: function(ctypes.byref(args), channels_last, limit, schedule, ctypes.byref(found)),
+        [y, total] if return_sum else [y],
+    )
+    return y, total
+
+
+OPS: dict[str, Any] = {"group_norm_silu": group_norm_silu, "scheduler_step": scheduler_step}

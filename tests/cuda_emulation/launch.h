@@ -11,6 +11,7 @@ inline std::string message;             // of the last launch that failed
 
 struct OnFibers {
     Schedule schedule;
+    static bool ok(const std::string& message) { return message.empty(); }
     template <class... Parameters, class... Arguments>
     std::string operator()(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared,
                            const Arguments&... arguments) const {

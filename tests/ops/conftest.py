@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import pytest
 import torch
@@ -33,6 +33,17 @@ def _obeys_the_rule(result: Tensor, eager: Tensor, oracle: Tensor) -> None:
 @pytest.fixture
 def check() -> Check:
     return _obeys_the_rule
+
+
+@pytest.fixture(autouse=True)
+def _device(request: pytest.FixtureRequest) -> Generator[None, None, None]:
+    """Where the backend is CUDA's, the tests' tensors are on the GPU."""
+    call = getattr(request.node, "callspec", None)
+    if call is None or call.params.get("backend") != "cuda":
+        yield
+        return
+    with torch.device("cuda"):
+        yield
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import emulated
 import pytest
@@ -73,3 +75,86 @@ class TestSchedulerStep:
         table, x = torch.zeros(2, ROW, dtype=torch.float64), torch.randn(1, 4, 8, 8)
         results = ops.scheduler_step(table, x, [x], outputs=("y", "x0", "m"), step=torch.tensor([index]))
         assert all(torch.isnan(t).all() for t in results)
+
+
+NORM = suite("group_norm_silu")
+LAYOUTS = ("contiguous", "channels_last")
+
+
+@pytest.mark.parametrize("limit", [227 << 10, 0], ids=["whole groups", "split groups"])
+class TestGroupNormSilu:
+    test_hostile_values = staticmethod(NORM.test_hostile_values)
+    test_empty_batch_and_no_parameters = staticmethod(NORM.test_empty_batch_and_no_parameters)
+    test_inputs_are_not_changed = staticmethod(NORM.test_inputs_are_not_changed)
+    test_parameters_of_any_strides = staticmethod(NORM.test_parameters_of_any_strides)
+
+    @pytest.fixture(autouse=True)
+    def _limit(self, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+        """Of shared memory: whether a group stays in one block."""
+        monkeypatch.setattr(emulated, "SHARED_LIMIT", limit)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("case", range(len(NORM.CASES)), ids=lambda k: str(NORM.CASES[k]))
+    def test_against_the_oracle(self, case: int, layout: str, check: Any) -> None:
+        """Every shape, layout and dtype; of the options each in its turn."""
+        shape, groups = NORM.CASES[case]
+        if layout == "channels_last" and len(shape) == 3:
+            layout = "contiguous"  # PyTorch has no channels_last for three dimensions
+        for number, dtype in enumerate(NORM.DTYPES):
+            names = list(NORM.OPTIONS)
+            call = NORM.make(shape, dtype, layout, NORM.OPTIONS[names[(case + number) % len(names)]])
+            silu = (case + number) % 3 > 0
+            y, total = NORM.run("cpu", call, groups, silu)
+            eager, eager_total = NORM.run("reference", call, groups, silu)
+            oracle, oracle_total = NORM.run("reference", NORM.wide(call), groups, silu)
+            check(y, eager, oracle)
+            assert y.stride() == call["x"].stride(), "the layout comes out as it went in"
+            if total is not None:
+                check(total, eager_total, oracle_total)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_nan_stays_in_its_group(self, layout: str) -> None:
+        NORM.test_nan_and_inf_stay_in_their_group("cpu", layout, math.inf)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_an_image_has_the_same_bits_alone_and_in_a_batch(self, layout: str, dtype: torch.dtype) -> None:
+        call = NORM.make((3, 96, 8, 8), dtype, layout, NORM.OPTIONS["all"])
+        together, again = NORM.run(None, call, 32), NORM.run(None, call, 32)
+        per_image = ("x", "scale", "shift", "add", "residual")
+        alone = NORM.run(None, {k: v[1:2] if k in per_image else v for k, v in call.items()}, 32)
+        for one, two, three in zip(together, again, alone, strict=True):
+            assert torch.equal(one, two) and torch.equal(one[1:2], three)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "layout", "limit", "plan"),
+    [
+        # SD 1.5's first level, of one image and fewer channels: 80 KB of a group in one block
+        ((1, 20, 64, 64), 2, "contiguous", 227 << 10, {"whole": True, "vec": 8, "chunks": 1}),
+        ((1, 20, 64, 64), 2, "contiguous", 64 << 10, {"whole": False, "chunks": 3, "partials": 6}),
+        ((1, 80, 64, 64), 8, "channels_last", 227 << 10, {"whole": False, "vec": 8, "chunks": 20}),
+        ((1, 160, 16, 16), 4, "channels_last", 99 << 10, {"whole": True, "spans": 4, "groups_in_span": 1}),
+        # a group wider than a block: several blocks for a row of it
+        ((2, 5000, 3, 1), 1, "channels_last", 0, {"vec": 8, "parts": 2, "span": 2504}),
+        ((2, 1030, 3, 1), 2, "channels_last", 0, {"vec": 1, "parts": 2, "span": 258}),
+        # more channels than a tile's table may have
+        ((1, 4096, 1, 1), 1, "contiguous", 227 << 10, {"whole": False, "chunks": 4, "table": 1028}),
+    ],
+    ids=str,
+)
+def test_how_group_norm_is_cut(
+    shape: Any, groups: int, layout: str, limit: int, plan: dict[str, int], check: Any
+) -> None:
+    call = NORM.make(shape, torch.float16, layout, NORM.OPTIONS["all"])
+    found = emulated.GroupNormPlan()
+    order = ("weight", "bias", "scale", "shift", "add", "residual")
+    weight, bias, *others = (call[name] for name in order)
+    got = emulated.group_norm_silu(
+        *(call["x"], groups, weight, bias, 1e-5, True, *others, True), shared_limit=limit, plan=found
+    )
+    assert {name: getattr(found, name) for name in plan} == plan
+    eager = NORM.run("reference", call, groups)
+    oracle = NORM.run("reference", NORM.wide(call), groups)
+    for ours, theirs, exact in zip(got, eager, oracle, strict=True):
+        check(ours, theirs, exact)

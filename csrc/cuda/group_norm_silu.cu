@@ -1,0 +1,17 @@
+#include "cuda/group_norm_silu.cuh"
+#include "cuda/launch.cuh"
+
+namespace difusores {
+namespace cuda {
+
+GroupNormPlan group_norm_silu_plan(const GroupNormSiluArgs& args, bool channels_last, int64_t shared_limit) {
+    return plan_group_norm_silu(args, channels_last, shared_limit);
+}
+
+cudaError_t group_norm_silu(const GroupNormSiluArgs& args, const GroupNormPlan& plan, void* partial,
+                            cudaStream_t stream) {
+    return launch_group_norm_silu(args, plan, partial, OnStream{stream});
+}
+
+}  // namespace cuda
+}  // namespace difusores

@@ -1,0 +1,84 @@
+"""Faults put into the kernels on purpose: the emulation notices each, and nothing in their absence."""
+
+from __future__ import annotations
+
+import mmap
+
+import emulated
+import pytest
+import torch
+from torch import Tensor
+
+pytestmark = [
+    pytest.mark.skipif(emulated.why_not() is not None, reason=emulated.why_not() or ""),
+    pytest.mark.slow,
+]
+Change = tuple[str, str] | None
+
+ROW = torch.zeros(40, dtype=torch.float64)
+ROW[0], ROW[4], ROW[6], ROW[7], ROW[12], ROW[14] = 1, 1, -9, 9, 0.5, 0.25  # y = x / 2 + e / 4
+
+
+def step(sample: Tensor, e: Tensor, y: Tensor, change: Change) -> None:
+    none = [None] * 10
+    emulated.scheduler_step(ROW, None, sample, e, *none[:2], *none[:9], y, *none[:4], change=change)
+
+
+def norm(x: Tensor, groups: int, change: Change) -> Tensor:
+    shared = {"shared_limit": 227 << 10, "change": change}
+    return emulated.group_norm_silu(x, groups, *[None] * 2, 1e-5, False, *[None] * 4, False, **shared)[0]
+
+
+def caught(found: bool, change: Change) -> None:
+    """The fault is noticed if there is one."""
+    assert found is (change is not None)
+
+
+BARRIERS = {
+    "scheduler_step": ("__syncthreads();\n    const Reads reads", "const Reads reads"),
+    "group_norm_silu": (
+        "= moments;\n    }\n    __syncthreads();\n}\n\n// The moments of a tile's",
+        "= moments;\n    }\n}\n\n// The moments of a tile's",
+    ),
+}
+
+
+@pytest.mark.parametrize("op", BARRIERS)
+def test_a_missing_barrier(op: str) -> None:
+    """Another order of the threads gives other bits."""
+    x = torch.randn(2, 8, 4, 4)
+
+    def run(change: Change) -> None:
+        if op == "scheduler_step":
+            step(x, x, torch.empty_like(x), change)
+        else:
+            norm(x.to(memory_format=torch.channels_last), 4, change)
+
+    run(None)
+    with pytest.raises(AssertionError, match="a barrier is missing"):
+        run(BARRIERS[op])
+
+
+@pytest.mark.parametrize("change", [None, ("if (k < count) store_one", "if (k <= count) store_one")], ids=str)
+def test_an_off_by_one_mask(change: Change) -> None:
+    """An element is written that is not the image's: of its neighbour, or beyond the last."""
+    x, memory = torch.randn(2, 3, 7, 5), torch.zeros(3, 3, 7, 5)
+    try:
+        step(x, x, memory[:2], change)
+    except AssertionError:
+        return caught(True, change)
+    caught(bool(memory[2].any()), change)
+
+
+@pytest.mark.parametrize(
+    "change", [None, ("b * o.batch_stride + i,", "static_cast<int>(b * o.batch_stride) + i,")], ids=str
+)
+def test_an_overflow_of_32_bits(change: Change) -> None:
+    """Two images 2^31 elements apart, in memory of which hardly a page is ever touched."""
+    far, private = 1 << 31, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    memory = torch.frombuffer(mmap.mmap(-1, (2 * far + 64) * 2, flags=private), dtype=torch.float16)
+    x = memory.as_strided((2, 1, 4, 4), (far, 16, 4, 1), far)  # an offset gone negative meets zeros
+    x.fill_(2.0)
+    y = torch.empty(2, 1, 4, 4, dtype=torch.float16)
+    step(x, torch.zeros_like(y), y, change)
+    caught(bool((y != 1.0).any()), change)
