@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,9 @@ def distance(y: Tensor, oracle: Tensor) -> float:
     return float((y.double() - oracle).norm() / oracle.norm())
 
 
-def winograd_conv(shape: tuple[int, int, int, int, int], seconds: float) -> dict[str, Any]:
+def winograd_conv(
+    shape: tuple[int, int, int, int, int], seconds: float, clock: Callable[[], float]
+) -> dict[str, Any]:
     n, c, o, h, w = shape
     torch.manual_seed(0)
     x = torch.randn(n, c, h, w).to(memory_format=torch.channels_last)
@@ -225,7 +228,7 @@ def winograd_conv(shape: tuple[int, int, int, int, int], seconds: float) -> dict
                 errors[name] = distance(call(), oracle)
                 if not errors[name] <= 1e-5:
                     raise SystemExit(f"winograd_conv {shape} {name}: error {errors[name]:.1e}; not timed")
-        times = interleave({**contestants, **blocks}, seconds=seconds)
+        times = interleave({**contestants, **blocks}, seconds=seconds, clock=clock)
     return {
         "op": "winograd_conv",
         "shape": list(shape),
@@ -247,12 +250,14 @@ CONV_COLUMNS = {
 }
 
 
-def print_convs(shapes: Sequence[tuple[int, int, int, int, int]], seconds: float) -> list[dict[str, Any]]:
+def print_convs(
+    shapes: Sequence[tuple[int, int, int, int, int]], seconds: float, clock: Callable[[], float]
+) -> list[dict[str, Any]]:
     """One line per shape as it is measured; ratios are the time of oneDNN over ours."""
     print(f"{'winograd_conv':22} " + " ".join(CONV_COLUMNS) + " error of ours and of oneDNN, chosen")
     rows = []
     for shape in shapes:
-        row = winograd_conv(shape, seconds)
+        row = winograd_conv(shape, seconds, clock)
         rows.append(row)
         figures = " ".join(f"{row[name]:{width}f}" for name, width in CONV_COLUMNS.items())
         n, c, o, h, w = shape
@@ -275,7 +280,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), action="append", dest="dtypes")
     parser.add_argument("--seconds", type=float, default=1.0, help="measuring time of one line of the table")
     parser.add_argument("--json", type=Path, help="write the figures and the machine to this file")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="winograd_conv on one thread, by the processor time it takes: for a machine that others use",
+    )
     args = parser.parse_args(arguments)
+    if args.cpu_time:
+        torch.set_num_threads(1)
     missing = native.status("cpu")
     if missing is not None:
         raise SystemExit(f"the compiled module is needed and is not here: {missing}")
@@ -314,7 +326,10 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{len(rows)} lines, slower than eager in {len(slower)}")
     if "winograd_conv" in (args.op or ("winograd_conv",)):
         with torch.no_grad():
-            rows += print_convs([shape for name in args.sets or CONVS for shape in CONVS[name]], args.seconds)
+            shapes = [shape for name in args.sets or CONVS for shape in CONVS[name]]
+            rows += print_convs(
+                shapes, args.seconds, time.process_time if args.cpu_time else time.perf_counter
+            )
     if args.json:
         args.json.write_text(json.dumps({"machine": stamp(), "rows": rows}, indent=1) + "\n")
 

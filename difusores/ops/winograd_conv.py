@@ -37,11 +37,12 @@ A, B = 5 / 8, 3 / 2
 
 # Cost of a call with IMAGES images, in vector multiply-adds for each pair of an input channel and a vector
 # of output channels; measured on AVX-512 (docs/kernels/winograd_conv.md), of use as ratios.
-IMAGES = 2
+IMAGES = 8
 DIRECT = 9 / 0.9  # of an output pixel, at what oneDNN reaches of the peak
 PRODUCT = 36 / 0.8  # of a tile
-TRANSFORM = 1000.0  # of a tile's inputs for all output channels, and of its outputs for all input channels
-WEIGHTS, PACKED_WEIGHTS = 600.0, 300.0  # transforming them, reading them transformed
+TRANSFORM = 600.0  # of a tile's inputs for all output channels, and of its outputs for all input channels
+WEIGHTS = 400.0  # transforming them
+PACKED_SAVES, CACHED = 1200.0, 4 << 20  # by packed weights of so many bytes; larger ones are slow to read
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def plan(in_channels: int, out_channels: int, height: int, width: int) -> LayerP
             "than the multiplications saved, F.conv2d is faster"
         )
     size = 4 * _packed_size(out_channels, in_channels)
-    return LayerPlan(reason is None, reason, size, (cost + WEIGHTS) / (cost + PACKED_WEIGHTS))
+    gain = (cost + PACKED_SAVES) / cost if cost > 0 and size <= CACHED else 1.0
+    return LayerPlan(reason is None, reason, size, gain)
 
 
 def pack_weight(weight: Tensor) -> Tensor:
