@@ -116,6 +116,41 @@ struct WinogradConvArgs {
     float* v;             // [groups, C / 64][36 * (64 * tiles of a group + kMaxWidth)]: the transformed tiles
 };
 
+// [B, H, rows, columns], any strides, in elements.
+struct Heads {
+    const void* ptr = nullptr;
+    int64_t stride[4] = {};
+};
+
+// out = softmax(scale * q k^T + mask) v; see cpu/attention.cpp.
+struct AttentionArgs {
+    Heads q;                // [B, H, L, D]
+    Heads k;                // [B, H, S, D]
+    Heads v;                // [B, H, S, Dv]
+    Heads mask;             // [B, H, L, S], stride 0 where it is broadcast, or absent
+    void* out;              // [B, H, L, Dv], rows of Dv without gaps
+    int64_t out_stride[3];  // in elements
+    DType dtype;            // of q, k, v, out
+    DType mask_dtype;       // where it is not bool
+    bool mask_is_bool;
+    int64_t b, h, l, s, d, dv;  // none is zero but s
+    float scale;
+    void* packed;  // attention_packed_bytes, aligned to 64, filled by attention_pack; nullptr where that is 0
+};
+
+constexpr int64_t kAttentionQueries = 64;  // queries of a task
+constexpr int64_t kAttentionKeys = 256;    // keys of a task of packing
+
+// What the levels beyond AVX-512 have of their own: kernels whose time is in products of matrices.
+#define DIFUSORES_DECLARE_PRODUCTS                                                     \
+    int64_t attention_packed_bytes(const AttentionArgs&);                              \
+    /* of one thread */                                                                \
+    int64_t attention_scratch_bytes(const AttentionArgs&);                             \
+    /* tasks: B * H * blocks of kAttentionKeys keys */                                 \
+    void attention_pack(const AttentionArgs&, int64_t begin, int64_t end);             \
+    /* tasks: B * H * blocks of kAttentionQueries queries; scratch is aligned to 64 */ \
+    void attention(const AttentionArgs&, void* scratch, int64_t begin, int64_t end);
+
 // The functions of one ISA level. They work on tasks [begin, end).
 #define DIFUSORES_DECLARE_KERNELS(isa)                                                                                \
     namespace isa {                                                                                                   \
@@ -134,12 +169,19 @@ struct WinogradConvArgs {
     void winograd_conv_output(const WinogradConvArgs&, float* scratch, int64_t, int64_t);                             \
     /* tasks: blocks of O * blocks of C; packed: tasks * 36 kWinogradPoint floats; scratch: 9 kWinogradPoint */       \
     void winograd_conv_pack(const WinogradConvArgs&, float* packed, float* scratch, int64_t, int64_t);                \
+    DIFUSORES_DECLARE_PRODUCTS                                                                                        \
     /* micro-benchmark: act, and statistics if asked, of a row of n, `repeats` times */                               \
     void group_norm_silu_floor(DType, const void*, void*, int64_t n, int64_t, bool);                                  \
     }
 DIFUSORES_DECLARE_KERNELS(base)
 DIFUSORES_DECLARE_KERNELS(avx2)
 DIFUSORES_DECLARE_KERNELS(avx512)
+namespace avx512_bf16 {
+DIFUSORES_DECLARE_PRODUCTS
+}
+namespace amx {
+DIFUSORES_DECLARE_PRODUCTS
+}
 
 // The same functions, chosen at load.
 struct Kernels {
@@ -154,6 +196,10 @@ struct Kernels {
     decltype(&base::winograd_conv_input) winograd_conv_input;
     decltype(&base::winograd_conv_output) winograd_conv_output;
     decltype(&base::winograd_conv_pack) winograd_conv_pack;
+    decltype(&base::attention_packed_bytes) attention_packed_bytes;
+    decltype(&base::attention_scratch_bytes) attention_scratch_bytes;
+    decltype(&base::attention_pack) attention_pack;
+    decltype(&base::attention) attention;
 };
 
 // What this processor offers.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 MODULES = {"cpu": "_C", "cuda": "_cuda"}  # backend -> the compiled module that registers its kernels
-ISA_LEVELS = ("base", "avx2", "avx512")
+ISA_LEVELS = ("base", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 @dataclass(frozen=True)

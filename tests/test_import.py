@@ -187,7 +187,10 @@ def test_doctor_with_senseless_variables() -> None:
 def test_a_senseless_variable_stops_the_ops_in_words() -> None:
     done = run("-c", "import difusores; difusores.ops", DIFUSORES_ISA="mmx")
     assert done.returncode == 1
-    assert "ValueError: DIFUSORES_ISA='mmx' means nothing; allowed: base, avx2, avx512" in done.stderr
+    assert (
+        "ValueError: DIFUSORES_ISA='mmx' means nothing; allowed: base, avx2, avx512, avx512_bf16, amx"
+        in done.stderr
+    )
 
 
 def test_the_benchmark_of_the_kernels_says_that_they_are_missing() -> None:

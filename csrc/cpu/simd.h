@@ -231,6 +231,17 @@ DIFUSORES_INLINE f32v at_most(float high, f32v x) {
 #endif
 }
 
+// The larger of each lane; where either is NaN, b.
+DIFUSORES_INLINE f32v larger(f32v a, f32v b) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (f32v)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
 // x[k] = e^x[k], or e^-x[k], to about 2 ulp where that is finite and normal, saturating outside; NaN stays NaN.
 // The exponent is n ln 2 + r, |r| <= ln 2 / 2, n by the magic-number rounding; e^r by a degree-5 polynomial whose
 // relative error is at most 1.05e-7 there. kCount vectors go step by step together: one chain of dependent operations

@@ -9,12 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register, register_triton
+from difusores.ops.dispatch import (
+    LIBRARY,
+    below_autograd,
+    choose,
+    needs_grad,
+    register,
+    register_triton,
+    wanted,
+)
 
 _SIGNATURE = "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor"
 LIBRARY.define("attention" + _SIGNATURE)
 _TRITON_OP = register_triton("attention", _SIGNATURE)
-register("attention", "torch", "triton")
+register("attention", "torch", "triton", "cpu")
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKWARD_WEIGHTS = 1 << 20  # weights that the backward pass holds at a time
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -22,13 +33,19 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     scores = torch.matmul(q.to(wide), k.to(wide).transpose(-1, -2)) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask.to(wide)
-    return torch.softmax(scores, dim=-1)
+    nothing = (scores == -math.inf).all(dim=-1, keepdim=True)  # filled twice: once for the gradient's sake
+    return torch.softmax(scores.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
+
+
+def _heads_inside(out: Tensor) -> Tensor:
+    """The same [B, H, L, Dv], in memory [B, L, H, Dv]: joining the heads then copies nothing."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """The op in plain PyTorch: scores and softmax in fp32 or wider."""
     p = _weights(q, k, mask, scale)
-    return torch.matmul(p, v.to(p.dtype)).to(q.dtype).contiguous()
+    return _heads_inside(torch.matmul(p, v.to(p.dtype)).to(q.dtype))
 
 
 LIBRARY.impl("attention", reference, "CompositeExplicitAutograd")
@@ -36,7 +53,8 @@ LIBRARY.impl("attention", reference, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("difusores::attention", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+    b, h, length, _ = q.shape
+    return q.new_empty((b, length, h, v.shape[-1])).transpose(1, 2)
 
 
 @torch.library.register_fake("difusores::attention_triton", lib=LIBRARY)  # type: ignore[untyped-decorator]
@@ -50,19 +68,32 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The weights again, for some queries at a time, so that never all of them are there at once."""
     q, k, v, mask = ctx.saved_tensors
-    p = _weights(q, k, mask, ctx.scale)
-    wide = p.dtype
-    grad = grad.to(wide)
-    grad_v = torch.matmul(p.transpose(-1, -2), grad).to(v.dtype)
-    grad_p = torch.matmul(grad, v.to(wide).transpose(-1, -2))
-    grad_scores = p * (grad_p - (grad_p * p).sum(-1, keepdim=True))
-    grad_q = (torch.matmul(grad_scores, k.to(wide)) * ctx.scale).to(q.dtype)
-    grad_k = (torch.matmul(grad_scores.transpose(-1, -2), q.to(wide)) * ctx.scale).to(k.dtype)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    wide_k, wide_v = k.to(wide), v.to(wide)
+    grad_k, grad_v = torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+    parts_of_q, parts_of_mask = [], []
+    mask_has_rows = mask is not None and mask.ndim >= 2 and mask.shape[-2] > 1
+    step = max(1, BACKWARD_WEIGHTS // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    for start in range(0, q.shape[2], step):
+        rows = slice(start, start + step)
+        wide_q, wide_grad = q[:, :, rows].to(wide), grad[:, :, rows].to(wide)
+        part = mask[..., rows, :] if mask_has_rows else mask
+        p = _weights(wide_q, wide_k, part, ctx.scale)
+        grad_v = grad_v + torch.matmul(p.transpose(-1, -2), wide_grad)
+        grad_p = torch.matmul(wide_grad, wide_v.transpose(-1, -2))
+        grad_scores = p * (grad_p - (grad_p * p).sum(-1, keepdim=True))
+        parts_of_q.append(torch.matmul(grad_scores, wide_k) * ctx.scale)
+        grad_k = grad_k + torch.matmul(grad_scores.transpose(-1, -2), wide_q) * ctx.scale
+        if mask is not None and ctx.needs_input_grad[3]:
+            parts_of_mask.append(grad_scores.sum_to_size(part.shape))
+    grad_q = torch.cat(parts_of_q, dim=2).to(q.dtype) if parts_of_q else torch.zeros_like(q)
     grad_mask = None
-    if mask is not None and ctx.needs_input_grad[3]:
-        grad_mask = grad_scores.sum_to_size(mask.shape).to(mask.dtype)
-    return grad_q, grad_k, grad_v, grad_mask, None
+    if parts_of_mask:
+        whole = torch.cat(parts_of_mask, dim=-2) if mask_has_rows else torch.stack(parts_of_mask).sum(0)
+        grad_mask = whole.to(mask.dtype)
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_mask, None
 
 
 for _name in ("attention", "attention_triton"):
@@ -71,17 +102,27 @@ for _name in ("attention", "attention_triton"):
     )
 
 
-_WIDEST = 512  # head that fits the registers of a kernel
+def _broadcasts(mask: Tensor, shape: tuple[int, ...]) -> bool:
+    return mask.ndim <= 4 and all(
+        size in (1, full) for size, full in zip(reversed(mask.shape), reversed(shape), strict=False)
+    )
 
 
-def supports(backend: str, q: Tensor, v: Tensor) -> str | None:
+_WIDEST = 512  # head that fits the registers of a Triton kernel
+
+
+def supports(backend: str, q: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
     """None if `backend` takes this call, else the reason in words."""
     if backend == "torch":
         return None
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if q.dtype not in KERNEL_DTYPES:
         return f"the kernel takes float32, bfloat16 and float16, not {q.dtype}"
-    if max(q.shape[3], v.shape[3]) > _WIDEST:
+    if backend == "triton" and max(q.shape[3], v.shape[3]) > _WIDEST:
         return f"the kernel takes heads of at most {_WIDEST} elements, not {max(q.shape[3], v.shape[3])}"
+    if backend == "cpu" and mask is not None and mask.dtype not in (torch.bool, *KERNEL_DTYPES):
+        return f"the kernel takes a mask of bool, float32, bfloat16 or float16, not {mask.dtype}"
+    if backend == "cpu" and q.shape[3] == 0:
+        return "the kernel needs D of at least 1"
     return None
 
 
@@ -97,11 +138,14 @@ def attention(
         scale: factor on the scores; 1 / sqrt(D) if None.
 
     Returns:
-        [B, H, L, Dv] in q's dtype. Differentiable. What a query gets whose keys are all masked is the
-        implementation's choice (NaN in the reference).
+        [B, H, L, Dv] in q's dtype; from the CPU kernel in memory [B, L, H, Dv], so that joining the heads
+        copies nothing. Zeros for a query without keys, or whose keys are all masked. Differentiable: through
+        PyTorch's own attention unless a backend was asked for by name. The kernels' backward pass computes
+        the weights again, for some queries at a time.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, named.
+        BackendUnavailable: a backend was asked for by name and does not take this call.
     """
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(
@@ -116,14 +160,23 @@ def attention(
         raise ValueError(f"q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if mask is not None and not (mask.dtype is torch.bool or mask.is_floating_point()):
         raise ValueError(f"mask must be bool or floating point, got {mask.dtype}")
+    if mask is not None and not _broadcasts(mask, (*q.shape[:3], k.shape[2])):
+        raise ValueError(
+            f"mask must broadcast to [B, H, L, S] = {(*q.shape[:3], k.shape[2])}, got {tuple(mask.shape)}"
+        )
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
-    backend = choose("attention", q.device.type, supports, q, v)
-    if backend == "triton":
+    backend = choose("attention", q.device.type, supports, q, v, mask)
+    if backend == "cpu" and wanted() is None and needs_grad(q, k, v, mask):
+        backend = "torch"  # whose backward pass is fused: several times as fast as the formula above
+    if backend in ("cpu", "triton"):
+        op = _TRITON_OP if backend == "triton" else torch.ops.difusores.attention.default
         call = (q, k, v, mask, scale)
-        out: Tensor = _TRITON_OP(*call) if needs_grad(q, k, v, mask) else below_autograd(_TRITON_OP, *call)
+        out: Tensor = op(*call) if needs_grad(q, k, v, mask) else below_autograd(op, *call)
         return out
     if backend == "torch":
-        additive = mask if mask is None or mask.dtype is torch.bool else mask.to(q.dtype)
+        additive = mask if mask is None else torch.atleast_2d(mask)
+        if additive is not None and additive.dtype is not torch.bool:
+            additive = additive.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=additive, scale=scale)
     return reference(q, k, v, mask, scale)

@@ -23,7 +23,7 @@ from difusores import native
 
 LIBRARY = torch.library.Library("difusores", "DEF")
 
-BACKENDS = ("cuda", "torch", "triton", "cpu", "reference")
+BACKENDS = ("cuda", "cpu", "torch", "triton", "reference")
 """Every backend name, in order of preference; `torch` is an op of PyTorch's own for the same thing.
 
 It stands before `triton` because no GPU has timed our Triton attention against PyTorch's fused ones.

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <string>
@@ -214,11 +215,74 @@ void winograd(const Kernels& k, ConvShape shape, GroupShape group, bool fused) {
                                       std::to_string(o) + ": " + std::to_string(std::sqrt(error / size)));
 }
 
+// q, k, v as views of [B, L, H, D]; mask: 0 none, 1 a bool of each head, 2 added, the same for every query.
+void attention(const Kernels& k, int64_t b, int64_t h, int64_t l, int64_t s, int64_t d, int64_t dv, DType dtype,
+               int masked) {
+    const bool half = dtype != DType::f32;
+    std::vector<float> inputs[3] = {normal(b * l * h * d, 1), normal(b * s * h * d, 2), normal(b * s * h * dv, 3)};
+    std::vector<uint16_t> halves[3];
+    for (int i = 0; half && i < 3; ++i) {
+        halves[i] = to_half(inputs[i], dtype);
+        for (size_t j = 0; j < inputs[i].size(); ++j) inputs[i][j] = from_half(halves[i][j], dtype);
+    }
+    const auto heads = [&](int i, int64_t rows, int64_t columns) {
+        const void* ptr = half ? static_cast<const void*>(halves[i].data()) : inputs[i].data();
+        return Heads{ptr, {rows * h * columns, columns, h * columns, 1}};
+    };
+    std::vector<float> added = normal(s, 4), out(b * l * h * dv);
+    std::vector<uint8_t> taken(h * l * s);
+    for (size_t i = 0; i < taken.size(); ++i) taken[i] = i % 3 != 0;
+    std::vector<uint16_t> out_half(out.size());
+    AttentionArgs a{};
+    a.q = heads(0, l, d), a.k = heads(1, s, d), a.v = heads(2, s, dv);
+    if (masked == 1) a.mask = {taken.data(), {0, l * s, s, 1}};
+    if (masked == 2) a.mask = {added.data(), {0, 0, 0, 1}};
+    a.mask_is_bool = masked == 1;
+    a.out = half ? static_cast<void*>(out_half.data()) : out.data();
+    a.out_stride[0] = l * h * dv, a.out_stride[1] = dv, a.out_stride[2] = h * dv;
+    a.dtype = dtype, a.b = b, a.h = h, a.l = l, a.s = s, a.d = d, a.dv = dv, a.scale = 0.3f;
+    const auto rounded = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
+    const int64_t packed = k.attention_packed_bytes(a);
+    void* const scratch = std::aligned_alloc(64, rounded(k.attention_scratch_bytes(a)));
+    if (packed) a.packed = std::aligned_alloc(64, rounded(packed));
+    k.attention_pack(a, 0, packed ? b * h * ((s + kAttentionKeys - 1) / kAttentionKeys) : 0);
+    k.attention(a, scratch, 0, b * h * ((l + kAttentionQueries - 1) / kAttentionQueries));
+    std::free(scratch);
+    std::free(a.packed);
+    double worst = 0, largest = 0;
+    for (int64_t n = 0; n < b * h * l; ++n) {
+        const int64_t query = n % l, head = n / l % h, image = n / l / h;
+        std::vector<double> weights(s), want(dv);
+        double sum = 0;
+        for (int64_t key = 0; key < s; ++key) {
+            double score = 0;
+            for (int64_t i = 0; i < d; ++i)
+                score += static_cast<double>(inputs[0][((image * l + query) * h + head) * d + i]) *
+                         inputs[1][((image * s + key) * h + head) * d + i];
+            weights[key] = std::exp(0.3 * score + (masked == 2 ? added[key] : 0.0));
+            if (masked == 1 && !taken[(head * l + query) * s + key]) weights[key] = 0;
+            sum += weights[key];
+        }
+        for (int64_t i = 0; i < dv; ++i) {
+            for (int64_t key = 0; key < s && sum > 0; ++key)
+                want[i] += weights[key] / sum * inputs[2][((image * s + key) * h + head) * dv + i];
+            const size_t o = ((image * l + query) * h + head) * dv + i;
+            const double got = half ? from_half(out_half[o], dtype) : out[o];
+            worst = std::fmax(worst, std::isnan(got) ? 1e9 : std::fabs(got - want[i]));
+            largest = std::fmax(largest, std::fabs(want[i]));
+        }
+    }
+    const double allowed = (dtype == DType::f32 ? 3e-6 : dtype == DType::bf16 ? 0x1p-6 : 0x1p-10) * largest;
+    expect(worst <= allowed, std::string(k.isa) + " attention dtype " + std::to_string(static_cast<int>(dtype)) +
+                                 " mask " + std::to_string(masked) + " " + std::to_string(l) + "x" + std::to_string(s) +
+                                 "x" + std::to_string(d) + ": " + std::to_string(worst));
+}
+
 }  // namespace
 
 int main() {
     int levels = 0;
-    for (const char* isa : {"base", "avx2", "avx512"}) {
+    for (const char* isa : {"base", "avx2", "avx512", "avx512_bf16", "amx"}) {
         const Kernels* k = kernels_of(isa);
 #ifdef DIFUSORES_EMULATES_AVX512  // compiled without its instructions: it runs wherever AVX2 does
         const Kernels emulated{"avx512",
@@ -231,11 +295,23 @@ int main() {
                                avx512::group_norm_silu_floor,
                                avx512::winograd_conv_input,
                                avx512::winograd_conv_output,
-                               avx512::winograd_conv_pack};
+                               avx512::winograd_conv_pack,
+                               avx512::attention_packed_bytes,
+                               avx512::attention_scratch_bytes,
+                               avx512::attention_pack,
+                               avx512::attention};
         if (std::string(isa) == "avx512" && cpu_has("avx2")) k = &emulated;
 #endif
         if (!k) continue;
         ++levels;
+        for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
+            for (const int masked : {0, 1, 2}) {
+                attention(*k, 1, 2, 67, 99, 33, 7, dtype, masked);
+                attention(*k, 2, 1, 3, 270, 40, 24, dtype, masked);
+                attention(*k, 1, 1, 1, 1, 1, 1, dtype, masked);
+                attention(*k, 1, 1, 20, 5, 130, 40, dtype, masked);
+            }
+        if (std::string(isa) == "avx512_bf16" || std::string(isa) == "amx") continue;  // the rest is of avx512
         for (const bool last : {false, true})
             for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
                 for (const int64_t s : {1, 3, 16, 17, 33, 1025}) group_norm(*k, 2, 12, s, 3, last, dtype, false);
