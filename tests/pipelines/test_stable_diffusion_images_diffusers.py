@@ -83,7 +83,7 @@ TENSOR = torch.linspace(0, 1, 3 * 16 * 16).view(1, 3, 16, 16)
         {"image": torch.linspace(-1, 1, 256).view(1, 4, 8, 8), "strength": 0.5},
         {"image": [picture(), picture(24, 24)], "prompt": ["a cat", "a dog"]},
     ],
-    ids=str,
+    ids=["tensor", "array", "latents", "pictures"],
 )
 def test_image_to_image_options(save: Any, options: dict[str, Any]) -> None:
     assert both(save(CHANGE), CHANGE, "ddim", **{"prompt": "a cat", **options}) < 2e-3
