@@ -73,6 +73,7 @@ def test_triton_is_imported_only_when_a_kernel_runs() -> None:
 
 def test_order_of_preference() -> None:
     """No GPU has timed our attention against PyTorch's own, so that one keeps its place."""
-    assert dispatch._OPS["group_norm_silu"] == ("triton", "cpu", "reference")
+    on_a_gpu = [name for name in dispatch._OPS["group_norm_silu"] if name != "cpu"]
+    assert on_a_gpu[-2:] == ["triton", "reference"]
     order = dispatch._OPS["attention"]
     assert order.index("torch") < order.index("triton")
