@@ -53,10 +53,14 @@ class CMakeBuild(build_ext):
         if reason is None:
             run_cmake("--build", build_dir)
         # Removed and not overwritten: a running process keeps the file that it has mapped.
-        for old in (module, package / module.name, reason_file):
+        stale = [file for folder in {module.parent, package} for file in folder.glob("_cuda*.so")]
+        for old in (module, package / module.name, reason_file, *stale):
             old.unlink(missing_ok=True)
         if reason is None:
             run_cmake("--install", build_dir, "--prefix", module.parent)
+            for extra in module.parent.glob("_cuda*.so"):  # setuptools copies only what it was told of
+                if package != module.parent:
+                    shutil.copy2(extra, package)
         else:
             print(f"difusores: installing as pure Python: {reason}", file=sys.stderr)
             package.mkdir(parents=True, exist_ok=True)
@@ -73,6 +77,9 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={Path(find_spec('pybind11').origin).parent / 'share' / 'cmake' / 'pybind11'}",
             f"-DTORCH_DIR={torch}",
             f"-DTORCH_VERSION={version('torch')}",
+            # pip install . --config-settings=--global-option=build_ext
+            #               --config-settings=--global-option=--define=DIFUSORES_CUDA=ON
+            *(f"-D{name}" for name, _ in self.define or ()),
         )
         no_compiler = build_dir / "no_compiler.txt"
         return no_compiler.read_text(encoding="utf-8").strip() if no_compiler.is_file() else None

@@ -4,33 +4,15 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <optional>
-
-#include "kernels.h"
+#include "arguments.h"
 #include "recycler.h"
 
 namespace difusores {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 extern const Kernels* g_kernels;  // set once, when the module is loaded
 
 constexpr int64_t kGrain = 32768;  // elements below which a second thread costs more than it brings
-
-inline DType dtype_of(const Tensor& t, const char* name) {
-    switch (t.scalar_type()) {
-        case ScalarType::Float: return DType::f32;
-        case ScalarType::BFloat16: return DType::bf16;
-        case ScalarType::Half: return DType::f16;
-        default: STD_TORCH_CHECK(false, name, ": the CPU kernel takes float32, bfloat16 and float16");
-    }
-    return DType::f32;
-}
 
 inline void want_huge_pages(const Tensor& t) { want_huge_pages(t.data_ptr(), t.numel() * t.element_size()); }
 

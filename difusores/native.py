@@ -92,13 +92,19 @@ def _load_module(name: str) -> str | None:
     if PathFinder.find_spec(f"difusores.{name}", [str(folder)]) is None:
         return _why_missing(folder, name)
     try:
-        import torch  # noqa: F401  (its libraries must be in the process before the module that links to them)
+        import torch  # its libraries must be in the process before the module that links to them
     except Exception as error:
         return f"torch cannot be imported: {one_line(error)}"
     try:
         importlib.import_module(f"difusores.{name}")
     except Exception as error:
+        if torch.version.cuda is None and "undefined symbol: aoti_torch" in str(error):
+            return (
+                f"built, but this torch ({torch.__version__}) has no CUDA, whose functions the module calls"
+            )
         return f"broken: {one_line(error)}"
+    if name == MODULES["cuda"] and not torch.cuda.is_available():
+        return "no CUDA device was found"
     return None
 
 
@@ -107,7 +113,7 @@ def _why_missing(folder: Path, name: str) -> str:
     if others:
         return f"built for another Python: {', '.join(others)} (this is {sys.implementation.cache_tag})"
     if name == MODULES["cuda"]:
-        return "this version has no CUDA kernels"
+        return "not built: it needs nvcc and a CUDA build of torch"
     reason = folder / "_build_reason.txt"  # written by setup.py when it could not compile
     if reason.is_file():
         return f"not built: {reason.read_text(encoding='utf-8').strip()}"

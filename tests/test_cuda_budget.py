@@ -1,11 +1,16 @@
-"""What nvcc makes of the CUDA kernels stays within tests/cuda_budget.json, for two of the architectures."""
+"""The CUDA kernels compile and stay within tests/cuda_budget.json, for two of the architectures."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sysconfig
+from pathlib import Path
 
 import cuda_budget
+import pybind11
 import pytest
+import torch
 
 BUDGET = json.loads(cuda_budget.BUDGET.read_text(encoding="utf-8"))
 
@@ -38,3 +43,24 @@ def test_a_kernel_outside_its_budget_is_named() -> None:
         (sentence,) = cuda_budget.violations(budget, measured)
         assert sentence.startswith(f"{name}: ") and what.split("_")[-1] in sentence
     assert cuda_budget.violations(budget, {}) and cuda_budget.violations({}, budget)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cuda_budget.why_not() is not None, reason=cuda_budget.why_not() or "")
+def test_the_binding_compiles_beside_this_torch(tmp_path: Path) -> None:
+    """A torch without CUDA too: the stable ABI declares what the binding calls."""
+    folders = [Path(torch.__file__).parent / "include", pybind11.get_include(), sysconfig.get_path("include")]
+    names = ("DIFUSORES_CUDA_COMPILER", "DIFUSORES_CUDA_ARCHITECTURES", "DIFUSORES_TORCH_VERSION")
+    source = cuda_budget.ROOT / "csrc" / "bindings_cuda.cpp"
+    done = subprocess.run(
+        [
+            *("nvcc", "-std=c++20", "-O0", "-Xcompiler=-fPIC", f"-I{cuda_budget.ROOT / 'csrc'}"),
+            *(part for folder in folders for part in ("-isystem", str(folder))),
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            *(f'-D{name}=""' for name in names),
+            *("-c", source, "-o", tmp_path / "bindings_cuda.o"),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -24,37 +24,6 @@ int64_t third_of_l2() {
     return bytes / 3;
 }
 
-// [C] or [N, C] with unit stride along C.
-Param param_of(const OptionalTensor& t, int64_t n, int64_t c, bool per_image, const char* name) {
-    if (!t) return {};
-    STD_TORCH_CHECK(per_image ? t->dim() == 2 && t->size(0) == n && t->size(1) == c : t->dim() == 1 && t->size(0) == c,
-                    name, " has the wrong shape");
-    STD_TORCH_CHECK(c == 1 || t->stride(per_image ? 1 : 0) == 1, name, " must be contiguous along the channels");
-    return {t->data_ptr(), dtype_of(*t, name), per_image ? t->stride(0) : 0};
-}
-
-// Whether the elements of each image are laid out [S, C]; throws where they are neither [C, S] nor [S, C].
-bool is_channels_last(const Tensor& x) {
-    if (x.is_contiguous()) return false;
-    int64_t expected = 1;
-    const auto next = [&](int64_t d) {
-        STD_TORCH_CHECK(x.size(d) == 1 || x.stride(d) == expected,
-                        "group_norm_silu: the CPU kernel takes contiguous and channels_last tensors");
-        expected *= x.size(d);
-    };
-    next(1);
-    for (int64_t d = x.dim() - 1; d >= 2; --d) next(d);
-    next(0);
-    return true;
-}
-
-bool same_layout(const Tensor& a, const Tensor& b) {
-    if (a.dim() != b.dim() || a.scalar_type() != b.scalar_type()) return false;
-    for (int64_t d = 0; d < a.dim(); ++d)
-        if (a.size(d) != b.size(d) || (a.size(d) > 1 && a.stride(d) != b.stride(d))) return false;
-    return true;
-}
-
 void run(int64_t tasks, int64_t elements_per_task, decltype(Kernels::group_norm_silu) kernel,
          const GroupNormSiluArgs& args) {
     torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kGrain / (elements_per_task + kTaskCost)),
@@ -85,10 +54,7 @@ struct ChannelMoments {
 std::tuple<Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, OptionalTensor weight, OptionalTensor bias,
                                            double eps, bool silu, OptionalTensor scale, OptionalTensor shift,
                                            OptionalTensor add, OptionalTensor residual, bool return_sum) {
-    STD_TORCH_CHECK(x.dim() >= 3 && x.dim() <= 5, "group_norm_silu: x must have 3 to 5 dimensions");
-    const int64_t n = x.size(0), c = x.size(1);
-    STD_TORCH_CHECK(num_groups >= 1 && c % num_groups == 0, "group_norm_silu: num_groups must divide C");
-    STD_TORCH_CHECK(!residual || same_layout(x, *residual), "group_norm_silu: residual must have x's dtype and layout");
+    check_group_norm_silu(x, num_groups, residual);
     const bool channels_last = is_channels_last(x);
     const int64_t none = 0, one = 1;
     Tensor y = new_like(x);
@@ -96,26 +62,15 @@ std::tuple<Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, Optiona
     if (x.numel() == 0) return {y, sum};
     want_huge_pages(y);
     if (return_sum) want_huge_pages(sum);
-    GroupNormSiluArgs args{};
-    args.x = x.data_ptr();
-    args.residual = residual ? residual->data_ptr() : nullptr;
-    args.y = y.data_ptr();
-    args.sum = return_sum ? sum.data_ptr() : nullptr;
-    args.dtype = dtype_of(x, "x");
-    args.weight = param_of(weight, n, c, false, "weight");
-    args.bias = param_of(bias, n, c, false, "bias");
-    args.scale = param_of(scale, n, c, true, "scale");
-    args.shift = param_of(shift, n, c, true, "shift");
-    args.add = param_of(add, n, c, true, "add");
-    args.n = n, args.c = c, args.s = x.numel() / (n * c), args.groups = num_groups;
-    args.eps = eps, args.silu = silu;
+    GroupNormSiluArgs args =
+        group_norm_silu_args(x, num_groups, weight, bias, eps, silu, scale, shift, add, residual, y, sum, return_sum);
     if (!channels_last) {
         args.fetch = third_of_l2();
-        run(n * num_groups, c / num_groups * args.s, g_kernels->group_norm_silu, args);
+        run(args.n * num_groups, args.c / num_groups * args.s, g_kernels->group_norm_silu, args);
         return {y, sum};
     }
     const ChannelMoments moments(args);
-    run(args.n * args.chunks, args.chunk_rows * c, g_kernels->group_norm_silu_apply, args);
+    run(args.n * args.chunks, args.chunk_rows * args.c, g_kernels->group_norm_silu_apply, args);
     return {y, sum};
 }
 

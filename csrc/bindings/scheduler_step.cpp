@@ -9,80 +9,6 @@
 namespace difusores {
 namespace {
 
-// A tensor's shape, read once: every question to a tensor is a call into torch.
-struct Shape {
-    const int64_t* sizes;
-    const int64_t* strides;
-    int64_t dim;
-    explicit Shape(const Tensor& t) : dim(t.dim()) {
-        int64_t *first_size = nullptr, *first_stride = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &first_size));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &first_stride));
-        sizes = first_size, strides = first_stride;
-    }
-    explicit Shape(const dlpack::Tensor& t) : sizes(t.shape), strides(t.strides), dim(t.ndim) {}
-    // Whether an image of this is laid out as one of the other: every operand is one run of memory in the same order.
-    bool same_image(const Shape& other) const {
-        if (dim != other.dim) return false;
-        for (int64_t d = 1; d < dim; ++d)
-            if (sizes[d] != other.sizes[d] || (sizes[d] > 1 && strides[d] != other.strides[d])) return false;
-        return true;
-    }
-    // Whether the elements of an image are one run of memory, in whatever order of dimensions.
-    bool dense_image(int64_t inner) const {
-        int64_t covered = 1;
-        for (bool found = true; covered < inner && found;) {
-            found = false;
-            for (int64_t d = 1; d < dim && !found; ++d)
-                if (sizes[d] > 1 && strides[d] == covered) {
-                    covered *= sizes[d];
-                    found = true;
-                }
-        }
-        return covered == inner;
-    }
-};
-
-Operand operand_of(const OptionalTensor& t, const Shape& sample, const char* name) {
-    if (!t) return {};
-    const Shape shape(*t);
-    STD_TORCH_CHECK(shape.same_image(sample) && shape.sizes[0] == sample.sizes[0], "scheduler_step: ", name,
-                    " must have the sample's shape and per-image strides");
-    return {t->data_ptr(), dtype_of(*t, name), shape.strides[0]};
-}
-
-// An output holds whole batches one after another, each image dense.
-Result result_of(const OptionalTensor& t, const Shape& sample, int64_t inner, const char* name, bool repeats) {
-    if (!t) return {};
-    const Shape shape(*t);
-    STD_TORCH_CHECK(shape.same_image(sample), "scheduler_step: output ", name,
-                    " must have the sample's per-image shape and strides");
-    const int64_t count = shape.sizes[0], batch = sample.sizes[0];
-    STD_TORCH_CHECK(repeats ? count % batch == 0 : count == batch, "scheduler_step: output ", name,
-                    repeats ? " must hold whole batches" : " must hold the batch");
-    STD_TORCH_CHECK(count <= 1 || shape.strides[0] == inner, "scheduler_step: output ", name, " must be dense");
-    want_huge_pages(*t);
-    return {t->data_ptr(), dtype_of(*t, name), count / batch};
-}
-
-// The row names operands by non-zero coefficients; the kernel must not meet one that was not given.
-void check_row(const SchedulerStepArgs& a) {
-    const double* w = a.row + 12;
-    const bool outputs[3] = {a.y.ptr || a.m.ptr, a.d.ptr != nullptr, a.u.ptr != nullptr};
-    bool column[9] = {};
-    for (int k = 0; k < 3; ++k)
-        for (int j = 0; j < 9; ++j) column[j] |= outputs[k] && w[9 * k + j] != 0.0;
-    const bool x0 = column[0] || a.x0.ptr;
-    const bool xh = column[1] || (x0 && a.row[4] != 0.0);
-    const bool z = column[3] || (xh && a.row[3] != 0.0);
-    STD_TORCH_CHECK(!z || a.noise.ptr || a.seeds, "scheduler_step: this row reads noise, which was not given");
-    STD_TORCH_CHECK(!column[3] || a.row[10] == 0.0 || a.variance.ptr,
-                    "scheduler_step: this row's mode reads variance, which was not given");
-    for (int k = 0; k < 5; ++k)
-        STD_TORCH_CHECK(!column[4 + k] || a.slots[k].ptr, "scheduler_step: this row's W reads s", k,
-                        ", which was not given");
-}
-
 // A team of threads costs more than a small step: 64 blocks are about 20 microseconds of one thread.
 bool is_small(const SchedulerStepArgs& a) { return a.batch * ((a.inner + kStepBlock - 1) / kStepBlock) < 64; }
 
@@ -98,49 +24,18 @@ void scheduler_step(Tensor row, OptionalTensor step, Tensor sample, Tensor e1, O
                     OptionalTensor s1, OptionalTensor s2, OptionalTensor s3, OptionalTensor s4, OptionalTensor seeds,
                     OptionalTensor y, OptionalTensor d, OptionalTensor u, OptionalTensor x0, OptionalTensor m) {
     if (sample.numel() == 0) return;
-    STD_TORCH_CHECK(sample.dim() >= 1, "scheduler_step: sample must have a batch dimension");
-    STD_TORCH_CHECK(row.scalar_type() == ScalarType::Double && row.is_contiguous() && row.dim() == (step ? 2 : 1) &&
-                        row.size(row.dim() - 1) == 40,
-                    "scheduler_step: row must be contiguous float64 [40], or [rows, 40] with step");
+    const OptionalTensor first = e1;
+    SchedulerStepArgs a = scheduler_step_args(row, step, sample, {&first, &e2, &e3}, noise, variance, threshold,
+                                              {&s0, &s1, &s2, &s3, &s4}, seeds, {&y, &d, &u, &x0, &m});
     int64_t index = 0;
     if (step) {
-        STD_TORCH_CHECK(step->scalar_type() == ScalarType::Long && step->numel() == 1,
-                        "scheduler_step: step must be one int64");
         index = *static_cast<const int64_t*>(step->data_ptr());
         STD_TORCH_CHECK(index >= 0 && index < row.size(0), "scheduler_step: step ", index,
                         " is outside the table of rows");
     }
-    const Shape shape(sample);
-    const int64_t batch = shape.sizes[0], inner = sample.numel() / batch;
-    STD_TORCH_CHECK(shape.dense_image(inner), "scheduler_step: the images of sample must be dense");
-    SchedulerStepArgs a{};
     a.row = static_cast<const double*>(row.data_ptr()) + index * 40;
-    a.sample = {sample.data_ptr(), dtype_of(sample, "sample"), shape.strides[0]};
-    a.e[0] = operand_of(e1, shape, "e1");
-    a.e[1] = operand_of(e2, shape, "e2");
-    a.e[2] = operand_of(e3, shape, "e3");
-    a.noise = operand_of(noise, shape, "noise");
-    a.variance = operand_of(variance, shape, "variance");
-    const OptionalTensor* slots[5] = {&s0, &s1, &s2, &s3, &s4};
-    for (int k = 0; k < 5; ++k) a.slots[k] = operand_of(*slots[k], shape, "slot");
-    if (threshold) {
-        STD_TORCH_CHECK(
-            threshold->scalar_type() == ScalarType::Float && threshold->is_contiguous() && threshold->numel() == batch,
-            "scheduler_step: threshold must be contiguous float32 [B]");
-        a.threshold = static_cast<const float*>(threshold->data_ptr());
-    }
-    if (seeds) {
-        STD_TORCH_CHECK(seeds->scalar_type() == ScalarType::Long && seeds->is_contiguous() && seeds->numel() == batch &&
-                            sample.is_contiguous(),
-                        "scheduler_step: seeds must be contiguous int64 [B] and the sample contiguous");
-        a.seeds = static_cast<const int64_t*>(seeds->data_ptr());
-    }
-    a.y = result_of(y, shape, inner, "y", false);
-    a.d = result_of(d, shape, inner, "d", false);
-    a.u = result_of(u, shape, inner, "u", false);
-    a.x0 = result_of(x0, shape, inner, "x0", false);
-    a.m = result_of(m, shape, inner, "m", true);
-    a.batch = batch, a.inner = inner;
+    for (const OptionalTensor* out : {&y, &d, &u, &x0, &m})
+        if (*out) want_huge_pages(**out);
     check_row(a);
     run_step(a);
 }
@@ -235,7 +130,7 @@ bool look_operand(PyObject* object, bool records, const Shape& sample, Operand& 
     if (object == Py_None) return true;
     dlpack::Tensor t;
     if (!look(object, records, t) || !kernel_dtype(t, operand.dtype)) return false;
-    const Shape shape(t);
+    const Shape shape(t.shape, t.strides, t.ndim);
     if (!shape.same_image(sample) || shape.sizes[0] != sample.sizes[0]) return false;
     operand.ptr = data(t), operand.batch_stride = shape.strides[0];
     return true;
@@ -312,7 +207,7 @@ Made make(PyObject* given_row, PyObject* given_sample, PyObject* model_output, P
         row.shape[0] != 40 || row.strides[0] != 1 || !look(given_sample, records, sample) ||
         !kernel_dtype(sample, a.sample.dtype) || (only_f32 && a.sample.dtype != DType::f32))
         return {};
-    const Shape shape(sample);
+    const Shape shape(sample.shape, sample.strides, sample.ndim);
     a.batch = shape.sizes[0], a.inner = 1;
     for (int64_t d = 1; d < shape.dim; ++d) a.inner *= shape.sizes[d];
     const Py_ssize_t slots = PyTuple_GET_SIZE(given_slots), outputs = PyTuple_GET_SIZE(given_outputs);

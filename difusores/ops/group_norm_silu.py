@@ -31,7 +31,7 @@ _SIGNATURE = (
 )
 LIBRARY.define("group_norm_silu" + _SIGNATURE)
 _TRITON_OP = register_triton("group_norm_silu", _SIGNATURE)
-register("group_norm_silu", "triton", "cpu")
+register("group_norm_silu", "cuda", "triton", "cpu")
 
 
 def _per_channel(t: Tensor, x: Tensor) -> Tensor:
@@ -213,6 +213,8 @@ def supports(
             return f"the kernel takes parameters in float32 or {dtype}, not {p.dtype}"
     if not (x.is_contiguous() or memory_format(x) is not torch.contiguous_format):
         return "the kernel takes contiguous and channels_last tensors, not other strides"
+    if backend == "cuda" and x.shape[2:].numel() > 2**30:
+        return f"the kernel takes at most 2**30 positions, not {x.shape[2:].numel()}"
     if residual is not None and (residual.dtype is not dtype or residual.stride() != x.stride()):
         return "the kernel takes a residual of x's dtype and strides"
     if backend == "triton" and x.shape[1] > _MOST_CHANNELS:

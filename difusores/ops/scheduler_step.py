@@ -55,7 +55,7 @@ LIBRARY.define("scheduler_step" + _SIGNATURE)
 # The reference reads the row as Python numbers, which Dynamo cannot trace: a graph holds it as an op.
 LIBRARY.define("scheduler_step_reference" + _SIGNATURE)
 _TRITON_OP = register_triton("scheduler_step", _SIGNATURE)
-register("scheduler_step", "triton", "cpu")
+register("scheduler_step", "cuda", "triton", "cpu")
 
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)

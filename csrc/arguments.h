@@ -1,0 +1,210 @@
+// From tensors of libtorch's stable ABI to the kernels' argument structs, with every check that a kernel relies on: the
+// same for a CPU and for CUDA. One build serves every torch from 2.10 on.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <optional>
+
+#include "kernels.h"
+
+namespace difusores {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+    switch (t.scalar_type()) {
+        case ScalarType::Float: return DType::f32;
+        case ScalarType::BFloat16: return DType::bf16;
+        case ScalarType::Half: return DType::f16;
+        default: STD_TORCH_CHECK(false, name, ": the kernel takes float32, bfloat16 and float16");
+    }
+    return DType::f32;
+}
+
+// --- group_norm_silu ---
+
+// [C] or [N, C] with unit stride along C.
+inline Param param_of(const OptionalTensor& t, int64_t n, int64_t c, bool per_image, const char* name) {
+    if (!t) return {};
+    STD_TORCH_CHECK(per_image ? t->dim() == 2 && t->size(0) == n && t->size(1) == c : t->dim() == 1 && t->size(0) == c,
+                    name, " has the wrong shape");
+    STD_TORCH_CHECK(c == 1 || t->stride(per_image ? 1 : 0) == 1, name, " must be contiguous along the channels");
+    return {t->data_ptr(), dtype_of(*t, name), per_image ? t->stride(0) : 0};
+}
+
+// Whether the elements of each image are laid out [S, C]; throws where they are neither [C, S] nor [S, C].
+inline bool is_channels_last(const Tensor& x) {
+    if (x.is_contiguous()) return false;
+    int64_t expected = 1;
+    const auto next = [&](int64_t d) {
+        STD_TORCH_CHECK(x.size(d) == 1 || x.stride(d) == expected,
+                        "group_norm_silu: the kernel takes contiguous and channels_last tensors");
+        expected *= x.size(d);
+    };
+    next(1);
+    for (int64_t d = x.dim() - 1; d >= 2; --d) next(d);
+    next(0);
+    return true;
+}
+
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+    if (a.dim() != b.dim() || a.scalar_type() != b.scalar_type()) return false;
+    for (int64_t d = 0; d < a.dim(); ++d)
+        if (a.size(d) != b.size(d) || (a.size(d) > 1 && a.stride(d) != b.stride(d))) return false;
+    return true;
+}
+
+inline void check_group_norm_silu(const Tensor& x, int64_t num_groups, const OptionalTensor& residual) {
+    STD_TORCH_CHECK(x.dim() >= 3 && x.dim() <= 5, "group_norm_silu: x must have 3 to 5 dimensions");
+    STD_TORCH_CHECK(num_groups >= 1 && x.size(1) % num_groups == 0, "group_norm_silu: num_groups must divide C");
+    STD_TORCH_CHECK(!residual || same_layout(x, *residual), "group_norm_silu: residual must have x's dtype and layout");
+}
+
+// What every device needs; the tensors have been checked. y and sum are like x.
+inline GroupNormSiluArgs group_norm_silu_args(const Tensor& x, int64_t num_groups, const OptionalTensor& weight,
+                                              const OptionalTensor& bias, double eps, bool silu,
+                                              const OptionalTensor& scale, const OptionalTensor& shift,
+                                              const OptionalTensor& add, const OptionalTensor& residual,
+                                              const Tensor& y, const Tensor& sum, bool return_sum) {
+    const int64_t n = x.size(0), c = x.size(1);
+    GroupNormSiluArgs args{};
+    args.x = x.data_ptr();
+    args.residual = residual ? residual->data_ptr() : nullptr;
+    args.y = y.data_ptr();
+    args.sum = return_sum ? sum.data_ptr() : nullptr;
+    args.dtype = dtype_of(x, "x");
+    args.weight = param_of(weight, n, c, false, "weight");
+    args.bias = param_of(bias, n, c, false, "bias");
+    args.scale = param_of(scale, n, c, true, "scale");
+    args.shift = param_of(shift, n, c, true, "shift");
+    args.add = param_of(add, n, c, true, "add");
+    args.n = n, args.c = c, args.s = x.numel() / (n * c), args.groups = num_groups;
+    args.eps = eps, args.silu = silu;
+    return args;
+}
+
+// --- scheduler_step ---
+
+// A tensor's shape, read once: every question to a tensor is a call into torch.
+struct Shape {
+    const int64_t* sizes;
+    const int64_t* strides;
+    int64_t dim;
+    explicit Shape(const Tensor& t) : dim(t.dim()) {
+        int64_t *first_size = nullptr, *first_stride = nullptr;
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &first_size));
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &first_stride));
+        sizes = first_size, strides = first_stride;
+    }
+    Shape(const int64_t* sizes, const int64_t* strides, int64_t dim) : sizes(sizes), strides(strides), dim(dim) {}
+    // Whether an image of this is laid out as one of the other: every operand is one run of memory in the same order.
+    bool same_image(const Shape& other) const {
+        if (dim != other.dim) return false;
+        for (int64_t d = 1; d < dim; ++d)
+            if (sizes[d] != other.sizes[d] || (sizes[d] > 1 && strides[d] != other.strides[d])) return false;
+        return true;
+    }
+    // Whether the elements of an image are one run of memory, in whatever order of dimensions.
+    bool dense_image(int64_t inner) const {
+        int64_t covered = 1;
+        for (bool found = true; covered < inner && found;) {
+            found = false;
+            for (int64_t d = 1; d < dim && !found; ++d)
+                if (sizes[d] > 1 && strides[d] == covered) {
+                    covered *= sizes[d];
+                    found = true;
+                }
+        }
+        return covered == inner;
+    }
+};
+
+inline Operand operand_of(const OptionalTensor& t, const Shape& sample, const char* name) {
+    if (!t) return {};
+    const Shape shape(*t);
+    STD_TORCH_CHECK(shape.same_image(sample) && shape.sizes[0] == sample.sizes[0], "scheduler_step: ", name,
+                    " must have the sample's shape and per-image strides");
+    return {t->data_ptr(), dtype_of(*t, name), shape.strides[0]};
+}
+
+// An output holds whole batches one after another, each image dense.
+inline Result result_of(const OptionalTensor& t, const Shape& sample, int64_t inner, const char* name, bool repeats) {
+    if (!t) return {};
+    const Shape shape(*t);
+    STD_TORCH_CHECK(shape.same_image(sample), "scheduler_step: output ", name,
+                    " must have the sample's per-image shape and strides");
+    const int64_t count = shape.sizes[0], batch = sample.sizes[0];
+    STD_TORCH_CHECK(repeats ? count % batch == 0 : count == batch, "scheduler_step: output ", name,
+                    repeats ? " must hold whole batches" : " must hold the batch");
+    STD_TORCH_CHECK(count <= 1 || shape.strides[0] == inner, "scheduler_step: output ", name, " must be dense");
+    return {t->data_ptr(), dtype_of(*t, name), count / batch};
+}
+
+// The row names operands by non-zero coefficients; the kernel must not meet one that was not given.
+inline void check_row(const SchedulerStepArgs& a) {
+    const double* w = a.row + 12;
+    const bool outputs[3] = {a.y.ptr || a.m.ptr, a.d.ptr != nullptr, a.u.ptr != nullptr};
+    bool column[9] = {};
+    for (int k = 0; k < 3; ++k)
+        for (int j = 0; j < 9; ++j) column[j] |= outputs[k] && w[9 * k + j] != 0.0;
+    const bool x0 = column[0] || a.x0.ptr;
+    const bool xh = column[1] || (x0 && a.row[4] != 0.0);
+    const bool z = column[3] || (xh && a.row[3] != 0.0);
+    STD_TORCH_CHECK(!z || a.noise.ptr || a.seeds, "scheduler_step: this row reads noise, which was not given");
+    STD_TORCH_CHECK(!column[3] || a.row[10] == 0.0 || a.variance.ptr,
+                    "scheduler_step: this row's mode reads variance, which was not given");
+    for (int k = 0; k < 5; ++k)
+        STD_TORCH_CHECK(!column[4 + k] || a.slots[k].ptr, "scheduler_step: this row's W reads s", k,
+                        ", which was not given");
+}
+
+// All but the row, which each device reads in its own way.
+inline SchedulerStepArgs scheduler_step_args(const Tensor& row, const OptionalTensor& step, const Tensor& sample,
+                                             const std::array<const OptionalTensor*, 3>& e, const OptionalTensor& noise,
+                                             const OptionalTensor& variance, const OptionalTensor& threshold,
+                                             const std::array<const OptionalTensor*, 5>& slots,
+                                             const OptionalTensor& seeds,
+                                             const std::array<const OptionalTensor*, 5>& outputs) {
+    STD_TORCH_CHECK(sample.dim() >= 1, "scheduler_step: sample must have a batch dimension");
+    STD_TORCH_CHECK(row.scalar_type() == ScalarType::Double && row.is_contiguous() && row.dim() == (step ? 2 : 1) &&
+                        row.size(row.dim() - 1) == 40,
+                    "scheduler_step: row must be contiguous float64 [40], or [rows, 40] with step");
+    STD_TORCH_CHECK(!step || (step->scalar_type() == ScalarType::Long && step->numel() == 1),
+                    "scheduler_step: step must be one int64");
+    const Shape shape(sample);
+    const int64_t batch = shape.sizes[0], inner = sample.numel() / batch;
+    STD_TORCH_CHECK(shape.dense_image(inner), "scheduler_step: the images of sample must be dense");
+    SchedulerStepArgs a{};
+    a.sample = {sample.data_ptr(), dtype_of(sample, "sample"), shape.strides[0]};
+    const char* const names[3] = {"e1", "e2", "e3"};
+    for (int k = 0; k < 3; ++k) a.e[k] = operand_of(*e[k], shape, names[k]);
+    a.noise = operand_of(noise, shape, "noise");
+    a.variance = operand_of(variance, shape, "variance");
+    for (int k = 0; k < 5; ++k) a.slots[k] = operand_of(*slots[k], shape, "slot");
+    if (threshold) {
+        STD_TORCH_CHECK(
+            threshold->scalar_type() == ScalarType::Float && threshold->is_contiguous() && threshold->numel() == batch,
+            "scheduler_step: threshold must be contiguous float32 [B]");
+        a.threshold = static_cast<const float*>(threshold->data_ptr());
+    }
+    if (seeds) {
+        STD_TORCH_CHECK(seeds->scalar_type() == ScalarType::Long && seeds->is_contiguous() && seeds->numel() == batch &&
+                            sample.is_contiguous(),
+                        "scheduler_step: seeds must be contiguous int64 [B] and the sample contiguous");
+        a.seeds = static_cast<const int64_t*>(seeds->data_ptr());
+    }
+    a.y = result_of(*outputs[0], shape, inner, "y", false);
+    a.d = result_of(*outputs[1], shape, inner, "d", false);
+    a.u = result_of(*outputs[2], shape, inner, "u", false);
+    a.x0 = result_of(*outputs[3], shape, inner, "x0", false);
+    a.m = result_of(*outputs[4], shape, inner, "m", true);
+    a.batch = batch, a.inner = inner;
+    return a;
+}
+
+}  // namespace difusores
