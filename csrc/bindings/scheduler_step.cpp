@@ -280,11 +280,12 @@ bool is_version(PyObject* tensor, PyObject* version) {
     return same;
 }
 
-// take_stage(run, options, model_output, sample, only_f32, returned) -> the first `returned` results or None: the next
-// stage of a run of difusores/schedulers/indexed.py, where it is plain, draws nothing and is still that of its tables.
+// take_stage(run, options, model_output, sample, noise, only_f32, returned) -> the first `returned` results or None:
+// the next stage of a run of difusores/schedulers/indexed.py, where it is plain and still that of its tables. For a
+// stage that draws noise, and none was given: what it draws, and nothing is done.
 PyObject* take_stage(PyObject*, PyObject* const* given, Py_ssize_t count) {
-    if (count != 6) {
-        PyErr_SetString(PyExc_TypeError, "take_stage(run, options, model_output, sample, only_f32, returned)");
+    if (count != 7) {
+        PyErr_SetString(PyExc_TypeError, "take_stage(run, options, model_output, sample, noise, only_f32, returned)");
         return nullptr;
     }
     static PyObject* const names[] = {PyUnicode_InternFromString("index"),    PyUnicode_InternFromString("begin"),
@@ -314,13 +315,17 @@ PyObject* take_stage(PyObject*, PyObject* const* given, Py_ssize_t count) {
     // CachedStage of difusores/schedulers/base.py
     PyObject *const row = PyTuple_GET_ITEM(stage, 0), *const places = PyTuple_GET_ITEM(stage, 5),
                     *const outputs = PyTuple_GET_ITEM(stage, 7);
-    if (PyTuple_GET_ITEM(stage, 1) != Py_None || PyTuple_GET_ITEM(stage, 2) != Py_False ||
-        PyTuple_GET_ITEM(stage, 3) != Py_None)
-        return otherwise();
-    const Made made = make(row, given[3], given[2], Py_None, slots, outputs, places, given[4] == Py_True);
+    PyObject* const draw = PyTuple_GET_ITEM(stage, 1);
+    if (PyTuple_GET_ITEM(stage, 2) != Py_False || PyTuple_GET_ITEM(stage, 3) != Py_None) return otherwise();
+    if (draw != Py_None && given[4] == Py_None) {
+        Py_INCREF(draw);
+        return draw;
+    }
+    PyObject* const noise = draw == Py_None ? Py_None : given[4];
+    const Made made = make(row, given[3], given[2], noise, slots, outputs, places, given[5] == Py_True);
     if (!made.results) return otherwise();
     PyObject* const next = PyLong_FromSsize_t(here + 1);
-    const Py_ssize_t returned = PyLong_AsSsize_t(given[5]);
+    const Py_ssize_t returned = PyLong_AsSsize_t(given[6]);
     PyObject* results = nullptr;
     if (next && !PyObject_SetAttr(run, names[7], made.slots) && !PyObject_SetAttr(run, names[0], next))
         results = PyTuple_GetSlice(made.results, 0, returned);

@@ -416,30 +416,21 @@ def plain_step(
         the tensors are not plain ones on the CPU, of one shape and with the model output in the sample's
         dtype.
     """
-    module = None if torch.compiler.is_compiling() else _without_dispatcher()
+    module = shortcut()
     if module is None:
         return None
     return module.plain_step(row, sample, model_output, noise, slots, outputs, places)  # type: ignore[no-any-return]
 
 
-def take_stage(
-    run: Any, options: dict[str, Any], model_output: Tensor, sample: Tensor, only_fp32: bool, returned: int
-) -> tuple[Tensor, ...] | None:
-    """`plain_step` for the next stage of a run of the schedulers, which moves on; or None, and it stays.
+def shortcut() -> Any:
+    """The compiled module, whose functions go around the dispatcher; None if it is missing or code is traced.
 
-    The stage may not draw noise. In C from end to end: in Python, finding the stage takes as long as carrying
-    it out.
-
-    Args:
-        run: has index, begin, stages, options, times, levels, versions and slots, and is changed.
-        options: those that the caller wants; others than the run's are not for this way.
-        only_fp32: take no sample of another dtype.
-        returned: how many of the results to return.
+    Its `take_stage(run, options, model_output, sample, noise, only_fp32, returned)` is `plain_step` for the
+    next stage of a run of the schedulers, in C from end to end: in Python, finding the stage takes as long as
+    carrying it out. It moves the run on and returns the first `returned` results; or None, and the run stays;
+    or what the stage draws, if it draws noise and none was given. `only_fp32`: no sample of another dtype.
     """
-    module = None if torch.compiler.is_compiling() else _without_dispatcher()
-    if module is None:
-        return None
-    return module.take_stage(run, options, model_output, sample, only_fp32, returned)  # type: ignore[no-any-return]
+    return None if torch.compiler.is_compiling() else _without_dispatcher()
 
 
 @functools.cache

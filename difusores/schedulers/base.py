@@ -425,9 +425,7 @@ def advance(
         shape = torch.Size((len(model_output), *sample.shape[1:]))
         (model_output,), variance = split_output(model_output, shape, learned)
     if draw is not None and noise is None:
-        dtype = noise_dtype(draw, sample, model_output)
-        for _ in range(draw.draws):
-            noise = draw_noise(model_output.shape, generator, model_output.device, dtype)
+        noise = drawn(draw, sample, model_output, generator)
     if variance is None and threshold is None and (not upcast or sample.dtype is torch.float32):
         made = plain_step(row, sample, model_output, slots, noise, targets, places)
         if made is not None:
@@ -438,6 +436,14 @@ def advance(
     results = _step_by_general_way(cached, sample, model_output, slots, noise, variance, upcast)
     held = (*results, sample, noise, *slots)
     return results, tuple([held[place] for place in places])
+
+
+def drawn(draw: Noise, sample: Tensor, model_output: Tensor, generator: Generators) -> Tensor:
+    """The noise of a stage, the last of its draws."""
+    dtype = noise_dtype(draw, sample, model_output)
+    for _ in range(draw.draws):
+        noise = draw_noise(model_output.shape, generator, model_output.device, dtype)
+    return noise
 
 
 def _step_by_general_way(

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from difusores.ops.scheduler_step import take_stage
-from difusores.plan import Stage
+from difusores.ops.scheduler_step import shortcut
+from difusores.plan import Noise, Stage
 from difusores.sampling import Generators
-from difusores.schedulers.base import CachedStage, TableScheduler, advance, cached_stage
+from difusores.schedulers.base import CachedStage, TableScheduler, advance, cached_stage, drawn
 from difusores.schedules import SigmaGrid
 
 MOST_RUNS = 64
@@ -163,9 +163,14 @@ class IndexedScheduler(TableScheduler):
         """
         run = self._run
         count = len(self.returned)
-        taken = take_stage(run, options, model_output, sample, self.upcast, count)
-        if taken is not None:
-            return taken
+        module = shortcut()
+        if module is not None:
+            taken = module.take_stage(run, options, model_output, sample, noise, self.upcast, count)
+            if type(taken) is Noise:
+                noise = drawn(taken, sample, model_output, generator)
+                taken = module.take_stage(run, options, model_output, sample, noise, self.upcast, count)
+            if taken is not None:
+                return taken  # type: ignore[no-any-return]
         index = self._start(timestep) if run.index is None else run.index
         stages = run.stages
         if (
