@@ -6,6 +6,8 @@ import copy
 import multiprocessing
 import pickle
 import resource
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -487,7 +489,8 @@ def test_report_tells_what_was_not_replaced() -> None:
     assert "forward" in model.conv_out.__dict__
 
 
-def test_memory_is_flat_and_pages_are_kept() -> None:
+def growth() -> tuple[int, int]:
+    """KiB of memory and page faults that 200 forwards cost after 50."""
     model, case = make("difusores", "pixels"), inputs("pixels", 1, (8, 8))
     difusores.accelerate(model)
     for _ in range(50):
@@ -496,6 +499,17 @@ def test_memory_is_flat_and_pages_are_kept() -> None:
     for _ in range(200):
         run(model, *case)
     after = resource.getrusage(resource.RUSAGE_SELF)
-    assert after.ru_maxrss - before.ru_maxrss < 1024  # KiB
-    assert after.ru_minflt - before.ru_minflt < 200  # less than one per forward
     difusores.restore(model)
+    return after.ru_maxrss - before.ru_maxrss, after.ru_minflt - before.ru_minflt
+
+
+def test_memory_is_flat_and_pages_are_kept() -> None:
+    """In a process of its own: what other tests left on the heap costs faults of its own."""
+    result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=True)
+    kibibytes, faults = map(int, result.stdout.split())
+    assert kibibytes < 1024
+    assert faults < 200, "less than one per forward"
+
+
+if __name__ == "__main__":
+    print(*growth())
