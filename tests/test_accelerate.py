@@ -141,7 +141,7 @@ def test_agrees_and_comes_back(
     library: str, variant: str, numbers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if numbers != "float32" and native.status("cpu") is not None:
-        pytest.skip(native.status("cpu") or "")  # the bound is that of the kernels, which keep more in float32
+        pytest.skip(native.status("cpu") or "")  # the bound is for the kernels, which keep more in float32
     dtype = None if numbers == "float32" else "bfloat16"
     monkeypatch.setattr(layers, "fast_bfloat16_convolution", lambda: numbers == "bfloat16")
     plain = make(library, variant)
