@@ -47,19 +47,22 @@ def test_a_kernel_outside_its_budget_is_named() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(cuda_budget.why_not() is not None, reason=cuda_budget.why_not() or "")
-def test_the_binding_compiles_beside_this_torch(tmp_path: Path) -> None:
+def test_the_bindings_compile_beside_this_torch(tmp_path: Path) -> None:
     """A torch without CUDA too: the stable ABI declares what the binding calls."""
     folders = [Path(torch.__file__).parent / "include", pybind11.get_include(), sysconfig.get_path("include")]
     names = ("DIFUSORES_CUDA_COMPILER", "DIFUSORES_CUDA_ARCHITECTURES", "DIFUSORES_TORCH_VERSION")
-    source = cuda_budget.ROOT / "csrc" / "bindings_cuda.cpp"
+    csrc = cuda_budget.ROOT / "csrc"
+    sources = [csrc / "bindings_cuda.cpp", *sorted((csrc / "bindings_cuda").glob("*.cpp"))]
+    assert len(sources) > 1
     done = subprocess.run(
         [
-            *("nvcc", "-std=c++20", "-O0", "-Xcompiler=-fPIC", f"-I{cuda_budget.ROOT / 'csrc'}"),
+            *("nvcc", "-std=c++20", "-O0", "-Xcompiler=-fPIC", f"-I{csrc}"),
             *(part for folder in folders for part in ("-isystem", str(folder))),
             "-DTORCH_TARGET_VERSION=0x020a000000000000",
             *(f'-D{name}=""' for name in names),
-            *("-c", source, "-o", tmp_path / "bindings_cuda.o"),
+            *("-c", *sources),
         ],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
     )

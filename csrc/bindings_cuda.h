@@ -1,0 +1,57 @@
+// What the CUDA bindings of all ops share: the device, its stream, new tensors. Against libtorch's stable ABI. Each
+// op's checks and its launch stand in bindings_cuda/<op>.cpp, the Python module in bindings_cuda.cpp. No call waits for
+// the device.
+#pragma once
+#define USE_CUDA  // the stable ABI declares its CUDA functions only then
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "arguments.h"
+#include "cuda/launch.h"
+
+namespace difusores {
+
+// Makes a tensor's device the current one, and finds the stream that torch works on there.
+class OnDevice {
+  public:
+    explicit OnDevice(const Tensor& t) : device_(t.get_device_index()) {
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device_, &guard_));
+        void* stream = nullptr;
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+        stream_ = static_cast<cudaStream_t>(stream);
+    }
+    ~OnDevice() { aoti_torch_delete_cuda_guard(guard_); }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+
+    cudaStream_t stream() const { return stream_; }
+
+    // A new tensor on the device.
+    Tensor empty(int32_t dtype, int64_t dims, const int64_t* sizes, const int64_t* strides) const {
+        AtenTensorHandle handle = nullptr;
+        STABLE_TORCH_ERROR_CODE_CHECK(
+            aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cuda(), device_, &handle));
+        return Tensor(handle);
+    }
+    Tensor like(const Tensor& x) const {
+        int32_t dtype = 0;
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+        return empty(dtype, x.dim(), x.sizes().data(), x.strides().data());
+    }
+    int64_t shared_limit() const {
+        int bytes = 0;
+        check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), "shared memory");
+        return bytes;
+    }
+    static void check(cudaError_t error, const char* what) {
+        STD_TORCH_CHECK(error == cudaSuccess, "difusores: ", what, ": ", cudaGetErrorString(error));
+    }
+
+  private:
+    int32_t device_;
+    CUDAGuardHandle guard_ = nullptr;
+    cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace difusores
