@@ -12,15 +12,16 @@ import torch
 from difusores.models.adm import ADMClassifier, ADMUNet
 from difusores.models.conditioning import Conditioning, check_labels
 from difusores.pipelines.classifier_guidance import Guide, MeanShift, NoiseShift
+from difusores.pipelines.guidance import GuidedPipeline
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
-from difusores.pipelines.pipeline import DiffusionPipeline, follows_plan
+from difusores.pipelines.pipeline import follows_plan
 from difusores.pipelines.unconditional import Labels, StepCallback
 from difusores.plan import Plan
 from difusores.sampling import Generators, draw_noise
 from difusores.schedulers import DDIMScheduler, DDPMScheduler
 
 
-class ADMPipeline(DiffusionPipeline):
+class ADMPipeline(GuidedPipeline):
     """Sample with an `ADMUNet`, and with an `ADMClassifier` that tells which class to move to.
 
     All state of a call is local to it, so threads may share a pipeline.
@@ -101,8 +102,7 @@ class ADMPipeline(DiffusionPipeline):
             self._check_scheduler(plan)
 
         def predict(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-            output: torch.Tensor = conditioning(self.unet, x, time, **options, return_dict=False)[0]
-            return output
+            return self._call_unet(conditioning, x, time, batch_size, **options, return_dict=False)
 
         model, mean = predict, None
         guidance = weights if len(weights) > 1 else None

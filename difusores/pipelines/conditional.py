@@ -40,7 +40,7 @@ class _ConditionalPipeline(LatentPipeline):
         latents = self._denoise(
             run,
             self._latents(shape, latents, generator, run),
-            lambda x, time: conditioning(self.unet, x, time),
+            lambda x, time: self._call_unet(conditioning, x, time, shape[0]),
             Conditions(),
             generator=generator,
             weights=weights,

@@ -1,4 +1,6 @@
-"""Guidance without a classifier: inside of the fused step where it is linear, else beside it."""
+"""Guidance without a classifier: inside of the fused step where it is linear, else beside it; in one model
+call for all of its parts, or in one for each.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difusores.models.conditioning import Conditioning
 from difusores.models.embeddings import Timesteps
+from difusores.pipelines.pipeline import DiffusionPipeline
 from difusores.sampling import Model
+
+
+class GuidedPipeline(DiffusionPipeline):
+    """Base of pipelines whose `unet` is called with a condition and without: for both at once, or for each."""
+
+    unet: Any
+    _separate_guidance = False
+
+    def enable_separate_guidance(self) -> None:
+        """Call the UNet once for each part of guidance, which takes less memory, not once for all."""
+        self._separate_guidance = True
+
+    def disable_separate_guidance(self) -> None:
+        """Call the UNet once for all parts of guidance again."""
+        self._separate_guidance = False
+
+    def _call_unet(
+        self,
+        conditioning: Conditioning,
+        x: Tensor,
+        t: Tensor,
+        count: int,
+        image_scale: float = 1.0,
+        **options: Any,
+    ) -> Tensor:
+        """The UNet's output for [parts * count, C, h, w]; options: with a row for each of x, or none."""
+        if not self._separate_guidance or len(x) == count:
+            return as_tensor(conditioning(self.unet, x, t, image_scale, **options))
+        parts = []
+        for begin in range(0, len(x), count):
+            rows = slice(begin, begin + count)
+            of_rows = {name: _of_rows(value, rows) for name, value in options.items()}
+            part = conditioning.part(rows)
+            parts.append(as_tensor(part(self.unet, x[rows], t, image_scale, **of_rows)))
+        return torch.cat(parts)
 
 
 def guided(
@@ -85,3 +124,12 @@ def as_tensor(output: Any) -> Tensor:
     """A tensor, or the first entry of an output."""
     first: Tensor = output if isinstance(output, Tensor) else output[0]
     return first
+
+
+def _of_rows(value: Any, rows: slice) -> Any:
+    """Those rows of a tensor, and of each one in a tuple or dictionary; other things as they are."""
+    if isinstance(value, tuple):
+        return tuple(_of_rows(part, rows) for part in value)
+    if isinstance(value, dict):
+        return {name: _of_rows(part, rows) for name, part in value.items()}
+    return value[rows] if isinstance(value, Tensor) else value

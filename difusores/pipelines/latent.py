@@ -13,8 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from difusores.pipelines.guidance import as_tensor, guidance_embedding, guided
-from difusores.pipelines.pipeline import DiffusionPipeline
+from difusores.pipelines.guidance import GuidedPipeline, as_tensor, guidance_embedding, guided
 from difusores.pipelines.runs import Run, begin_run
 from difusores.sampling import Generators, Model, draw_noise
 
@@ -63,7 +62,7 @@ class CallState(Generic[T]):
         self.threads.values[pipeline] = value
 
 
-class LatentPipeline(DiffusionPipeline):
+class LatentPipeline(GuidedPipeline):
     """Base of pipelines with a `vae`, a `unet` and a `scheduler`, and guidance without a classifier.
 
     `vae` is a slot: anything with `decode(latents)`, which returns images or an object that begins with them.
@@ -74,7 +73,6 @@ class LatentPipeline(DiffusionPipeline):
     """
 
     vae: Any
-    unet: Any
     scheduler: Any
     _callback_tensor_inputs: tuple[str, ...] = ("latents",)
 

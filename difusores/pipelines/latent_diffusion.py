@@ -59,7 +59,7 @@ class _VQPipeline(LatentPipeline):
         latents = self._denoise(
             run,
             noise,
-            lambda x, time: conditioning(self.unet, x, time, image_scale(time)),
+            lambda x, time: self._call_unet(conditioning, x, time, len(noise), image_scale(time)),
             Conditions(),
             generator=generator,
             weights=weights,

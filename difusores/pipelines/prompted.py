@@ -36,8 +36,6 @@ BESIDE = ("mask", "masked_image_latents")
 class PromptedPipeline(SingleFilePipeline, Generic[Output]):
     """Base of pipelines that are told texts. A subclass encodes them and says what a call returns."""
 
-    _separate_guidance = False
-
     def _placed(self, embeds: Tensor, device: str | torch.device | None, times: int) -> Tensor:
         config, width = self.unet.config, embeds.shape[-1]
         needed = config.get("encoder_hid_dim") or config.get("cross_attention_dim")
@@ -102,33 +100,11 @@ class PromptedPipeline(SingleFilePipeline, Generic[Output]):
                 len(first),
                 timestep_cond=timestep_cond,
                 added_cond_kwargs=added or None,
+                cross_attention_kwargs=self._cross_attention_kwargs,
+                return_dict=False,
             )
 
         return predict
-
-    def enable_separate_guidance(self) -> None:
-        """Call the UNet once for each part of guidance, which takes less memory, not once for all."""
-        self._separate_guidance = True
-
-    def disable_separate_guidance(self) -> None:
-        """Call the UNet once for all parts of guidance again."""
-        self._separate_guidance = False
-
-    def _call_unet(
-        self, conditioning: Conditioning, x: Tensor, t: Tensor, count: int, **options: Any
-    ) -> Tensor:
-        """The UNet's output for [parts * count, C, h, w]; options: with a row for each of x, or none."""
-        options["cross_attention_kwargs"] = self._cross_attention_kwargs
-        if not self._separate_guidance or len(x) == count:
-            whole: Tensor = conditioning(self.unet, x, t, **options, return_dict=False)[0]
-            return whole
-        parts = []
-        for begin in range(0, len(x), count):
-            rows = slice(begin, begin + count)
-            of_rows = {name: _of_rows(value, rows) for name, value in options.items()}
-            part = conditioning.part(rows)
-            parts.append(part(self.unet, x[rows], t, **of_rows, return_dict=False)[0])
-        return torch.cat(parts)
 
     def _sample(
         self,
@@ -271,12 +247,3 @@ class PromptedPipeline(SingleFilePipeline, Generic[Output]):
             return masked(mask, latents, outside.to(latents.dtype))
 
         return after
-
-
-def _of_rows(value: Any, rows: slice) -> Any:
-    """Those rows of a tensor, and of each one in a tuple or dictionary; other things as they are."""
-    if isinstance(value, tuple):
-        return tuple(_of_rows(part, rows) for part in value)
-    if isinstance(value, dict):
-        return {name: _of_rows(part, rows) for name, part in value.items()}
-    return value[rows] if isinstance(value, Tensor) else value

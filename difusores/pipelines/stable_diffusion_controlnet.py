@@ -205,6 +205,8 @@ class StableDiffusionControlNetPipeline(StableDiffusionBase):
                 t,
                 len(pixels),
                 timestep_cond=timestep_cond,
+                cross_attention_kwargs=self._cross_attention_kwargs,
+                return_dict=False,
                 down_block_additional_residuals=down,
                 mid_block_additional_residual=mid,
             )

@@ -9,8 +9,9 @@ import torch
 
 from difusores.models.conditioning import Conditioning
 from difusores.models.unet_2d import UNet2DModel
+from difusores.pipelines.guidance import GuidedPipeline
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
-from difusores.pipelines.pipeline import DiffusionPipeline, follows_plan, step_accepts_generator
+from difusores.pipelines.pipeline import follows_plan, step_accepts_generator
 from difusores.sampling import Callback, Generators, draw_noise
 from difusores.schedulers import DDIMScheduler
 
@@ -18,7 +19,7 @@ Labels = int | Sequence[int] | torch.Tensor | None
 StepCallback = Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
 
-class UNetPipeline(DiffusionPipeline):
+class UNetPipeline(GuidedPipeline):
     """Base of the pipelines below: a UNet, and a scheduler.
 
     With a scheduler of this package all state of a call is local to it, so threads may share a pipeline. One
@@ -80,7 +81,7 @@ class UNetPipeline(DiffusionPipeline):
                 image = self._steps(scheduler, noise, conditioning, guidance, after_step, options)
             else:
                 image = plan.run(
-                    lambda x, time: conditioning(self.unet, x, time),
+                    lambda x, time: self._call_unet(conditioning, x, time, batch_size),
                     noise,
                     generator=generator,
                     callback=after_step,
@@ -103,7 +104,7 @@ class UNetPipeline(DiffusionPipeline):
             given = image if guidance is None else torch.cat((image, image))
             if hasattr(scheduler, "scale_model_input"):
                 given = scheduler.scale_model_input(given, time)
-            output = conditioning(self.unet, given, time).sample
+            output = self._call_unet(conditioning, given, time, len(image))
             if guidance is not None:
                 output, null = output.chunk(2)
                 channels = image.shape[1]  # the others are a learned variance, which guidance leaves as it is

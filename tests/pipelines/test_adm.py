@@ -258,6 +258,22 @@ def test_both_guidances_together(kind: Any) -> None:
     torch.testing.assert_close(moved / reference, (3 / (3 + p)) / (1 / (1 + p)))
 
 
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(**LINEAR), DDIMScheduler()], ids=["mean", "noise"])
+def test_separate_guidance(models, scheduler: Any) -> None:
+    """Beside a classifier's, too: the UNet is called for each part by itself, and the images are the same."""
+    pipeline, rows, found = quiet(ADMPipeline(models[0], scheduler, models[1])), [], []
+    hook = models[0].register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    for separate in (False, True):
+        if separate:
+            pipeline.enable_separate_guidance()
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"guidance_scale": 2.0, "null_label": 0, "classifier_scale": 20.0}
+        call = pipeline(class_labels=[4, 1], num_inference_steps=3, output_type="latent", **options)
+        found.append(call.images)
+    hook.remove()
+    assert rows == [4] * 3 + [2] * 6 and (found[0] - found[1]).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, EulerDiscreteScheduler])
 def test_other_schedulers_are_guided(models, kind: Any) -> None:
     """The classifier finds the images that it has guided more probable, in every sampler."""

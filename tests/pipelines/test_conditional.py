@@ -104,6 +104,16 @@ def test_guidance_from_silence() -> None:
     assert np.abs(images(pipeline, sound, 800, guidance_scale=3.0) - plain).max() > 1e-2
 
 
+def test_separate_guidance() -> None:
+    """The UNet is called for the sound and for silence by themselves; the image is the same."""
+    pipeline, rows = audible(), []
+    together = images(pipeline, tones(60, 300), 800, guidance_scale=3.0, latents=NOISE)
+    pipeline.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    pipeline.enable_separate_guidance()
+    apart = images(pipeline, tones(60, 300), 800, guidance_scale=3.0, latents=NOISE)
+    assert rows == [2] * 8 and np.abs(apart - together).max() < 1e-5
+
+
 def test_the_loop_by_hand() -> None:
     """What the pipelines make is what their parts make."""
     layout = torch.randint(0, 5, (2, 16, 16))

@@ -319,6 +319,21 @@ class TestClasses:
         assert (guided - plain).abs().max() > 1e-3
         assert torch.equal(plain, sample(pipeline, class_labels=labels, guidance_scale=1, output_type="pt"))
 
+    @pytest.mark.parametrize("planned", [True, False])
+    def test_separate_guidance(self, pipeline: Any, planned: bool) -> None:
+        """The model is called for the labels and for the null label by themselves; the images are the same."""
+
+        class SameSteps(DDIMScheduler):
+            def step(self, *args: Any, **kwargs: Any) -> Any:
+                return super().step(*args, **kwargs)
+
+        pipeline.scheduler = DDIMScheduler() if planned else SameSteps()
+        options: dict[str, Any] = {"class_labels": [0, 2], "guidance_scale": 2.5, "output_type": "pt"}
+        together, rows = sample(pipeline, **options), []
+        pipeline.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+        pipeline.enable_separate_guidance()
+        assert (sample(pipeline, **options) - together).abs().max() < 1e-5 and rows == [2] * 8
+
     def test_mistakes_are_named(self, pipeline: Any) -> None:
         for options, words in (
             ({"class_labels": [0, 4]}, "integers from 0 to 3"),
