@@ -263,6 +263,7 @@ class Plan:
         seeds: Sequence[int] | Tensor | None = None,
         guidance: Sequence[float] | None = None,
         model_dtype: torch.dtype | None = None,
+        graph: bool = False,
     ) -> Tensor:
         """Sample: call the model and carry out a row, stage after stage, without gradients.
 
@@ -282,13 +283,21 @@ class Plan:
             guidance: up to three weights. The input is repeated that often along the batch, and the outputs
                 are combined with these weights inside the op: (w, 1 - w) for conditional and unconditional.
             model_dtype: dtype of the model's input; x's if None.
+            graph: on a CUDA device, launch the whole run as one CUDA graph, with the same bits. The first run
+                of a plan with samples of a shape and dtype goes as ever and is captured then; new noise,
+                seeds and guidance weights need no new graph, nor do new values in the memory of the model's
+                parameters and of tensors that it knows. Pass the same `model` object each time: graphs are
+                kept with it, see `difusores.graphs`. With a callback, or in a run of more than 128 stages,
+                each call of the model is a graph.
 
         Returns:
             The last sample, a new tensor like x.
 
         Raises:
             ImportError: the noise is of a Brownian path, and torchsde is missing.
-            ValueError: an option that is not one of the above, or shapes that do not fit.
+            RuntimeError: the model cannot be captured, for example because it reads values back.
+            ValueError: an option that is not one of the above, or shapes that do not fit; or `graph` where
+                tensors are on no CUDA device, or no kernel takes the step.
         """
         keys = philox_keys(noise, seeds, generator, x)
         if keys is not None and self.path is not None and self._spans_overlap():
@@ -317,6 +326,7 @@ class Plan:
             weights=(1.0,) if guidance is None else tuple(guidance),
             model_dtype=model_dtype or x.dtype,
             noise_sampler=None if path is None else of_path,
+            graph=graph,
         )
 
     def _spans_overlap(self) -> bool:

@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from difusores import graphs
 from difusores.ops import scheduler_step
-from difusores.ops.scheduler_step import CIN, COLUMNS, G1, HI, LO, MODE, ROW, W
+from difusores.ops.scheduler_step import CIN, COLUMNS, G1, HI, LO, MODE, ROW, W, why_not_captured
 
 if TYPE_CHECKING:
     from difusores.plan import Noise, Plan
 
+    NoiseSampler = Callable[[Noise, torch.dtype], Tensor]
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Model = Callable[[Tensor, Tensor], Any]
 Callback = Callable[[int, Tensor, Tensor], Tensor | None]
+
+LONGEST = 128
+"""Stages that are captured as one graph; in a longer run each call of the model is one."""
 
 
 def sample(
@@ -34,7 +41,8 @@ def sample(
     keys: Tensor | None,
     weights: tuple[float, ...],
     model_dtype: torch.dtype,
-    noise_sampler: Callable[[Noise, torch.dtype], Tensor] | None = None,
+    noise_sampler: NoiseSampler | None = None,
+    graph: bool = False,
 ) -> Tensor:
     """The loop behind `Plan.run`.
 
@@ -45,23 +53,60 @@ def sample(
         raise ValueError(f"guidance takes one to three weights, got {len(weights)}")
     table = plan.table()
     table[:, G1 : G1 + len(weights)] = torch.tensor(weights, dtype=torch.float64, device="cpu")
-    rows, times = table.unbind(0), plan.times(x.device).unbind(0)
+    run = _Run(plan, weights=len(weights), model_dtype=model_dtype, generator=generator)
     with torch.no_grad():
-        buffers = _Buffers(x, model_dtype, len(weights))
+        if graph:
+            reason = graphs.refusal(x.device) or why_not_captured(x, keys, model_dtype)
+            if reason is not None:
+                raise ValueError(f"graph=True: {reason}")
+            if callback is None and len(plan) <= LONGEST:
+                return _replay(run, model, x, table, keys, noise_sampler)
+            model = graphs.Graphed(model)
+        times = plan.times(x.device)
+        return run.carry_out(model, x, table, times, keys, noise_sampler, callback)
+
+
+@dataclass
+class _Run:
+    """A plan with what its stages need beside tensors.
+
+    Attributes:
+        weights: how many weights guidance has.
+    """
+
+    plan: Plan
+    weights: int
+    model_dtype: torch.dtype
+    generator: Generators
+
+    def carry_out(
+        self,
+        model: Model,
+        x: Tensor,
+        table: Tensor,
+        times: Tensor,
+        keys: Tensor | None,
+        noise_sampler: NoiseSampler | None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """The stages. table, times: [stages, 40] and [stages], on x's device for a graph."""
+        plan, weights, model_dtype = self.plan, self.weights, self.model_dtype
+        rows, moments = table.unbind(0), times.unbind(0)
+        buffers = _Buffers(x, model_dtype, weights)
         x = buffers.dense(x)
         slots: tuple[Tensor, ...] = ()
         given = buffers.model_input(x, plan.stages[0].c_in)
         for i, stage in enumerate(plan.stages):
             e, v = [x], None
             if stage.calls_model:
-                e, v = split_output(model(given, times[i]), x.shape, stage.row[MODE] != 0, len(weights))
+                e, v = split_output(model(given, moments[i]), x.shape, stage.row[MODE] != 0, weights)
             z = None
             if stage.noise is not None and keys is None:
                 dtype = noise_dtype(stage.noise, x, e[0])
                 if noise_sampler is not None:
                     z = noise_sampler(stage.noise, dtype)
                 else:
-                    z = buffers.noise(stage.noise, dtype, generator, keep="z" in stage.slots)
+                    z = buffers.noise(stage.noise, dtype, self.generator, keep="z" in stage.slots)
             operands: dict[str, Any] = {"noise": z, "variance": v, "seeds": keys}
             if stage.threshold is not None:
                 (x0,) = scheduler_step(rows[i], x, e, slots, outputs=("x0",), **operands)
@@ -72,18 +117,88 @@ def sample(
             last, c_in = i + 1 == len(plan), stage.row[CIN]
             given = out[0] if last else buffers.input_for(out[0], c_in)
             if given is not out[0]:
-                operands |= {"model_dtype": model_dtype, "model_repeats": len(weights)}
+                operands |= {"model_dtype": model_dtype, "model_repeats": weights}
                 names, out = [*names, "m"], [*out, given]
             scheduler_step(rows[i], x, e, slots, outputs=names, out=out, **operands)
 
             bound: dict[str, Any] = {"x": x, "z": z, **{f"s{k}": slot for k, slot in enumerate(slots)}}
             bound.update(zip(names, out, strict=True))
             x, slots = out[0], tuple(bound[name] for name in stage.slots)
-            replaced = callback(i, times[i], x) if callback is not None else None
+            replaced = callback(i, moments[i], x) if callback is not None else None
             if replaced is not None and replaced is not x:
                 x = buffers.dense(replaced)
                 given = buffers.model_input(x, c_in)
-    return x
+        return x
+
+
+class _FixedNoise:
+    """The noise of all stages of a graph, each in memory of its own; drawn by the host in the loop's order.
+
+    So whatever draws it, a generator of any device or a Brownian path, gives the numbers that it gives
+    without a graph.
+    """
+
+    def __init__(self) -> None:
+        self.drawn: list[tuple[Noise, torch.dtype, Tensor]] = []
+        self.next = 0
+
+    def first(self, draw: NoiseSampler) -> NoiseSampler:
+        """For the run before the capture: what is drawn is kept."""
+
+        def sampler(noise: Noise, dtype: torch.dtype) -> Tensor:
+            if graphs.capturing() is None:
+                self.drawn.append((noise, dtype, draw(noise, dtype)))
+                return self.drawn[-1][2]
+            self.next += 1
+            return self.drawn[self.next - 1][2]
+
+        return sampler
+
+    def again(self, draw: NoiseSampler) -> None:
+        """For a replay: other numbers in the same memory."""
+        for noise, dtype, z in self.drawn:
+            z.copy_(draw(noise, dtype))
+
+
+def _replay(
+    run: _Run,
+    model: Model,
+    x: Tensor,
+    table: Tensor,
+    keys: Tensor | None,
+    noise_sampler: NoiseSampler | None,
+) -> Tensor:
+    """The whole run as one graph: `carry_out` captured, and replayed where it was."""
+
+    def draw(noise: Noise, dtype: torch.dtype) -> Tensor:
+        if noise_sampler is not None:
+            return noise_sampler(noise, dtype)
+        z = torch.empty(x.shape, dtype=dtype, device=x.device)
+        for _ in range(noise.draws):
+            draw_noise(z.shape, run.generator, z.device, dtype, out=z)
+        return z
+
+    kept = graphs.graphs_of(model)
+    of_model = (getattr(model, "__func__", None), graphs.decisions(model))
+    of_run = (run.plan, run.weights, run.model_dtype, keys is None, graphs.described(x))
+    key = ("run", of_model, of_run, graphs.settings())
+    inputs = [x, table, run.plan.times(), *(() if keys is None else (keys,))]
+    with kept.lock:
+        found: tuple[graphs.Graph, _FixedNoise] | None = kept.find(key)
+        if found is not None:
+            graph, noise = found
+            result: Tensor = graph.replay(inputs, before=lambda: noise.again(draw))
+            return result
+        noise = _FixedNoise()
+        sampler = noise.first(draw)
+
+        def function(x: Tensor, table: Tensor, times: Tensor, keys: Tensor | None = None) -> Tensor:
+            return run.carry_out(model, x, table, times, keys, sampler)
+
+        graph = graphs.Graph(function, inputs, kept.recorder(x.device))
+        kept.keep(key, (graph, noise))
+        result, graph.result = graph.result, None
+        return result
 
 
 def split_output(

@@ -175,6 +175,10 @@ class Forward:
         """The replacement; the first argument is a tensor."""
         raise NotImplementedError
 
+    def decisions(self) -> tuple[Any, ...]:
+        """What a CUDA graph takes as given."""
+        return self.session.settings
+
     def packs(self) -> Iterator[Packed]:
         """The prepared weights."""
         return (value for value in self.__dict__.values() if isinstance(value, Packed))

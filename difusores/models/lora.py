@@ -49,6 +49,11 @@ class LowRank:
             cast = self._cast = key, self.down.to(x), self.up.to(x)
         return cast[1:]
 
+    def memory(self) -> tuple[int, ...]:
+        """Where A and B lie that the last output read, and which version of them."""
+        read = (self.down, self.up) if self._cast is None else self._cast[1:]
+        return self.down._version, self.up._version, *(t.data_ptr() for t in read)
+
     def weight(self, like: Tensor) -> Tensor:
         """What is added to the layer's weight, without the factor; float32 at least, on its device."""
         dtype = torch.promote_types(like.dtype, torch.float32)
@@ -163,6 +168,18 @@ class _Hook:
             if change is not None and weight != 0:
                 output = output + weight * strength * change.factor * change.output(module, args[0])
         return output
+
+    def decisions(self) -> tuple[Any, ...]:
+        """What a CUDA graph takes as given: the factors, and the memory of the matrices."""
+        adapters, strength = self.adapters, _strength.get()
+        if adapters.fused or not adapters.enabled or strength == 0:
+            return ()
+        changes = [(w, adapters.loaded[name].get(self.layer)) for name, w in adapters.weights.items()]
+        return tuple(
+            (w * strength * change.factor, *change.memory())
+            for w, change in changes
+            if change is not None and w != 0
+        )
 
 
 def layer_weight(model: nn.Module, layer: str) -> Tensor:

@@ -28,6 +28,7 @@ from difusores.ops.dispatch import (
     needs_grad,
     register,
     register_triton,
+    status,
     straight_to_cpu,
     wanted,
     watchers,
@@ -262,6 +263,17 @@ def supports(
     if seeds is not None and not sample.is_contiguous():
         return "in-kernel noise needs a contiguous sample"
     return None
+
+
+def why_not_captured(sample: Tensor, seeds: Tensor | None, model_dtype: torch.dtype) -> str | None:
+    """Why a CUDA graph cannot hold steps of this sample, or None."""
+    if choose("scheduler_step", sample.device.type, supports, sample, (), seeds, model_dtype) != "reference":
+        return None
+    reasons = (
+        status(name) or supports(name, sample, (), seeds, model_dtype) or f"it takes no {sample.device.type}"
+        for name in ("cuda", "triton")
+    )
+    return f"the step's reference reads its row on the host, and has to: {'; '.join(reasons)}"
 
 
 def _like(t: Tensor, sample: Tensor) -> Tensor:

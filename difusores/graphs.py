@@ -1,0 +1,295 @@
+"""CUDA graphs: a function of tensors is captured once and replayed with other values in the same memory.
+
+The first call with inputs of a kind runs as it is, which its caller gets, and is then captured; later calls
+copy their inputs into the memory that the graph reads, launch it, and copy its results out. A graph holds
+addresses and what Python decided while it was captured, so graphs are found by everything that can decide:
+shapes, layouts, dtypes, constants, settings of PyTorch, and the `decisions` of the modules.
+
+Graphs belong to a model: at most `KEPT` of each, the oldest use goes first, and all go with the model. They
+share one pool of memory, as large as the largest of them needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import FunctionType, MethodType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from difusores.native import one_line
+from difusores.ops.dispatch import wanted
+
+KEPT = 8
+"""How many graphs of a model are kept."""
+
+_capturing: ContextVar[object | None] = ContextVar("difusores_capturing", default=None)
+_one_at_a_time = threading.Lock()  # PyTorch captures on one stream, whoever asks
+
+
+def capturing() -> object | None:
+    """What stands for the capture that is under way in this thread; None if there is none.
+
+    A cache of what was computed from a call's inputs keeps it with an entry, and uses the entry only where it
+    is the same again: a graph would read what was computed before it, whatever its inputs are at a replay.
+    """
+    token = _capturing.get()
+    if token is None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return object()  # somebody else's, of which nothing is known
+    return token
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why nothing on this device can be captured, or None."""
+    return None if device.type == "cuda" else f"a CUDA graph needs tensors on a CUDA device, not on {device}"
+
+
+class Recorder:
+    """Captures on one device, in one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+        self.done = torch.cuda.Event()
+
+    def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """What replays the function's launches, and what it returned, whose memory a replay writes."""
+        graph = torch.cuda.CUDAGraph()
+        capture = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
+        with _one_at_a_time, torch.cuda.device(self.device), capture:
+            result = function()
+        return graph.replay, result
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """For a replay: those before it are over, on whatever streams they are."""
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.done)
+            yield
+            self.done.record(stream)
+
+
+class Graph:
+    """A captured function.
+
+    Attributes:
+        result: what the function returned before it was captured.
+    """
+
+    def __init__(self, function: Callable[..., Any], inputs: Sequence[Tensor], recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.inputs = [t.to(recorder.device, copy=True) for t in inputs]
+        self.result = copied(function(*self.inputs))
+        token = _capturing.set(object())
+        try:
+            self._replay, self._outputs = recorder.capture(lambda: function(*self.inputs))
+        except RuntimeError as error:
+            raise RuntimeError(
+                "this cannot be captured as a CUDA graph: does the model read values back, or make tensors "
+                f"of Python numbers? {one_line(error.__context__ or error)}"
+            ) from error
+        finally:
+            _capturing.reset(token)
+
+    def replay(self, inputs: Sequence[Tensor], before: Callable[[], None] | None = None) -> Any:
+        """The function's result for these inputs; before: called when no other replay is under way."""
+        with self.recorder.turn():
+            if self.inputs:
+                torch._foreach_copy_(self.inputs, list(inputs), non_blocking=True)
+            if before is not None:
+                before()
+            self._replay()
+            return copied(self._outputs)
+
+
+class Graphs:
+    """The graphs of one model. Use them with `lock` held."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.graphs: OrderedDict[Hashable, Any] = OrderedDict()
+        self.recorders: dict[torch.device, Recorder] = {}
+
+    def find(self, key: Hashable) -> Any:
+        """What was kept under a key, or None."""
+        if key in self.graphs:
+            self.graphs.move_to_end(key)
+        return self.graphs.get(key)
+
+    def keep(self, key: Hashable, graph: Any) -> None:
+        self.graphs[key] = graph
+        while len(self.graphs) > KEPT:
+            self.graphs.popitem(last=False)
+
+    def recorder(self, device: torch.device) -> Recorder:
+        if device not in self.recorders:
+            self.recorders[device] = Recorder(device)
+        return self.recorders[device]
+
+    def clear(self) -> None:
+        self.graphs.clear()
+        self.recorders.clear()  # a pool is not used again after its last graph
+
+
+_of_models: WeakKeyDictionary[Any, Graphs] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def graphs_of(model: Callable[..., Any]) -> Graphs:
+    """The graphs of a model, kept as long as it lives: of a method, those of its object."""
+    owner = model.__self__ if isinstance(model, MethodType) else model
+    with _lock:
+        return _of_models.setdefault(owner, Graphs())
+
+
+def forget_graphs(model: Callable[..., Any]) -> None:
+    """Give the memory of a model's graphs back."""
+    graphs = graphs_of(model)
+    with graphs.lock:
+        graphs.clear()
+
+
+class Graphed:
+    """A model whose calls are replayed as CUDA graphs; where gradients are recorded,
+    or within another capture, it is called as it is.
+
+    Tensors in its arguments, also in tuples, lists and dictionaries, may have other values at each call; all
+    else is constant: another value, another graph. Results are new tensors. The model's `decisions` are those
+    of when this was made: make one for each run.
+    """
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        self.model = model
+        self.of_model = (getattr(model, "__func__", None), decisions(model))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model, tensors = self.model, list[Tensor]()
+        kind = _describe((args, kwargs), tensors)
+        if torch.is_grad_enabled() or capturing() is not None:
+            return model(*args, **kwargs)
+        device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
+        reason = refusal(device)
+        if reason is not None:
+            raise ValueError(reason)
+
+        def function(*inputs: Tensor) -> Any:
+            given, named = _replaced((args, kwargs), iter(inputs))
+            return model(*given, **named)
+
+        graphs = graphs_of(model)
+        key = ("call", self.of_model, kind, settings())
+        with graphs.lock:
+            graph = graphs.find(key)
+            if graph is not None:
+                return graph.replay(tensors)
+            graph = Graph(function, tensors, graphs.recorder(device))
+            graphs.keep(key, graph)
+            result, graph.result = graph.result, None
+            return result
+
+
+def copied(result: Any) -> Any:
+    """A result with new tensors."""
+    return pytree.tree_map_only(Tensor, torch.clone, result)
+
+
+def settings() -> tuple[Hashable, ...]:
+    """What decides, beside the arguments, which kernels PyTorch and this package launch."""
+    return (
+        wanted(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+    )
+
+
+def described(t: Tensor) -> tuple[Hashable, ...]:
+    """What a graph takes as given of a tensor."""
+    return t.shape, t.stride(), t.dtype, t.device
+
+
+def decisions(model: Any) -> tuple[Hashable, ...]:
+    """What a graph takes as given of the modules that a function knows.
+
+    Where parameters and buffers lie, what kinds of modules there are, their mode, and what stands in the
+    place of their `forward`, at their hooks and as diffusers' processor of attention. An object there that
+    has `decisions` says itself what can change in it. New values in the same memory change nothing of this.
+    """
+    found: list[Any] = []
+    stack: list[nn.Module] = _modules_of(model)
+    while stack:
+        module = stack.pop()
+        state = module.__dict__
+        found += [type(module), module.training]
+        for group in (module._parameters, module._buffers):
+            found += [t.data_ptr() for t in group.values() if t is not None]
+        stack += [child for child in module._modules.values() if child is not None]
+        found += [_decision(state[name]) for name in ("forward", "processor") if name in state]
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            found += filter(None, map(_decision, hooks.values()))
+        if "scaling" in state:  # of a layer of peft
+            found += [repr(state.get(name)) for name in ("scaling", "_active_adapter", "_disable_adapters")]
+    return tuple(found)
+
+
+def _decision(thing: Any) -> Hashable:
+    """What decides about a forward or a hook; None where it says that it does nothing."""
+    own = getattr(thing, "decisions", None)
+    said = (id(thing),) if own is None else own()
+    return (type(thing), *said) if said else None
+
+
+def _modules_of(model: Any, depth: int = 3) -> list[nn.Module]:
+    """A module, or those that a function, method or partial refers to."""
+    if isinstance(model, nn.Module):
+        return [model]
+    parts: tuple[Any, ...] = ()
+    if isinstance(model, MethodType):
+        parts = (model.__self__, model.__func__)
+    elif isinstance(model, functools.partial):
+        parts = (model.func, *model.args, *model.keywords.values())
+    elif isinstance(model, FunctionType):
+        seen = inspect.getclosurevars(model)
+        parts = (*seen.nonlocals.values(), *seen.globals.values())
+    elif isinstance(model, Graphed):
+        parts = (model.model,)
+    return [module for part in parts for module in _modules_of(part, depth - 1)] if depth else []
+
+
+def _describe(value: Any, tensors: list[Tensor]) -> Hashable:
+    """An argument without its tensors, which go to the list."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return described(value)
+    if type(value) in (tuple, list):
+        return (type(value), *(_describe(part, tensors) for part in value))
+    if type(value) is dict:
+        return (dict, *((name, _describe(part, tensors)) for name, part in value.items()))
+    if not isinstance(value, Hashable):
+        raise TypeError(f"a CUDA graph is not captured with a {type(value).__name__} among its arguments")
+    return type(value), value
+
+
+def _replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """An argument with these tensors, in the order of `_describe`."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if type(value) in (tuple, list):
+        return type(value)(_replaced(part, tensors) for part in value)
+    if type(value) is dict:
+        return {name: _replaced(part, tensors) for name, part in value.items()}
+    return value
