@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
 #include <optional>
@@ -97,8 +98,8 @@ struct Shape {
     int64_t dim;
     explicit Shape(const Tensor& t) : dim(t.dim()) {
         int64_t *first_size = nullptr, *first_stride = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &first_size));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &first_stride));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &first_size));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &first_stride));
         sizes = first_size, strides = first_stride;
     }
     Shape(const int64_t* sizes, const int64_t* strides, int64_t dim) : sizes(sizes), strides(strides), dim(dim) {}

@@ -21,8 +21,8 @@ inline void want_huge_pages(const Tensor& t) { want_huge_pages(t.data_ptr(), t.n
 inline Tensor new_empty(const Tensor& x, int64_t dims, const int64_t* sizes, const int64_t* strides) {
     int32_t dtype = 0;
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
 }
@@ -31,7 +31,7 @@ inline Tensor new_empty(const Tensor& x, int64_t dims, const int64_t* sizes, con
 inline Tensor new_float(int64_t rows, int64_t columns) {
     const int64_t sizes[2] = {rows, columns}, strides[2] = {columns, 1};
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_float32(),
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_float32(),
                                                            aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
 }

@@ -16,9 +16,9 @@ namespace difusores {
 class OnDevice {
   public:
     explicit OnDevice(const Tensor& t) : device_(t.get_device_index()) {
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device_, &guard_));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device_, &guard_));
         void* stream = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
         stream_ = static_cast<cudaStream_t>(stream);
     }
     ~OnDevice() { aoti_torch_delete_cuda_guard(guard_); }
@@ -30,13 +30,13 @@ class OnDevice {
     // A new tensor on the device.
     Tensor empty(int32_t dtype, int64_t dims, const int64_t* sizes, const int64_t* strides) const {
         AtenTensorHandle handle = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(
+        TORCH_ERROR_CODE_CHECK(
             aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cuda(), device_, &handle));
         return Tensor(handle);
     }
     Tensor like(const Tensor& x) const {
         int32_t dtype = 0;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
         return empty(dtype, x.dim(), x.sizes().data(), x.strides().data());
     }
     int64_t shared_limit() const {

@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, Optiona
     const OnDevice device(x);
     const int64_t none = 0, one = 1;
     int32_t dtype = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
     Tensor y = device.like(x);
     Tensor sum = return_sum ? device.like(x) : device.empty(dtype, 1, &none, &one);
     if (x.numel() == 0) return {y, sum};

@@ -42,14 +42,6 @@ def _read(p, at, inside):
 
 
 @triton.jit
-def _added(add, at, inside) -> Any:
-    if add is None:
-        return None
-    else:
-        return _read(add, at, inside)
-
-
-@triton.jit
 def _sum(x, residual, total, added, at, inside):
     """x + add + residual as float32, rounded as `total` holds it where that is asked for."""
     h = _read(x, at, inside)
@@ -157,7 +149,8 @@ def nchw(
     image = (group // groups).to(tl.int64)
     c_tile = tl.arange(0, CHANNELS)[:, None]
     p_tile = tl.arange(0, POSITIONS)[None, :]
-    pivot = _sum(x, residual, total, _added(add, image * add_stride + channel0, None), base, None)
+    of_first = None if add is None else _read(add, image * add_stride + channel0, None)
+    pivot = _sum(x, residual, total, of_first, base, None)
     if STATISTICS:
         mean = tl.zeros([CHANNELS, POSITIONS], tl.float32)
         square = tl.zeros([CHANNELS, POSITIONS], tl.float32)
@@ -165,7 +158,8 @@ def nchw(
         for c0 in range(0, depth, CHANNELS):
             c = c0 + c_tile
             row = base + c.to(tl.int64) * positions
-            added = _added(add, image * add_stride + channel0 + c, None if EVEN else c < depth)
+            valid = None if EVEN else c < depth
+            added = None if add is None else _read(add, image * add_stride + channel0 + c, valid)
             for p0 in range(first, last, POSITIONS):
                 p = p0 + p_tile
                 inside = None if EVEN else (c < depth) & (p < last)
@@ -196,7 +190,7 @@ def nchw(
             c = c0 + c_tile
             row = base + c.to(tl.int64) * positions
             valid = None if EVEN else c < depth
-            added = _added(add, image * add_stride + channel0 + c, valid)
+            added = None if add is None else _read(add, image * add_stride + channel0 + c, valid)
             at = channel0 + c
             a, b = _affine(
                 rstd, weight, bias, scale, shift, at, image * scale_stride, image * shift_stride, valid
@@ -271,8 +265,9 @@ def nhwc(
     c = channel0 + c_tile
     base = image * positions * channels
     leader = tl.minimum(c // depth * depth, channels - 1)  # the first channel of each channel's group
-    pivot = _sum(x, residual, total, _added(add, image * add_stride + leader, None), base + leader, None)
-    added = _added(add, image * add_stride + c, valid)
+    of_leader = None if add is None else _read(add, image * add_stride + leader, None)
+    pivot = _sum(x, residual, total, of_leader, base + leader, None)
+    added = None if add is None else _read(add, image * add_stride + c, valid)
     same = None
     if STATISTICS:
         mean = tl.zeros([POSITIONS, CHANNELS], tl.float32)
