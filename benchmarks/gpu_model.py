@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import difusores
+from difusores.acceleration.engine import install
 from difusores.ops import dispatch
 from difusores.ops.triton.attention import split
 from difusores.ops.triton.group_norm_silu import cut_nchw, cut_nhwc
@@ -140,6 +141,8 @@ class Trace(TorchDispatchMode):
             count.least_bytes += moved
         if name == "convolution":
             bias = args[2]
+            if args[0].is_contiguous(memory_format=torch.channels_last):  # what cuDNN returns for such images
+                out = out.contiguous(memory_format=torch.channels_last)
             count.add(name, moved - (0 if bias is None else size(bias)), self.products(name, args, out))
             if bias is not None:
                 count.add("bias of a convolution", 2 * size(out) + size(bias))
@@ -179,21 +182,22 @@ def build(library: Any, model: str) -> tuple[nn.Module, Callable[[nn.Module], An
     time = torch.empty(1, device="meta")
     with torch.device("meta"):
         if model == "vae":
-            module = library.AutoencoderKL(**VAE)
-            return module, lambda m: m.decode(half(1, 4, 64, 64))
+            module, sample = library.AutoencoderKL(**VAE), half(1, 4, 64, 64)
+            return module, lambda m: m.decode(sample)
         if model == "ddpm-cat-256":
-            module = library.UNet2DModel(**CONFIGS["cat"])
-            return module, lambda m: m(half(1, 3, 256, 256), time)
+            module, sample = library.UNet2DModel(**CONFIGS["cat"]), half(1, 3, 256, 256)
+            return module, lambda m: m(sample, time)
         if model == "sdxl":
             module = library.UNet2DConditionModel(**SDXL)
             added = {"text_embeds": half(2, 1280), "time_ids": half(2, 6)}
             sample, text = half(2, 4, 128, 128), half(2, 77, 2048)
             return module, lambda m: m(sample, time, text, added_cond_kwargs=added)
         module = library.UNet2DConditionModel(cross_attention_dim=768)
-        return module, lambda m: m(half(2, 4, 64, 64), time, half(2, 77, 768))
+        sample, text = half(2, 4, 64, 64), half(2, 77, 768)
+        return module, lambda m: m(sample, time, text)
 
 
-def trace(library: Any, model: str) -> Count:
+def trace(library: Any, model: str, accelerated: bool = False) -> Count:
     """One forward pass of a library's module; ours as on a GPU with Triton, without the compiled module."""
     module, call = build(library, model)
     module = module.half().eval()
@@ -203,6 +207,10 @@ def trace(library: Any, model: str) -> Count:
         refusals = {"triton": None, "torch": None}
         refuse = mock.Mock(side_effect=lambda backend, _: refusals.get(backend, "it is not counted"))
         stack.enter_context(mock.patch.object(dispatch, "_refusal", refuse))
+        if accelerated:
+            install(module, "meta", True)
+            stack.enter_context(torch.no_grad())
+            call(module)  # lays parameters side by side, computes the prompt's keys and values
         for context in (torch.no_grad(), Attention(count), Trace(count)):
             stack.enter_context(context)
         call(module)

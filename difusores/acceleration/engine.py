@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from difusores.acceleration import heap, layers
+from difusores.acceleration.cuda_blocks import TimeProjections
 from difusores.acceleration.layers import ConvForward, LinearForward
 from difusores.acceleration.report import Report, size
 from difusores.acceleration.session import DTYPES, SESSION, Forward, Session
@@ -26,18 +27,21 @@ def accelerate(
     memory: str = "balanced",
     approximate: Sequence[str] = (),
 ) -> Report:
-    """Make a model, or the models of a pipeline, faster on a CPU, with the same parameters and images.
+    """Make a model, or the models of a pipeline, faster on a CPU or GPU, with the same parameters and images.
 
     Blocks get a `forward` of their own; classes, parameters and the state dict stay what they are. Weights
     are prepared at their first use, and again when they have changed. Where gradients are recorded, in
     training mode, under torch.compile or on another device the classes' own forwards answer.
 
     Args:
-        model_or_pipe: a model or pipeline of this package or of diffusers, in evaluation mode, on the CPU.
-        dtype: None computes in the parameters' dtype; "bfloat16" rounds inside, with float32 parameters too:
-            everything where the processor has AMX, else matrix products and attention alone.
-        memory_format: "auto": channels_last within; results in the layout in which the input came.
-        memory: prepared weights take at most 1.2 ("balanced") or 2.5 ("fast") times the model's size.
+        model_or_pipe: a model or pipeline of this package or of diffusers, in evaluation mode, on the CPU or
+            one CUDA device: what is done is for the device where the parameters are now.
+        dtype: None computes in the parameters' dtype; on a CPU "bfloat16" rounds inside, with float32
+            parameters too: everything where the processor has AMX, else matrix products and attention alone.
+        memory_format: "auto": channels_last within; results in the layout in which the input came. On a GPU
+            the weights of convolutions take that memory format too, until `restore`.
+        memory: on a CPU, prepared weights take at most 1.2 ("balanced") or 2.5 ("fast") times the model's
+            size. On a GPU parameters are laid side by side and nothing is kept twice.
         approximate: names of approximations to allow. This version has none.
 
     Returns:
@@ -46,28 +50,57 @@ def accelerate(
 
     Raises:
         TypeError: no model or pipeline of either package.
-        ValueError: an argument has another value, the model is in training mode or not on the CPU.
+        ValueError: an argument has another value, the model is in training mode, on another kind of device or
+            on several.
     """
     dtype = _check_arguments(dtype, memory_format, memory, approximate)
     models = _models(model_or_pipe)
+    devices = {
+        name: _check_model(name or type(model).__name__, model, dtype) for name, model in models.items()
+    }
+    notes: list[str] = []
     for name, model in models.items():
-        _check_model(name or type(model).__name__, model)
-    notes = []
-    for model in models.values():
-        settings = (dtype, memory_format, memory)
-        session = model.__dict__.get(SESSION)
-        if session is not None and session.settings != settings:
-            restore(model)
-            session = None
-        if session is None:
-            of_images = dtype if dtype is torch.float32 or layers.fast_bfloat16_convolution() else None
-            session = Session(settings, dtype, of_images, int(BUDGETS[memory] * size(model)))
-            model.__dict__[SESSION] = session
-        reason = heap.keep(session)
+        reason = install(model, devices[name], devices[name] == "cuda", dtype, memory_format, memory)
         if reason is not None and reason not in notes:
-            notes.append(f"freed memory goes back to the system: {reason}")
-        _install(model, session)
+            notes.append(reason)
     return Report(models, notes)
+
+
+def install(
+    model: nn.Module,
+    device: str,
+    cuda: bool,
+    dtype: torch.dtype | None = None,
+    memory_format: str = "auto",
+    memory: str = "balanced",
+) -> str | None:
+    """Put the replacements into one model; returns what could not be had, in words, or None.
+
+    Args:
+        device: type of the device on which its parameters are.
+        cuda: use the replacements for a GPU, wherever the parameters are; else those for a CPU.
+    """
+    settings = (device, cuda, dtype, memory_format, memory)
+    session = model.__dict__.get(SESSION)
+    if session is not None and session.settings != settings:
+        restore(model)
+        session = None
+    if session is None:
+        of_images = dtype if dtype is torch.float32 or layers.fast_bfloat16_convolution() else None
+        budget = int(BUDGETS[memory] * size(model))
+        session = Session(settings, dtype, of_images, budget, device, cuda)
+        session.times = TimeProjections(session) if cuda else None
+        model.__dict__[SESSION] = session
+    reason = None if cuda else heap.keep(session)
+    for name, module in model.named_modules():
+        kind, refused = replacement(module, cuda)
+        if kind is None or refused is not None:
+            continue
+        if issubclass(kind, (LinearForward, ConvForward)):
+            module.__dict__["forward"] = kind(module, session, any(part in name for part in KEEPS_DTYPE))
+        else:
+            module.__dict__["forward"] = kind(module, session)
+    return reason if reason is None else f"freed memory goes back to the system: {reason}"
 
 
 def restore(model_or_pipe: Any) -> None:
@@ -78,7 +111,9 @@ def restore(model_or_pipe: Any) -> None:
     """
     for model in _models(model_or_pipe).values():
         for module in model.modules():
-            if isinstance(module.__dict__.get("forward"), Forward):
+            forward = module.__dict__.get("forward")
+            if isinstance(forward, Forward):
+                forward.release()
                 del module.__dict__["forward"]
         session = model.__dict__.pop(SESSION, None)
         if session is not None:
@@ -122,20 +157,19 @@ def _models(given: Any) -> dict[str, nn.Module]:
     return found
 
 
-def _check_model(name: str, model: nn.Module) -> None:
+def _check_model(name: str, model: nn.Module, dtype: torch.dtype | None) -> str:
+    """The type of the device on which the model is."""
     if model.training:
         raise ValueError(f"{name} is in training mode: call eval() before accelerate")
-    devices = sorted({str(p.device) for p in model.parameters()} - {"cpu"})
-    if devices:
-        raise ValueError(f"{name} has parameters on {', '.join(devices)}; accelerate is for the CPU")
-
-
-def _install(model: nn.Module, session: Session) -> None:
-    for name, module in model.named_modules():
-        kind, reason = replacement(module)
-        if kind is None or reason is not None:
-            continue
-        if issubclass(kind, (LinearForward, ConvForward)):
-            module.__dict__["forward"] = kind(module, session, any(part in name for part in KEEPS_DTYPE))
-        else:
-            module.__dict__["forward"] = kind(module, session)
+    devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
+    if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"{name} has parameters on {', '.join(sorted(map(str, devices)))}; "
+            "accelerate is for the CPU or one CUDA device"
+        )
+    device = next(iter(devices)).type
+    if device == "cuda" and dtype is not None:
+        raise ValueError(
+            f"dtype is {dtype}, and {name} is on a GPU, where its parameters' dtype decides; allowed is None"
+        )
+    return device

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difusores.acceleration.session import DTYPES, Forward, Packed, Session, hooked
+from difusores.acceleration.session import DTYPES, GPU_DTYPES, Forward, Packed, Session, hooked
 from difusores.models.layers import GroupNormAct
 from difusores.ops import group_norm_affine, group_norm_silu, winograd_conv
 from difusores.ops.winograd_conv import LayerPlan, pack_weight, plan
@@ -71,20 +71,26 @@ class LinearForward(Forward):
         return why_not_weight(module.weight)
 
     def declines(self, x: Tensor) -> str | None:
-        return why_not_weight(self.module.weight)
+        return why_not_weight(self.module.weight, self.session)
 
     def run(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return matmul(input, self.module, self.dtype, self.weights)
+        return self.rows(input)
+
+    def rows(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The layer on rows, plus the residual."""
+        out = matmul(x, self.module, self.dtype, self.weights)
+        return out if residual is None else out + residual
 
 
-def why_not_weight(weight: object) -> str | None:
+def why_not_weight(weight: object, session: Session | None = None) -> str | None:
     """Why no replacement works with this weight, or None."""
     if type(weight) is not nn.Parameter:
         return "its weight is no plain parameter"
-    if not weight.is_cpu:
+    if session is not None and weight.device.type != session.device:
         return f"its weight is on {weight.device}"
-    if weight.dtype not in DTYPES:
+    on_gpu = session.cuda if session is not None else not weight.is_cpu
+    if weight.dtype not in (GPU_DTYPES if on_gpu else DTYPES):
         return f"its weight is {weight.dtype}"
     return "its weight was made in inference mode" if weight.is_inference() else None
 
@@ -120,6 +126,7 @@ class Surroundings(NamedTuple):
     Attributes:
         norm: a group norm with SiLU before it; modulation: its scale, shift or add, see `group_norm_silu`.
         add: [N, O].
+        bias: whether the convolution's own bias is added; `CudaConvForward` alone can leave it out.
         residual: like the result.
         owned: whether the residual's memory may be written over.
         scale: factor of the whole.
@@ -128,6 +135,7 @@ class Surroundings(NamedTuple):
     norm: Any = None
     modulation: Mapping[str, Any] = {}
     add: Tensor | None = None
+    bias: bool = True
     residual: Tensor | None = None
     owned: bool = False
     scale: float = 1.0
@@ -160,12 +168,17 @@ class ConvForward(Forward):
     def declines(self, x: Tensor) -> str | None:
         if x.ndim != 4 or x.shape[1] != self.module.in_channels:
             return "the input's shape is not [N, C, H, W]"
-        return why_not_weight(self.module.weight)
+        return why_not_weight(self.module.weight, self.session)
 
     def run(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, O, H', W'], in the layout in which it came."""
         out = self.apply(input, NOTHING)
         return out if input.is_contiguous(memory_format=CHANNELS_LAST) else out.contiguous()
+
+    def rows(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """A 1x1 convolution on the pixels of an image as rows, plus the residual."""
+        out = matmul(x, self.module, self.dtype, self.weights)
+        return out if residual is None else out + residual
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -296,7 +309,7 @@ def plain_norm(norm: Any) -> bool:
 def apply_conv(layer: nn.Module, x: Tensor, around: Surroundings = NOTHING) -> Tensor:
     """A convolution with what surrounds it, whatever stands in its place."""
     forward = layer.__dict__.get("forward")
-    if type(forward) is ConvForward and not hooked(layer) and forward.declines(x) is None:
+    if isinstance(forward, ConvForward) and not hooked(layer) and forward.declines(x) is None:
         return forward.apply(x, around)
     if around.norm is not None:
         x = normalize(around.norm, x, silu=True, **around.modulation)
@@ -311,17 +324,23 @@ def apply_conv(layer: nn.Module, x: Tensor, around: Surroundings = NOTHING) -> T
 def adds_for_free(layer: nn.Module, x: Tensor) -> bool:
     """Whether a convolution takes `add` without another pass over its result."""
     forward = layer.__dict__.get("forward")
-    return type(forward) is ConvForward and not hooked(layer) and forward.winograd_plan(x) is not None
+    return isinstance(forward, ConvForward) and not hooked(layer) and forward.winograd_plan(x) is not None
 
 
-def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x) of a linear layer on rows, or of a 1x1 convolution on the pixels of an image as rows."""
+def direct(layer: nn.Module) -> bool:
+    """Whether a block may compute this linear layer, or 1x1 convolution on rows, from its weight itself."""
     forward = layer.__dict__.get("forward")
-    if (
+    return (
         isinstance(forward, LinearForward | ConvForward)
         and not hooked(layer)
-        and not why_not_weight(layer.weight)
-    ):
-        return matmul(x, layer, forward.dtype, forward.weights)
-    out: Tensor = layer(x)
-    return out
+        and why_not_weight(layer.weight, forward.session) is None
+    )
+
+
+def apply_linear(layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """layer(x) of a linear layer on rows, or of a 1x1 convolution on the pixels of an image as rows."""
+    if direct(layer):
+        out: Tensor = layer.__dict__["forward"].rows(x, residual)
+        return out
+    out = layer(x)
+    return out if residual is None else out + residual

@@ -12,6 +12,7 @@ from torch import nn
 from difusores.acceleration.session import SESSION, Forward
 from difusores.acceleration.table import replacement
 from difusores.models.layers import GroupNormAct
+from difusores.models.transformer import LayerNorm
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ class Report:
     def layers(self) -> list[LayerReport]:
         """Every module that computes something itself or is replaced."""
         return [
-            _layer_report(".".join(filter(None, (prefix, name))), module)
+            _layer_report(".".join(filter(None, (prefix, name))), module, _on_gpu(model))
             for prefix, model in self.models.items()
             for name, module in model.named_modules()
-            if isinstance(module.__dict__.get("forward"), Forward) or _computes(module)
+            if isinstance(module.__dict__.get("forward"), Forward) or _computes(module, _on_gpu(model))
         ]
 
     @property
@@ -109,18 +110,26 @@ def size(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def _computes(module: nn.Module) -> bool:
-    return any(p is not None for p in module._parameters.values()) or replacement(module)[0] is not None
+def _on_gpu(model: nn.Module) -> bool:
+    session = model.__dict__.get(SESSION)
+    return session is not None and session.cuda
 
 
-def _layer_report(name: str, module: nn.Module) -> LayerReport:
+def _computes(module: nn.Module, cuda: bool) -> bool:
+    own = any(p is not None for p in module._parameters.values())
+    return own or replacement(module, cuda)[0] is not None
+
+
+def _layer_report(name: str, module: nn.Module, cuda: bool) -> LayerReport:
     kind, forward = type(module).__name__, module.__dict__.get("forward")
     if isinstance(forward, Forward):
         packed = sum(form.bytes for form in forward.packs())
         return LayerReport(name, kind, True, forward.how, forward.invariant, packed, dict(forward.declined))
-    if isinstance(module, GroupNormAct):
-        return LayerReport(name, kind, False, "computes by the package's op already", True)
-    listed, reason = replacement(module)
+    if isinstance(module, (GroupNormAct, LayerNorm)):
+        return LayerReport(
+            name, kind, False, "computes by the package's op already", isinstance(module, GroupNormAct)
+        )
+    listed, reason = replacement(module, cuda)
     if listed is None:
         reason = "its class is not listed"
     return LayerReport(name, kind, False, reason or "it came after accelerate, or restore was called")

@@ -16,6 +16,7 @@ from difusores.ops.dispatch import transformed, wanted
 
 SESSION = "_difusores_acceleration"  # the key in a model's __dict__ under which its session stands
 DTYPES = (torch.float32, torch.bfloat16)
+GPU_DTYPES = (*DTYPES, torch.float16)
 _INT_VIEW = {2: torch.int16, 4: torch.int32}
 _SAMPLES = 64  # elements of a weight that are compared at each use
 
@@ -27,9 +28,13 @@ class Session:
         settings: its arguments, to tell whether a second call asks for the same.
         dtype: in which matrix products and attention compute; None for each layer's own.
         image_dtype: the same for images: residual blocks and convolutions of more than a pixel.
+        device: type of the device on which the model's parameters are.
+        cuda: whether layers are replaced by what is fast on a GPU; else by what is fast on a CPU.
         budget: bytes that prepared weights may take.
         forms: the prepared weights that there are now.
         generation: counts how often bytes were given back.
+        times: on a GPU, the time projections of its residual blocks.
+        here: what belongs to the forward pass that runs in a thread.
         clock: seconds within replaced layers while somebody counts them, else None.
     """
 
@@ -39,21 +44,29 @@ class Session:
         dtype: torch.dtype | None,
         image_dtype: torch.dtype | None,
         budget: int,
+        device: str = "cpu",
+        cuda: bool = False,
     ) -> None:
         self.settings = settings
         self.dtype = dtype
         self.image_dtype = image_dtype
+        self.device = device
+        self.cuda = cuda
+        self.dtypes = GPU_DTYPES if cuda else DTYPES
+        self.samples = 0 if cuda else _SAMPLES  # to compare values on a GPU would wait for it
         self.budget = budget
         self.forms: list[Packed] = []
         self.generation = 0
         self.clock: float | None = None
         self.lock = threading.RLock()
+        self.here = threading.local()
+        self.times: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "lock": None, "forms": [], "clock": None}
+        return {**self.__dict__, "lock": None, "here": None, "forms": [], "clock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, lock=threading.RLock())
+        self.__dict__.update(state, lock=threading.RLock(), here=threading.local())
 
     def make_room(self, size: int, gain: float) -> bool:
         """Whether `size` bytes fit into the budget, after forms that gain less have gone."""
@@ -97,7 +110,7 @@ class Packed:
         if (
             made is not None
             and (made[1] is not None or made[2] == self.session.generation)
-            and all(map(_unchanged, sources, made[0]))
+            and all(map(unchanged, sources, made[0]))
         ):
             return made[1]
         with self.session.lock:
@@ -108,7 +121,11 @@ class Packed:
                 self.bytes, self.gain = size, gain
                 self.session.forms.append(self)
                 result = make()
-            self._made = ([_fingerprint(source) for source in sources], result, self.session.generation)
+            self._made = (
+                [fingerprint(source, _SAMPLES) for source in sources],
+                result,
+                self.session.generation,
+            )
         return result
 
     def drop(self) -> None:
@@ -118,19 +135,28 @@ class Packed:
         self.bytes, self._made = 0, None
 
 
-def _fingerprint(source: Tensor) -> tuple[Any, ...]:
-    count = source.numel()
-    step = max(1, count // _SAMPLES)
-    flat = source.detach().as_strided((min(count, _SAMPLES),), (step,), source.storage_offset())
-    sample = flat.view(_INT_VIEW[source.element_size()])
-    return source, source._version, source.data_ptr(), sample, sample.clone()
+def fingerprint(source: Tensor, samples: int) -> tuple[Any, ...]:
+    """By which `unchanged` tells whether a tensor is the same; samples: how many elements it compares."""
+    sample = None
+    if samples:
+        count = source.numel()
+        step = max(1, count // samples)
+        flat = source.detach().as_strided((min(count, samples),), (step,), source.storage_offset())
+        sample = flat.view(_INT_VIEW[source.element_size()])
+    return source, source._version, source.data_ptr(), sample, None if sample is None else sample.clone()
 
 
-def _unchanged(source: Tensor, seen: tuple[Any, ...]) -> bool:
+def unchanged(source: Tensor, seen: tuple[Any, ...]) -> bool:
+    """Whether a tensor is still what `fingerprint` saw."""
     before, version, pointer, sample, copy = seen
     if source is not before or source._version != version or source.data_ptr() != pointer:
         return False
-    return torch.equal(sample, copy)
+    return sample is None or torch.equal(sample, copy)
+
+
+def capturing(session: Session) -> bool:
+    """Whether a CUDA graph is captured on this thread's stream: nothing may be made then that lasts."""
+    return session.device == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def hooked(module: nn.Module) -> bool:
@@ -179,6 +205,9 @@ class Forward:
         """What a CUDA graph takes as given."""
         return self.session.settings
 
+    def release(self) -> None:
+        """Undo what was done to the parameters' memory."""
+
     def packs(self) -> Iterator[Packed]:
         """The prepared weights."""
         return (value for value in self.__dict__.values() if isinstance(value, Packed))
@@ -204,9 +233,10 @@ class Forward:
             return "the input is no plain tensor"
         if torch.compiler.is_compiling():
             return "torch.compile traces"
-        if not x.is_cpu:
+        session = self.session
+        if x.device.type != session.device:
             return f"the input is on {x.device}"
-        if x.dtype not in DTYPES:
+        if x.dtype not in session.dtypes:
             return f"the input is {x.dtype}"
         if x.numel() == 0:
             return "the input is empty"
@@ -214,9 +244,9 @@ class Forward:
             return "the module is in training mode"
         if transformed() or torch._C._is_tracing():
             return "a transform or a trace looks on"
-        if wanted() not in (None, "cpu"):
+        if wanted() not in ((None, "cuda", "triton", "torch") if session.cuda else (None, "cpu")):
             return "another backend was asked for"
-        if torch.is_autocast_enabled("cpu"):
+        if session.device != "meta" and torch.is_autocast_enabled(session.device):
             return "autocast is on"
         if torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.module.parameters())

@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from torch import nn
 
+from difusores.acceleration.cuda_blocks import (
+    CudaNetworkForward,
+    CudaResnetForward,
+    DiffusersTransformerBlockForward,
+    TransformerBlockForward,
+)
+from difusores.acceleration.cuda_layers import (
+    CudaConvForward,
+    CudaLinearForward,
+    LayerNormForward,
+    TimestepsForward,
+)
 from difusores.acceleration.layers import ConvForward, GroupNormForward, LinearForward
 from difusores.acceleration.network import NetworkForward
 from difusores.acceleration.resnet import ResnetForward
@@ -46,14 +58,36 @@ LAYERS: dict[type[nn.Module], type[Forward]] = {
     nn.Conv2d: ConvForward,
     nn.GroupNorm: GroupNormForward,
 }
+# On a GPU: what stands there instead of the above, and what is listed there alone.
+CUDA: dict[type[Forward], type[Forward]] = {
+    NetworkForward: CudaNetworkForward,
+    ResnetForward: CudaResnetForward,
+    LinearForward: CudaLinearForward,
+    ConvForward: CudaConvForward,
+}
+CUDA_BLOCKS: dict[tuple[str, str], type[Forward]] = {
+    (OURS + "transformer", "BasicTransformerBlock"): TransformerBlockForward,
+    (OURS + "embeddings", "Timesteps"): TimestepsForward,
+    (THEIRS + "attention", "BasicTransformerBlock"): DiffusersTransformerBlockForward,
+    (THEIRS + "embeddings", "Timesteps"): TimestepsForward,
+}
+CUDA_LAYERS: dict[type[nn.Module], type[Forward]] = {nn.LayerNorm: LayerNormForward}
 # Parts of a name whose layers keep the dtype of their weights: they are few rows or
 # channels, and stand at a network's border.
 KEEPS_DTYPE = ("time_emb", "time_proj", "add_emb", "class_emb", "quant_conv")
 
 
-def replacement(module: nn.Module) -> tuple[type[Forward] | None, str | None]:
-    """A module's replacement, and why it cannot be put there; (None, None) where its class is not listed."""
-    kind = LAYERS.get(type(module)) or BLOCKS.get((type(module).__module__, type(module).__name__))
+def replacement(module: nn.Module, cuda: bool) -> tuple[type[Forward] | None, str | None]:
+    """A module's replacement, and why it cannot be put there; (None, None) where its class is not listed.
+
+    cuda: for a GPU; else for a CPU.
+    """
+    name = (type(module).__module__, type(module).__name__)
+    kind = LAYERS.get(type(module)) or BLOCKS.get(name)
+    if cuda:
+        kind = (
+            CUDA_LAYERS.get(type(module)) or CUDA_BLOCKS.get(name) if kind is None else CUDA.get(kind, kind)
+        )
     if kind is None:
         return None, None
     if "forward" in module.__dict__:

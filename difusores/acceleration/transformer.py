@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difusores.acceleration.layers import CHANNELS_LAST, apply_linear, normalize, plain_norm
+from difusores.acceleration.layers import CHANNELS_LAST, apply_linear, direct, normalize, plain_norm
+from difusores.acceleration.merged import Merged
+from difusores.acceleration.prompts import Prompts
 from difusores.acceleration.session import Forward, Session, hooked
 from difusores.models.transformer import NO_CONTEXT, Context
 from difusores.ops import attention, geglu
@@ -19,19 +21,85 @@ from difusores.ops import attention, geglu
 PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")  # of diffusers, that do what `attend` does
 
 
-def attend(m: Any, tokens: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-    """Projections, attention by the package's op, and projection: [N, L, C] and [N, S, D] to [N, L, C]."""
-    q, k, v = (
-        apply_linear(layer, rows).unflatten(-1, (m.heads, -1)).transpose(1, 2)
-        for layer, rows in ((m.to_q, tokens), (m.to_k, source), (m.to_v, source))
-    )
-    if k.dtype is not q.dtype or v.dtype is not q.dtype:  # an adapter gave one of them another dtype
-        k, v = k.to(q.dtype), v.to(q.dtype)
-    mixed = attention(q, k, v, mask=mask if mask is None else mask.to(q.dtype))
-    out = apply_linear(m.to_out[0], mixed.transpose(1, 2).flatten(2))
-    for layer in m.to_out[1:]:
-        out = layer(out)
-    return out
+class AttentionForward(Forward):
+    """Base of the attentions: projections, attention by the package's op, and projection.
+
+    On a GPU q, k and v of tokens that attend to themselves are one product, and so are k and v of a prompt.
+    A prompt's keys and values are computed once.
+    """
+
+    how = "attention: the package's op, tokens without copies; a prompt's keys and values once"
+
+    def __init__(self, module: nn.Module, session: Session) -> None:
+        super().__init__(module, session)
+        self.prompts = Prompts(session)
+        self.weights = Merged(session, "weight")
+        self.biases = Merged(session, "bias")
+
+    def release(self) -> None:
+        self.weights.release()
+        self.biases.release()
+
+    def attend(
+        self, tokens: Tensor, states: Tensor | None, mask: Tensor | None, residual: Tensor | None = None
+    ) -> Tensor:
+        """[N, L, C], with [N, S, D] or themselves, to [N, L, C], plus the residual."""
+        m = self.module
+        projected = self._itself(tokens) if states is None else self._prompt(tokens, states)
+        q, k, v = (t.unflatten(-1, (m.heads, -1)).transpose(1, 2) for t in projected)
+        if k.dtype is not q.dtype or v.dtype is not q.dtype:  # an adapter gave one of them another dtype
+            k, v = k.to(q.dtype), v.to(q.dtype)
+        mixed = attention(q, k, v, mask=mask if mask is None else mask.to(q.dtype))
+        rest = list(m.to_out[1:])
+        if all(type(layer) is nn.Dropout and not hooked(layer) for layer in rest):
+            return apply_linear(m.to_out[0], mixed.transpose(1, 2).flatten(2), residual)
+        out = apply_linear(m.to_out[0], mixed.transpose(1, 2).flatten(2))
+        for layer in rest:
+            out = layer(out)
+        return out if residual is None else out + residual
+
+    def _itself(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        m = self.module
+        layers = (m.to_q, m.to_k, m.to_v)
+        merged = self._merged(layers)
+        if merged is not None:
+            weight, bias = merged
+            return torch.nn.functional.linear(tokens, weight, bias).chunk(3, dim=-1)
+        return tuple(apply_linear(layer, tokens) for layer in layers)
+
+    def _prompt(self, tokens: Tensor, states: Tensor) -> tuple[Tensor, ...]:
+        m = self.module
+
+        def project() -> tuple[Tensor, ...]:
+            merged = self._merged((m.to_k, m.to_v))
+            if merged is not None:
+                weight, bias = merged
+                return torch.nn.functional.linear(states, weight, bias).chunk(2, dim=-1)
+            return apply_linear(m.to_k, states), apply_linear(m.to_v, states)
+
+        q = apply_linear(m.to_q, tokens)
+        if not (direct(m.to_k) and direct(m.to_v)):  # an adapter's matrices may change unseen
+            return q, *project()
+        own = [p for layer in (m.to_k, m.to_v) for p in (layer.weight, layer.bias) if p is not None]
+        return q, *self.prompts.get(states, own, project)
+
+    def _merged(self, layers: tuple[Any, ...]) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of these layers as one; None on a CPU, or where they are not plain layers."""
+        m = self.module
+        if not self.session.cuda or not all(map(direct, layers)):
+            return None
+        every: tuple[Any, ...] = (m.to_q, m.to_k, m.to_v)
+        if not direct(m.to_q) or m.to_q.in_features != m.to_k.in_features:
+            every = every[1:]
+        with_bias = sum(layer.bias is not None for layer in every)
+        if with_bias not in (0, len(every)):
+            return None
+        weight = self.weights.get(every)
+        bias = self.biases.get(every) if with_bias else None
+        if weight is None or (bias is None and with_bias):
+            return None
+        skipped = 0 if len(layers) == len(every) else m.to_q.out_features
+        return weight[skipped:], bias if bias is None else bias[skipped:]
 
 
 def as_tokens(x: Tensor) -> Tensor:
@@ -46,10 +114,8 @@ def as_image(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.reshape(n, h, w, -1).permute(0, 3, 1, 2)
 
 
-class ImageAttentionForward(Forward):
+class ImageAttentionForward(AttentionForward):
     """Self-attention over the pixels of a normalised image, added to the image (ours)."""
-
-    how = "attention: the package's op, tokens without copies"
 
     def declines(self, x: Tensor, context: object = None) -> str | None:
         norm = self.module.group_norm
@@ -58,41 +124,39 @@ class ImageAttentionForward(Forward):
         return None if norm is None or plain_norm(norm) else "a hook or another module stands at its norm"
 
     def run(self, x: Tensor, context: object = None) -> Tensor:
-        m = self.module
-        return attend_image(m, m.group_norm, x, self.session, m.output_scale_factor)
+        return attend_image(self, x, self.module.output_scale_factor)
 
 
-def attend_image(m: Any, norm: Any, x: Tensor, session: Session, divisor: float) -> Tensor:
+def attend_image(forward: AttentionForward, x: Tensor, divisor: float) -> Tensor:
     """(x + attention over the pixels of norm(x)) / divisor."""
+    session, norm = forward.session, forward.module.group_norm
     x = x.to(session.image_dtype or x.dtype).contiguous(memory_format=CHANNELS_LAST)
     hidden = x if norm is None else normalize(norm, x, silu=False)
     tokens = as_tokens(hidden).to(session.dtype or x.dtype)
-    out = as_image(attend(m, tokens, tokens, None), x) + x
+    out = as_image(forward.attend(tokens, None, None, as_tokens(x)), x)
     return out if divisor == 1 else out / divisor
 
 
-class CrossAttentionForward(Forward):
+class CrossAttentionForward(AttentionForward):
     """Attention of tokens to a context or to themselves (ours)."""
-
-    how = ImageAttentionForward.how
 
     def declines(
         self, tokens: Tensor, states: Tensor | None = None, bias: Tensor | None = None
     ) -> str | None:
         if tokens.ndim != 3:
             return "the tokens' shape is not [N, L, C]"
-        if self.module.upcast and (self.session.dtype or tokens.dtype) is not torch.float32:
+        # On a GPU every backend has its scores in float32.
+        given = self.session.dtype or tokens.dtype
+        if self.module.upcast and given is not torch.float32 and not self.session.cuda:
             return "scores in float32 are asked for"
         return None
 
     def run(self, tokens: Tensor, states: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        return attend(self.module, tokens, tokens if states is None else states, bias)
+        return self.attend(tokens, states, bias)
 
 
-class DiffusersAttentionForward(Forward):
+class DiffusersAttentionForward(AttentionForward):
     """diffusers' `Attention` with its standard processor: over pixels, tokens, or a context."""
-
-    how = ImageAttentionForward.how
 
     @classmethod
     def refuses(cls, module: Any) -> str | None:
@@ -133,9 +197,8 @@ class DiffusersAttentionForward(Forward):
     ) -> Tensor:
         m = self.module
         if hidden_states.ndim == 4:
-            return attend_image(m, m.group_norm, hidden_states, self.session, m.rescale_output_factor)
-        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        return attend(m, hidden_states, source, None)
+            return attend_image(self, hidden_states, m.rescale_output_factor)
+        return self.attend(hidden_states, encoder_hidden_states, None)
 
 
 class GEGLUForward(Forward):
@@ -171,18 +234,19 @@ def transform(forward: Forward, x: Tensor, args: tuple[Any, ...], kwargs: Mappin
     tokens = project(m.proj_in, as_tokens(normalize(m.norm, x, silu=False)), x)
     for block in m.transformer_blocks:
         tokens = block(tokens, *args, **kwargs)
-    return as_image(project(m.proj_out, tokens, x), x) + x
+    return as_image(project(m.proj_out, tokens, x, as_tokens(x)), x)
 
 
-def project(layer: Any, tokens: Tensor, image: Tensor) -> Tensor:
-    """A linear layer or 1x1 convolution on tokens, whatever stands in its place."""
+def project(layer: Any, tokens: Tensor, image: Tensor, residual: Tensor | None = None) -> Tensor:
+    """A linear layer or 1x1 convolution on tokens, whatever stands in its place, plus the residual."""
     weight = getattr(layer, "weight", None)
     if type(layer) is nn.Linear or (type(layer) is nn.Conv2d and not hooked(layer)):
-        return apply_linear(layer, tokens)
+        return apply_linear(layer, tokens, residual)
     if isinstance(weight, Tensor) and weight.ndim == 4:  # an image for a convolution that somebody watches
-        return as_tokens(layer(as_image(tokens, image)).contiguous(memory_format=CHANNELS_LAST))
-    out: Tensor = layer(tokens)
-    return out
+        out: Tensor = as_tokens(layer(as_image(tokens, image)).contiguous(memory_format=CHANNELS_LAST))
+    else:
+        out = layer(tokens)
+    return out if residual is None else out + residual
 
 
 class DiffusersTransformerForward(Forward):

@@ -1,0 +1,267 @@
+"""Replacements of blocks and networks on a GPU, where launches and bytes count.
+
+A residual block is norm, convolution, norm, convolution, sum: five launches, and one for a shortcut. The time
+embedding's projections of all blocks are one product, computed by the first block that needs one.
+A transformer block adds each residual where the next normalisation reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from difusores.acceleration.cuda_layers import leaves_its_bias, plain_layer_norm
+from difusores.acceleration.layers import (
+    CHANNELS_LAST,
+    Surroundings,
+    apply_conv,
+    apply_linear,
+    direct,
+    normalize,
+)
+from difusores.acceleration.merged import Merged
+from difusores.acceleration.network import NetworkForward
+from difusores.acceleration.resnet import ResnetForward
+from difusores.acceleration.session import Forward, Session, hooked
+from difusores.models.transformer import NO_CONTEXT, Context
+from difusores.ops import layer_norm
+
+
+class TimeProjections:
+    """The time projections of all residual blocks of a network, as one product in a forward pass."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.blocks: list[CudaResnetForward] = []
+        self.weights = Merged(session, "weight")
+        self.biases = Merged(session, "bias")
+        self.conv_biases = Merged(session, "bias")
+
+    def begin(self) -> Any:
+        """A forward pass begins in this thread; returns what `end` takes."""
+        before = getattr(self.session.here, "rows", None)
+        self.session.here.rows = {}
+        return before
+
+    def end(self, before: Any) -> None:
+        """It is over: nothing is kept."""
+        self.session.here.rows = before
+
+    def row(self, block: CudaResnetForward, temb: Tensor) -> Tensor | None:
+        """[N, width] for this block, with its first convolution's bias; None: it computes its own."""
+        rows = getattr(self.session.here, "rows", None)
+        if rows is None or temb.is_inference():
+            return None
+        key = (id(temb), temb._version)
+        if key not in rows:
+            rows[key] = (temb, self._project(temb))  # the embedding is kept, so that its id is not used again
+        found: Tensor | None = rows[key][1].get(block)
+        return found
+
+    def _project(self, temb: Tensor) -> Mapping[CudaResnetForward, Tensor]:
+        blocks = [block for block in self.blocks if block.takes_part(temb)]
+        layers = [block.module.time_emb_proj for block in blocks]
+        if len(blocks) < 2:
+            return {}
+        weight, bias = self.weights.get(layers), self.biases.get(layers)
+        of_convs = self.conv_biases.get([block.module.conv1 for block in blocks])
+        if weight is None or bias is None or of_convs is None:
+            return {}
+        out = F.linear(blocks[0].module.nonlinearity(temb), weight, bias + of_convs)
+        return dict(zip(blocks, out.split([layer.out_features for layer in layers], dim=1), strict=True))
+
+    def release(self) -> None:
+        """Give the parameters memory of their own again."""
+        for merged in (self.weights, self.biases, self.conv_biases):
+            merged.release()
+
+
+class CudaNetworkForward(NetworkForward):
+    """The same as on a CPU; its residual blocks share the product of their time projections."""
+
+    how = NetworkForward.how + "; all time projections as one GEMM"
+
+    def release(self) -> None:
+        self.session.times.release()
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.session.times.begin()
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            self.session.times.end(before)
+
+
+class CudaResnetForward(ResnetForward):
+    """See the head of this file."""
+
+    how = "residual block: norm, SiLU, time embedding and bias in one op; bias and residual in one op"
+
+    def __init__(self, module: nn.Module, session: Session) -> None:
+        super().__init__(module, session)
+        session.times.blocks.append(self)
+
+    def run(
+        self, x: Tensor, temb: Tensor | None = None, size: torch.Size | None = None, **ignored: object
+    ) -> Tensor:
+        m = self.module
+        x = x.contiguous(memory_format=CHANNELS_LAST)
+        norm = m.norm1
+        h = x
+        if self._resamples():
+            h, norm = self._resample(normalize(m.norm1, x, silu=True), size), None
+            x = self._resample(x, size).contiguous(memory_format=CHANNELS_LAST)
+        without = leaves_its_bias(m.conv1, h)
+        modulation = self._modulation(temb, without, len(x))
+        h = apply_conv(m.conv1, h, Surroundings(norm, bias=not without))
+        skip = x if m.conv_shortcut is None else apply_conv(m.conv_shortcut, x)
+        last = Surroundings(m.norm2, modulation, residual=skip, scale=1 / m.output_scale_factor)
+        return apply_conv(m.conv2, h, last)
+
+    def takes_part(self, temb: Tensor) -> bool:
+        """Whether the network may compute this block's projection of this embedding together with others."""
+        m = self.module
+        layer = m.time_emb_proj
+        return (
+            layer is not None
+            and not self.scale_shift
+            and not getattr(m, "skip_time_act", False)
+            and direct(layer)
+            and layer.in_features == temb.shape[1]
+            and layer.weight.dtype is temb.dtype
+            and layer.bias is not None
+            and not hooked(m.nonlinearity)
+            and type(m.conv1) is nn.Conv2d
+            and m.conv1.bias is not None
+            and not hooked(m.conv1)
+        )
+
+    def _modulation(self, temb: Tensor | None, with_bias: bool, batch: int) -> dict[str, Tensor]:
+        """What the second normalisation is given; with the first convolution's bias if that left it out."""
+        bias = self.module.conv1.bias
+        if temb is not None and with_bias and self.takes_part(temb):
+            row = self.session.times.row(self, temb)
+            if row is not None:
+                return {"add": row}
+        terms = self._time(temb)
+        if with_bias:
+            terms["add"] = terms["add"] + bias if "add" in terms else bias.expand(batch, -1)
+        return terms
+
+
+class TransformerBlockForward(Forward):
+    """Two attentions and a feed-forward (ours); every residual is added where the next norm reads it."""
+
+    how = "transformer block: residuals added within the normalisations"
+
+    def declines(self, tokens: Tensor, context: Context = NO_CONTEXT) -> str | None:
+        return why_not_block(self.module, tokens)
+
+    def run(self, tokens: Tensor, context: Context = NO_CONTEXT) -> Tensor:
+        m = self.module
+        first = context.states if m.only_cross_attention else None
+        return transform_tokens(
+            m,
+            tokens,
+            lambda x: m.attn1(x, first, context.self_bias),
+            lambda x: m.attn2(x, context.states, context.bias),
+        )
+
+
+def why_not_block(m: Any, tokens: Tensor) -> str | None:
+    """Why a transformer block goes to its class's forward, or None."""
+    if tokens.ndim != 3:
+        return "the tokens' shape is not [N, L, C]"
+    norms = [norm for norm in (m.norm1, m.norm2, m.norm3) if norm is not None]
+    return None if all(map(plain_layer_norm, norms)) else "a hook or another module stands at a normalisation"
+
+
+def transform_tokens(
+    m: Any, tokens: Tensor, first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """h = x + first(norm1(x)); h += second(norm2(h)); h + ff(norm3(h))."""
+    change, total = first(normed(m.norm1, tokens)), tokens
+    if m.attn2 is not None:
+        hidden, total = normed_sum(m.norm2, change, total)
+        change = second(hidden)
+    hidden, total = normed_sum(m.norm3, change, total)
+    return feed_forward(m.ff, hidden, total)
+
+
+def normed(norm: Any, x: Tensor) -> Tensor:
+    """norm(x), by the op."""
+    out = layer_norm(x, norm.weight, norm.bias, norm.eps)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def normed_sum(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """norm(x + residual) and x + residual."""
+    y, total = layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual, return_sum=True)
+    return y, total
+
+
+def feed_forward(ff: Any, x: Tensor, residual: Tensor) -> Tensor:
+    """residual + ff(x); the last product, if nobody watches it, adds the residual itself."""
+    layers = list(ff.net)
+    while layers and type(layers[-1]) is nn.Dropout and not hooked(layers[-1]):
+        layers.pop()
+    if hooked(ff) or "forward" in ff.__dict__ or not layers or not direct(layers[-1]):
+        out: Tensor = ff(x) + residual
+        return out
+    for layer in layers[:-1]:
+        x = layer(x)
+    return apply_linear(layers[-1], x, residual)
+
+
+class DiffusersTransformerBlockForward(Forward):
+    """The same of diffusers, with its plain normalisation and without masks."""
+
+    how = TransformerBlockForward.how
+
+    @classmethod
+    def refuses(cls, module: Any) -> str | None:
+        if module.norm_type != "layer_norm" or module.pos_embed is not None or hasattr(module, "fuser"):
+            return "its normalisation, positions or attention are not the plain ones"
+        return None
+
+    def declines(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> str | None:
+        if attention_mask is not None or encoder_attention_mask is not None:
+            return "a mask is given"
+        given = {name for name, value in (cross_attention_kwargs or {}).items() if value is not None}
+        if given:
+            return f"cross_attention_kwargs has {', '.join(sorted(given))}"
+        if self.module._chunk_size is not None:
+            return "its feed-forward is computed in chunks"
+        return why_not_block(self.module, hidden_states)
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        *ignored: object,
+        **kwargs: object,
+    ) -> Tensor:
+        m = self.module
+        first = encoder_hidden_states if m.only_cross_attention else None
+        return transform_tokens(
+            m,
+            hidden_states,
+            lambda x: m.attn1(x, encoder_hidden_states=first),
+            lambda x: m.attn2(x, encoder_hidden_states=encoder_hidden_states),
+        )
