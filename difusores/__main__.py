@@ -1,4 +1,4 @@
-"""The command line: `python -m difusores generate | train | fetch | convert | doctor`."""
+"""The command line: `python -m difusores generate | train | fetch | convert | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("difusores.training.cli", "train a model on a folder of images or on a fetched data set"),
     "fetch": ("difusores.training.cli", "bring a data set or weights, pinned and checked, into a folder"),
     "convert": ("difusores.pipelines.convert", "make a folder of other people's files of weights"),
+    "bench": ("difusores.bench.gpu", "time every kernel on this machine's GPU beside its peers"),
     "doctor": ("difusores.doctor", "say what is installed, what works, and why the rest does not"),
 }
 

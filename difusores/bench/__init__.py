@@ -1,0 +1,1 @@
+"""`python -m difusores bench gpu`: every kernel on a GPU, checked, then timed beside its peers."""

@@ -1,0 +1,259 @@
+"""Times every kernel on a GPU beside PyTorch's ways and other libraries', after checking it.
+
+A result is compared with a float64 oracle before it is timed, by the rule of the tests: at most twice eager
+PyTorch's own error, plus four roundings of the largest number. A wrong result is reported and not timed.
+
+Each way is captured in a CUDA graph, so that what the processor needs to launch it is not in the figure.
+`warm` is a tenth of a graph of ten calls, whose inputs lie in the L2 cache if they fit; `cold` is one call
+after the L2 cache was overwritten, with the constant cost of starting a graph in it; `host` is what a call
+from Python takes of the processor. Ways take turns in random order; figures are medians in microseconds.
+Rates are of `warm`, over what this card reaches in a copy and in a matrix product, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from difusores import ops
+from difusores.bench.cases import OPS, Call, Case, cases
+from difusores.files import replacing
+from difusores.ops.dispatch import BackendUnavailable, status
+
+KERNELS = ("cuda", "triton")
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+PACKAGES = ("torch", "triton", "difusores", "xformers", "flash-attn", "apex")
+ROUNDS = 20
+CALLS = 10  # in the graph of `warm`
+
+
+class Clock(Protocol):
+    """Takes the time of several calls, interleaved."""
+
+    def medians(self, calls: Mapping[str, Call]) -> dict[str, dict[str, float]]:
+        """For each name microseconds as `warm`, `cold` and `host`."""
+        ...
+
+
+class GraphClock:
+    """Events around replays of graphs, on one card."""
+
+    def __init__(self, device: torch.device) -> None:
+        l2 = torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush = torch.empty(4 * l2, dtype=torch.uint8, device=device)
+
+    def medians(self, calls: Mapping[str, Call]) -> dict[str, dict[str, float]]:
+        once = {name: self._captured(call, 1) for name, call in calls.items()}
+        often = {name: self._captured(call, CALLS) for name, call in calls.items()}
+        taken: dict[str, dict[str, list[float]]] = {n: {"warm": [], "cold": [], "host": []} for n in calls}
+        order = list(calls)
+        shuffle = random.Random(0).shuffle
+        for _ in range(ROUNDS):
+            shuffle(order)
+            for name in order:
+                self.flush.zero_()
+                taken[name]["cold"].append(self._microseconds(once[name].replay))
+                taken[name]["warm"].append(self._microseconds(often[name].replay) / CALLS)
+                taken[name]["host"].append(self._host(calls[name]))
+        return {
+            name: {kind: round(statistics.median(times), 2) for kind, times in kinds.items()}
+            for name, kinds in taken.items()
+        }
+
+    @staticmethod
+    def _captured(call: Call, times: int) -> torch.cuda.CUDAGraph:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(times):
+                call()
+        return graph
+
+    @staticmethod
+    def _microseconds(call: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        taken: float = start.elapsed_time(end)
+        return 1e3 * taken
+
+    @staticmethod
+    def _host(call: Call) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        taken = time.perf_counter() - start
+        torch.cuda.synchronize()
+        return 1e6 * taken
+
+
+def error(result: Tensor, eager: Tensor, oracle: Tensor) -> tuple[float, float]:
+    """The largest error of a result, and the largest allowed."""
+    allowed = 2 * (eager.double() - oracle).abs().max()
+    allowed = allowed + 4 * torch.finfo(result.dtype).eps * oracle.abs().max()
+    return (result.double() - oracle).abs().max().item(), allowed.item()
+
+
+def measure(case: Case, clock: Clock, compile_too: bool, ceilings: Mapping[str, float]) -> dict[str, Any]:
+    """A row of the table: every way's times, or why it has none."""
+    eager, oracle = case.view(case.eager()), case.oracle()
+    ways: dict[str, Call] = {"eager": case.eager, **case.peers}
+    if compile_too:
+        ways["compile"] = torch.compile(case.eager, dynamic=False)
+    for kernel in KERNELS:
+        ways[f"difusores {kernel}"] = under(kernel, case.ours)
+    results: dict[str, dict[str, Any]] = {}
+    runnable: dict[str, Call] = {}
+    for name, way in ways.items():
+        try:
+            found, allowed = error(case.view(way()), eager, oracle)
+        except (RuntimeError, ImportError, NotImplementedError) as refusal:
+            results[name] = {"not timed": str(refusal).splitlines()[0][:200]}
+            continue
+        results[name] = {"error": found, "allowed": allowed}
+        if wrong(results[name]):
+            results[name]["not timed"] = f"wrong: error {found:.2e}, allowed {allowed:.2e}"
+            continue
+        runnable[name] = way
+    for name, times in clock.medians(runnable).items():
+        seconds = 1e-6 * times["warm"]
+        rate = case.bytes / seconds / (1e9 * ceilings["copy GB/s"])
+        if case.flops:
+            rate = max(rate, case.flops / seconds / (1e12 * ceilings["matmul TFLOP/s"]))
+        results[name] |= {**times, "of ceiling": round(rate, 3)}
+    torch.compiler.reset()
+    return {"op": case.op, "case": case.label, "bytes": case.bytes, "flops": case.flops, "ways": results}
+
+
+def wrong(way: Mapping[str, Any]) -> bool:
+    return "error" in way and not way["error"] <= way["allowed"]
+
+
+def under(kernel: str, call: Call) -> Call:
+    def way() -> Any:
+        with ops.use_backend(kernel):
+            return call()
+
+    return way
+
+
+def measure_ceilings(clock: Clock, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What this card reaches: bytes read and written by a copy, and a product of two large matrices."""
+    big = 1 << 28 if device.type == "cuda" else 1 << 12
+    side = 8192 if device.type == "cuda" else 64
+    source = torch.randn(big, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    times = clock.medians({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b})
+    return {
+        "copy GB/s": round(8 * big / times["copy"]["warm"] / 1e3, 1),
+        "matmul TFLOP/s": round(2 * side**3 / times["matmul"]["warm"] / 1e6, 2),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def lines(row: Mapping[str, Any]) -> list[str]:
+    """A row for people: one line for each way, fastest first."""
+    timed = [(way["warm"], name, way) for name, way in row["ways"].items() if "warm" in way]
+    peers = [warm for warm, name, _ in timed if not name.startswith("difusores")]
+    text = [f"{row['op']} {row['case']}"]
+    for warm, name, way in sorted(timed):
+        over = f"{min(peers) / warm:6.2f}x" if name.startswith("difusores") and peers else " " * 7
+        times = f"{warm:9.2f}{way['cold']:9.2f}{way['host']:9.1f}"
+        text.append(f"  {name:<18}{times}  {over}{way['of ceiling']:7.0%}")
+    text += [f"  {name:<18}{way['not timed']}" for name, way in row["ways"].items() if "not timed" in way]
+    return text
+
+
+def run(
+    names: tuple[str, ...],
+    dtype: torch.dtype,
+    clock: Clock,
+    device: torch.device,
+    *,
+    quick: bool = False,
+    compile_too: bool = True,
+) -> dict[str, Any]:
+    """All rows of the ops named, printed as they come."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        ceilings = measure_ceilings(clock, device, dtype)
+        print(
+            f"ceilings: {ceilings}; warm, cold, host: us; x: of the fastest peer's speed; %: of the ceiling"
+        )
+        rows = []
+        for name in names:
+            for case in cases(name, dtype, device, quick):
+                row = measure(case, clock, compile_too, ceilings)
+                rows.append(row)
+                print("\n".join(lines(row)), flush=True)
+    return {"ceilings": ceilings, "rows": rows}
+
+
+def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("target", choices=["gpu"], help="what to time")
+    parser.add_argument("--op", choices=OPS, action="append", help="only this op; may be given again")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="default: float16")
+    parser.add_argument("--quick", action="store_true", help="two shapes of each op")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="without torch.compile, which takes a minute"
+    )
+    parser.add_argument("--json", type=Path, help="file for the figures")
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        raise BackendUnavailable("there is nothing to time: no CUDA device was found")
+    device = torch.device("cuda", torch.cuda.current_device())
+    for kernel in KERNELS:
+        if (reason := status(kernel)) is not None:
+            print(f"{kernel}: {reason}", file=sys.stderr)
+    names = tuple(args.op or OPS)
+    stamp = {
+        "device": torch.cuda.get_device_name(device),
+        "versions": versions(),
+        "date": time.strftime("%Y-%m-%d"),
+        "dtype": args.dtype,
+    }
+    print(json.dumps(stamp))
+    result = run(
+        names,
+        DTYPES[args.dtype],
+        GraphClock(device),
+        device,
+        quick=args.quick,
+        compile_too=not args.no_compile,
+    )
+    if args.json is not None:
+        with replacing(args.json) as unfinished:
+            Path(unfinished).write_text(json.dumps({**stamp, **result}, indent=1) + "\n", encoding="utf-8")
+    return 1 if any(wrong(way) for row in result["rows"] for way in row["ways"].values()) else 0

@@ -1,0 +1,135 @@
+"""The logic of `python -m difusores bench gpu`, on the CPU: what is compared, what is timed, what is said."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from difusores import ops
+from difusores.bench import cases as bench_cases
+from difusores.bench import gpu
+from difusores.bench.cases import OPS, Call
+
+CPU = torch.device("cpu")
+SMALL = {
+    "ATTENTION": ((1, 2, 20, 20, 8), (1, 2, 300, 7, 8)),
+    "GROUP_NORM": ((1, 32, 4, 4), (2, 64, 4, 4)),
+    "TOKENS": ((2, 3, 8),),
+    "LATENTS": ((2, 4, 8, 8),),
+}
+
+
+class Invented:
+    """Every call takes a microsecond more than the one before it."""
+
+    def medians(self, calls: Mapping[str, Call]) -> dict[str, dict[str, float]]:
+        return {name: {"warm": k + 1.0, "cold": k + 2.0, "host": 5.0} for k, name in enumerate(calls)}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, shapes in SMALL.items():
+        monkeypatch.setattr(bench_cases, name, shapes)
+
+
+def measured(op: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Both kernels answered by the reference, so that their rows have times."""
+    monkeypatch.setattr(gpu, "under", lambda kernel, call: call)
+    return gpu.run((op,), torch.float32, Invented(), CPU, compile_too=False)["rows"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_is_checked_and_timed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = measured(op, monkeypatch)
+    assert rows
+    for row in rows:
+        assert row["op"] == op and row["bytes"] > 0 and (row["flops"] > 0) == (op == "attention")
+        for name in ("eager", "difusores cuda", "difusores triton"):
+            way = row["ways"][name]
+            assert way["error"] <= way["allowed"] and {"warm", "cold", "host", "of ceiling"} <= set(way)
+
+
+def test_a_way_that_cannot_run_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = gpu.run(("geglu",), torch.float32, Invented(), CPU, compile_too=False)["rows"]
+    if not torch.cuda.is_available():
+        for kernel in gpu.KERNELS:
+            assert "is not available" in row["ways"][f"difusores {kernel}"]["not timed"]
+            assert "warm" not in row["ways"][f"difusores {kernel}"]
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "geglu", lambda both: both.chunk(2, -1)[0] * 1.001)
+    (row,) = measured("geglu", monkeypatch)
+    way = row["ways"]["difusores cuda"]
+    assert way["not timed"].startswith("wrong: error") and "warm" not in way and gpu.wrong(way)
+    monkeypatch.setattr(ops, "geglu", lambda both: both.chunk(2, -1)[0] * torch.nan)
+    assert gpu.wrong(measured("geglu", monkeypatch)[0]["ways"]["difusores cuda"])
+
+
+def test_rates_and_lines() -> None:
+    clock = Invented()
+    ceilings = gpu.measure_ceilings(clock, CPU, torch.float32)
+    assert ceilings == {
+        "copy GB/s": round(8 * 4096 / 1.0 / 1e3, 1),
+        "matmul TFLOP/s": round(2 * 64**3 / 2.0 / 1e6, 2),
+    }
+    ways = {
+        "eager": {"error": 0.0, "allowed": 1.0, "warm": 4.0, "cold": 8.0, "host": 9.0, "of ceiling": 0.25},
+        "difusores cuda": {
+            "error": 0.0,
+            "allowed": 1.0,
+            "warm": 2.0,
+            "cold": 3.0,
+            "host": 5.0,
+            "of ceiling": 0.5,
+        },
+        "difusores triton": {"not timed": "no such thing"},
+    }
+    text = gpu.lines({"op": "geglu", "case": "2x3", "ways": ways})
+    assert [line.split() for line in text] == [
+        ["geglu", "2x3"],
+        ["difusores", "cuda", "2.00", "3.00", "5.0", "2.00x", "50%"],
+        ["eager", "4.00", "8.00", "9.0", "25%"],
+        ["difusores", "triton", "no", "such", "thing"],
+    ]
+
+
+def test_command_without_a_gpu(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a CUDA device")
+    file = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "difusores", "bench", "gpu", "--json", file], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "no CUDA device was found" in done.stderr and not file.exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
+def test_command_on_a_gpu(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [
+        sys.executable,
+        "-m",
+        "difusores",
+        "bench",
+        "gpu",
+        "--quick",
+        "--no-compile",
+        "--op",
+        "geglu",
+        "--json",
+    ]
+    done = subprocess.run([*command, file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(file.read_text())
+    assert content["ceilings"]["copy GB/s"] > 10
+    assert all(
+        way["warm"] > 0 for row in content["rows"] for name, way in row["ways"].items() if "warm" in way
+    )
