@@ -170,7 +170,7 @@ class Graphed:
 
     def __init__(self, model: Callable[..., Any]) -> None:
         self.model = model
-        self.of_model = (getattr(model, "__func__", None), decisions(model))
+        self.of_model = decisions(model)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -190,13 +190,14 @@ class Graphed:
             return model(*given, **named)
 
         graphs = graphs_of(model)
-        key = ("call", self.of_model, kind, settings())
+        of_call = ("call", kind, settings())
         with graphs.lock:
-            graph = graphs.find(key)
+            graph = graphs.find((of_call, self.of_model))
             if graph is not None:
                 return graph.replay(tensors)
             graph = Graph(function, tensors, graphs.recorder(device))
-            graphs.keep(key, graph)
+            self.of_model = decisions(model)  # parameters may move at their first use
+            graphs.keep((of_call, self.of_model), graph)
             result, graph.result = graph.result, None
             return result
 
@@ -229,7 +230,7 @@ def decisions(model: Any) -> tuple[Hashable, ...]:
     place of their `forward`, at their hooks and as diffusers' processor of attention. An object there that
     has `decisions` says itself what can change in it. New values in the same memory change nothing of this.
     """
-    found: list[Any] = []
+    found: list[Any] = [getattr(model, "__func__", None)]
     stack: list[nn.Module] = _modules_of(model)
     while stack:
         module = stack.pop()

@@ -179,12 +179,10 @@ def _replay(
         return z
 
     kept = graphs.graphs_of(model)
-    of_model = (getattr(model, "__func__", None), graphs.decisions(model))
-    of_run = (run.plan, run.weights, run.model_dtype, keys is None, graphs.described(x))
-    key = ("run", of_model, of_run, graphs.settings())
+    of_run = (run.plan, run.weights, run.model_dtype, keys is None, graphs.described(x), graphs.settings())
     inputs = [x, table, run.plan.times(), *(() if keys is None else (keys,))]
     with kept.lock:
-        found: tuple[graphs.Graph, _FixedNoise] | None = kept.find(key)
+        found: tuple[graphs.Graph, _FixedNoise] | None = kept.find((of_run, graphs.decisions(model)))
         if found is not None:
             graph, noise = found
             result: Tensor = graph.replay(inputs, before=lambda: noise.again(draw))
@@ -196,7 +194,8 @@ def _replay(
             return run.carry_out(model, x, table, times, keys, sampler)
 
         graph = graphs.Graph(function, inputs, kept.recorder(x.device))
-        kept.keep(key, (graph, noise))
+        # looked at again: parameters may move at their first use
+        kept.keep((of_run, graphs.decisions(model)), (graph, noise))
         result, graph.result = graph.result, None
         return result
 

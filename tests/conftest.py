@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tape import TapeRecorder
 
-from difusores import native
+from difusores import graphs, native
+from difusores.pipelines import pipeline
 
 # The only reasons to skip a test where CI=true: what the machine is or was told, not what the set-up forgot.
 ALLOWED_SKIPS = re.compile(
@@ -45,6 +47,16 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Lets CUDA graphs be captured on the CPU, on a tape; how many have been."""
+    monkeypatch.setattr(graphs, "Recorder", TapeRecorder)
+    monkeypatch.setattr(graphs, "refusal", lambda device: None)
+    monkeypatch.setattr(pipeline, "refusal", lambda device: None)
+    monkeypatch.setattr(TapeRecorder, "captures", 0)
+    return lambda: TapeRecorder.captures
 
 
 def _refuse_unexpected_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
