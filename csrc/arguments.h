@@ -44,7 +44,7 @@ inline bool is_channels_last(const Tensor& x) {
     int64_t expected = 1;
     const auto next = [&](int64_t d) {
         STD_TORCH_CHECK(x.size(d) == 1 || x.stride(d) == expected,
-                        "group_norm_silu: the kernel takes contiguous and channels_last tensors");
+                        "the kernel takes contiguous and channels_last tensors");
         expected *= x.size(d);
     };
     next(1);
@@ -86,6 +86,49 @@ inline GroupNormSiluArgs group_norm_silu_args(const Tensor& x, int64_t num_group
     args.add = param_of(add, n, c, true, "add");
     args.n = n, args.c = c, args.s = x.numel() / (n * c), args.groups = num_groups;
     args.eps = eps, args.silu = silu;
+    return args;
+}
+
+// --- bias_residual ---
+
+inline BiasResidualArgs bias_residual_args(const Tensor& x, const OptionalTensor& bias, const OptionalTensor& add,
+                                           const OptionalTensor& residual, double scale, const Tensor& y) {
+    STD_TORCH_CHECK(x.dim() >= 2 && x.dim() <= 5, "bias_residual: x must have 2 to 5 dimensions");
+    STD_TORCH_CHECK(!residual || same_layout(x, *residual), "bias_residual: residual must have x's dtype and layout");
+    const int64_t n = x.size(0), c = x.size(1);
+    BiasResidualArgs args{};
+    args.x = x.data_ptr(), args.residual = residual ? residual->data_ptr() : nullptr, args.y = y.data_ptr();
+    args.dtype = dtype_of(x, "x");
+    args.bias = param_of(bias, n, c, false, "bias");
+    args.add = param_of(add, n, c, true, "add");
+    args.n = n, args.c = c, args.s = x.numel() / (n * c);
+    args.scale = static_cast<float>(scale);
+    return args;
+}
+
+// --- geglu, layer_norm: contiguous rows ---
+
+inline GegluArgs geglu_args(const Tensor& x, bool tanh, const Tensor& y) {
+    GegluArgs args{};
+    args.x = x.data_ptr(), args.y = y.data_ptr();
+    args.dtype = dtype_of(x, "x");
+    args.columns = x.size(x.dim() - 1) / 2, args.rows = y.numel() / args.columns;
+    args.tanh = tanh;
+    return args;
+}
+
+inline LayerNormArgs layer_norm_args(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                                     double eps, const OptionalTensor& residual, const Tensor& y, const Tensor& sum,
+                                     bool return_sum) {
+    const int64_t columns = x.size(x.dim() - 1);
+    LayerNormArgs args{};
+    args.x = x.data_ptr(), args.residual = residual ? residual->data_ptr() : nullptr;
+    args.y = y.data_ptr(), args.sum = return_sum ? sum.data_ptr() : nullptr;
+    args.dtype = dtype_of(x, "x");
+    args.weight = param_of(weight, 1, columns, false, "weight");
+    args.bias = param_of(bias, 1, columns, false, "bias");
+    args.rows = x.numel() / columns, args.columns = columns;
+    args.eps = eps;
     return args;
 }
 

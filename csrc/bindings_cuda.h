@@ -7,6 +7,9 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "arguments.h"
 #include "cuda/launch.h"
 
@@ -38,6 +41,14 @@ class OnDevice {
         int32_t dtype = 0;
         TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
         return empty(dtype, x.dim(), x.sizes().data(), x.strides().data());
+    }
+    // A new contiguous tensor of x's dtype.
+    Tensor contiguous(const Tensor& x, const std::vector<int64_t>& sizes) const {
+        int32_t dtype = 0;
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+        std::vector<int64_t> strides(sizes.size(), 1);
+        for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+        return empty(dtype, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data());
     }
     int64_t shared_limit() const {
         int bytes = 0;

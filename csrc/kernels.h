@@ -54,6 +54,46 @@ struct GroupNormPlan {
     int64_t shared_bytes;  // of the first kernel
 };
 
+// y = x[:, :D] * GELU(x[:, D:]); see cuda/geglu.cuh.
+struct GegluArgs {
+    const void* x;  // [rows, 2 D]
+    void* y;        // [rows, D]
+    DType dtype;
+    int64_t rows, columns;  // columns: D
+    bool tanh;              // GELU's approximation by tanh, else by erf
+};
+
+// h = x + residual, y = weight * (h - mean) / sqrt(var + eps) + bias, over rows; see cuda/layer_norm.cuh.
+struct LayerNormArgs {
+    const void* x;          // [rows, D]
+    const void* residual;   // like x, or nullptr
+    void* y;                // like x
+    void* sum;              // h, like x, or nullptr
+    DType dtype;            // of x, residual, y, sum
+    Param weight, bias;     // [D]
+    int64_t rows, columns;  // columns: D
+    double eps;
+};
+
+// CUDA: how layer_norm goes over a row: `lanes` threads, a power of two, with `per_lane` accesses of `vec` elements
+// each.
+struct LayerNormPlan {
+    int vec, per_lane;
+    unsigned lanes, threads;  // of a row, of a block
+};
+
+// y = scale * (x + bias[c] + add[n, c] + residual); see cuda/bias_residual.cuh.
+struct BiasResidualArgs {
+    const void* x;         // [N, C, S] (channels first) or [N, S, C] (channels last)
+    const void* residual;  // like x, or nullptr
+    void* y;               // like x; may be x or the residual
+    DType dtype;           // of x, residual, y
+    Param bias;            // [C]
+    Param add;             // [N, C]
+    int64_t n, c, s;
+    float scale;
+};
+
 // One operand of a step: [B, inner], any batch stride. ptr == nullptr: absent.
 struct Operand {
     const void* ptr = nullptr;

@@ -45,6 +45,14 @@ def norm(
     return (x, 32, meta(c), meta(c), 1e-5, True, *around)
 
 
+def biased(shape: tuple[int, ...], last: bool = False) -> tuple[Any, ...]:
+    """Arguments of bias_residual, all that there are."""
+    x, residual = meta(*shape), meta(*shape)
+    if last:
+        x, residual = (t.to(memory_format=torch.channels_last) for t in (x, residual))
+    return (x, meta(shape[1]), meta(*shape[:2]), residual, 1.0)
+
+
 def heads(length: int, keys: int, count: int, width: int, dtype: torch.dtype = HALF) -> tuple[Any, ...]:
     """Arguments of attention, as projections leave its tensors."""
     q, k, v = (
@@ -97,6 +105,8 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
         "group_norm_silu",
         norm((2, 1280, 8, 8), last=True, block=True),
     ),
+    "bias_residual 2x320x64x64 channels_last": ("bias_residual", biased((2, 320, 64, 64), last=True)),
+    "bias_residual 2x1280x8x8": ("bias_residual", biased((2, 1280, 8, 8))),
     "layer_norm 2x4096x320 residual": (
         "layer_norm",
         (meta(2, 4096, 320), meta(320), meta(320), 1e-5, meta(2, 4096, 320), True),

@@ -158,6 +158,28 @@ __device__ __forceinline__ float param(const Param& p, int64_t n, int64_t c, flo
     return p.ptr ? load_one(p.ptr, p.dtype, n * p.row_stride + c) : otherwise;
 }
 
+// The parameters of kVec channels from c on, in accesses of 128 bits if `aligned_params` of all of them.
+template <int kVec>
+__device__ __forceinline__ void params(const Param& p, int64_t n, int64_t c, float otherwise, float (&out)[kVec]) {
+    const int64_t at = n * p.row_stride + c;
+    if (kVec > 1 && p.ptr && p.dtype == DType::f32) {
+#pragma unroll
+        for (int j = 0; j + 4 <= kVec; j += 4) {
+            float four[4];
+            unpack<4>(get<4>(p.ptr, at + j, DType::f32), DType::f32, four);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) out[j + k] = four[k];
+        }
+    } else if (kVec == 8 && p.ptr) {
+        unpack<kVec>(get<kVec>(p.ptr, at, p.dtype), p.dtype, out);
+    } else {
+#pragma unroll
+        for (int k = 0; k < kVec; ++k) out[k] = param(p, n, c + k, otherwise);
+    }
+}
+
+inline __host__ bool aligned_params(const Param& p) { return aligned(p.ptr, p.row_stride, p.dtype, 16); }
+
 // The sum over a warp, the same bits in every lane.
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll

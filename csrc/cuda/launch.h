@@ -13,6 +13,16 @@ GroupNormPlan group_norm_silu_plan(const GroupNormSiluArgs& args, bool channels_
 cudaError_t group_norm_silu(const GroupNormSiluArgs& args, const GroupNormPlan& plan, void* partial,
                             cudaStream_t stream);
 
+// Whether the kernel counts as far as these sizes.
+bool bias_residual_takes(const BiasResidualArgs& args);
+cudaError_t bias_residual(const BiasResidualArgs& args, bool channels_last, cudaStream_t stream);
+
+cudaError_t geglu(const GegluArgs& args, cudaStream_t stream);
+
+// lanes == 0: the kernel does not take rows that long.
+LayerNormPlan layer_norm_plan(const LayerNormArgs& args);
+cudaError_t layer_norm(const LayerNormArgs& args, const LayerNormPlan& plan, cudaStream_t stream);
+
 cudaError_t scheduler_step(const SchedulerStepArgs& args, const StepRow& row, cudaStream_t stream);
 
 }  // namespace cuda

@@ -5,6 +5,7 @@
 
 from difusores import native
 from difusores.ops.attention import attention
+from difusores.ops.bias_residual import bias_residual
 from difusores.ops.dispatch import BackendUnavailable, availability, use_backend
 from difusores.ops.geglu import geglu
 from difusores.ops.group_norm_affine import group_norm_affine
@@ -19,6 +20,7 @@ __all__ = [
     "BackendUnavailable",
     "attention",
     "availability",
+    "bias_residual",
     "geglu",
     "group_norm_affine",
     "group_norm_silu",

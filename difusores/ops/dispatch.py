@@ -45,19 +45,23 @@ def register(op: str, *backends: str) -> None:
     _OPS[op] = (*(name for name in BACKENDS if name in backends), "reference")
 
 
-def register_triton(op: str, signature: str) -> Any:
+def register_triton(op: str, signature: str, *, in_place: bool = False) -> Any:
     """Declare `<op>_triton`, the op whose implementation is `launch` of difusores/ops/triton/<op>.py.
+
+    in_place: `<op>_triton_` and `launch_in_place` instead, for an op that overwrites its first tensor.
 
     It is an op of its own, so that a compiled module which answers for the same device does not swallow a
     call meant for Triton. Its file, and Triton with it, is imported at the first call.
     """
-    LIBRARY.define(f"{op}_triton{signature}")
+    name = f"{op}_triton_" if in_place else f"{op}_triton"
+    LIBRARY.define(name + signature)
 
     def launch(*call: Any) -> Any:
-        return import_module(f"difusores.ops.triton.{op}").launch(*call)
+        module = import_module(f"difusores.ops.triton.{op}")
+        return (module.launch_in_place if in_place else module.launch)(*call)
 
-    LIBRARY.impl(f"{op}_triton", launch, "CompositeExplicitAutograd")
-    return getattr(torch.ops.difusores, f"{op}_triton").default
+    LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
+    return getattr(torch.ops.difusores, name).default
 
 
 def interpreted() -> bool:

@@ -16,7 +16,7 @@ from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, 
 _SIGNATURE = "(Tensor x, str approximate) -> Tensor"
 LIBRARY.define("geglu" + _SIGNATURE)
 _TRITON_OP = register_triton("geglu", _SIGNATURE)
-register("geglu", "triton")
+register("geglu", "cuda", "triton")
 
 
 def reference(x: Tensor, approximate: str) -> Tensor:
@@ -51,6 +51,8 @@ for _name in ("geglu", "geglu_triton"):
         f"difusores::{_name}", _backward, setup_context=_setup_context, lib=LIBRARY
     )
 
+_OP = torch.ops.difusores.geglu.default
+
 
 def supports(backend: str, x: Tensor) -> str | None:
     """None if `backend` takes this call, else the reason in words."""
@@ -76,8 +78,10 @@ def geglu(x: Tensor, *, approximate: str = "none") -> Tensor:
         raise ValueError(f"the last dimension must be even (value and gate), got shape {tuple(x.shape)}")
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
-    if choose("geglu", x.device.type, supports, x) == "reference":
+    backend = choose("geglu", x.device.type, supports, x)
+    if backend == "reference":
         return reference(x, approximate)  # plain Python, which PyTorch differentiates
-    call = (x, approximate)
-    out: Tensor = _TRITON_OP(*call) if needs_grad(x) else below_autograd(_TRITON_OP, *call)
+    call = (x, approximate) if backend == "triton" else (x.contiguous(), approximate)
+    op = _TRITON_OP if backend == "triton" else _OP
+    out: Tensor = op(*call) if needs_grad(x) else below_autograd(op, *call)
     return out

@@ -22,7 +22,7 @@ _SIGNATURE = (
 )
 LIBRARY.define("layer_norm" + _SIGNATURE)
 _TRITON_OP = register_triton("layer_norm", _SIGNATURE)
-register("layer_norm", "triton")
+register("layer_norm", "cuda", "triton")
 
 
 def reference(
@@ -90,6 +90,7 @@ for _name in ("layer_norm", "layer_norm_triton"):
         f"difusores::{_name}", _backward, setup_context=_setup_context, lib=LIBRARY
     )
 
+_OP = torch.ops.difusores.layer_norm.default
 _LONGEST = 16384  # elements of a row that a kernel holds in registers
 
 
@@ -140,13 +141,16 @@ def layer_norm(
             f"got {tuple(residual.shape)} {residual.dtype}"
         )
     only_x = return_sum and residual is None
+    backend = choose("layer_norm", x.device.type, supports, x, weight, bias)
+    more = (weight, bias, residual)
+    if backend == "cuda":
+        x, (weight, bias, residual) = x.contiguous(), (None if t is None else t.contiguous() for t in more)
     call = (x, weight, bias, eps, residual, return_sum and not only_x)
-    if choose("layer_norm", x.device.type, supports, x, weight, bias) == "reference":
+    if backend == "reference":
         y, total = reference(*call)  # plain Python, which PyTorch differentiates
-    elif needs_grad(x, weight, bias, residual):
-        y, total = _TRITON_OP(*call)
     else:
-        y, total = below_autograd(_TRITON_OP, *call)
+        op = _TRITON_OP if backend == "triton" else _OP
+        y, total = op(*call) if needs_grad(x, weight, bias, residual) else below_autograd(op, *call)
     if not return_sum:
         return y
     return (y, x) if only_x else (y, total)

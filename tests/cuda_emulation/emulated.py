@@ -91,12 +91,16 @@ def under_all_schedules(run: Callable[[int], bytes | None], outputs: Sequence[Te
         message = run(number)
         if message is not None:
             raise EmulationError(message.decode())
-        # Bits and not numbers: NaN equals NaN, and 0 does not equal -0.
-        bits = [t.view(torch.int32 if t.element_size() == 4 else torch.int16).clone() for t in outputs]
         if before is not None:
-            same = all(torch.equal(a, b) for a, b in zip(before, bits, strict=True))
+            same = all(same_bits(a, b) for a, b in zip(before, outputs, strict=True))
             assert same, f"other bits with the threads {name}: a barrier is missing"
-        before = bits
+        before = [t.clone() for t in outputs]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Bits and not numbers: NaN equals NaN, and 0 does not equal -0."""
+    kind = torch.int32 if a.element_size() == 4 else torch.int16
+    return torch.equal(a.view(kind), b.view(kind))
 
 
 # --- scheduler_step ---
@@ -299,4 +303,144 @@ def group_norm_silu(
     return y, total
 
 
-OPS: dict[str, Any] = {"group_norm_silu": group_norm_silu, "scheduler_step": scheduler_step}
+# --- geglu, layer_norm ---
+
+
+class GegluArgs(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "y")),
+        ("dtype", ctypes.c_int32),
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+        ("tanh", ctypes.c_bool),
+    )
+
+
+def geglu(x: Tensor, approximate: str, *, change: tuple[str, str] | None = None) -> Tensor:
+    """The registered op `geglu`, carried out by the CUDA kernel."""
+    if not x.is_contiguous():
+        raise RuntimeError("the kernel takes contiguous tensors")
+    columns = x.shape[-1] // 2
+    y = x.new_empty((*x.shape[:-1], columns))
+    if y.numel() == 0:
+        return y
+    rows = y.numel() // columns
+    args = GegluArgs(x.data_ptr(), y.data_ptr(), DTYPES[x.dtype], rows, columns, approximate == "tanh")
+    function = library("geglu", change).geglu
+    function.restype = ctypes.c_char_p
+    under_all_schedules(lambda schedule: function(ctypes.byref(args), schedule), [y])
+    return y
+
+
+class LayerNormArgs(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "y", "sum")),
+        ("dtype", ctypes.c_int32),
+        *((name, Param) for name in ("weight", "bias")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+        ("eps", ctypes.c_double),
+    )
+
+
+class LayerNormPlan(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("vec", "per_lane")),
+        *((name, ctypes.c_uint32) for name in ("lanes", "threads")),
+    )
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    return_sum: bool,
+    *,
+    change: tuple[str, str] | None = None,
+    plan: LayerNormPlan | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The registered op `layer_norm`, carried out by the CUDA kernel; `plan` takes how it cut a row."""
+    if not all(t is None or t.is_contiguous() for t in (x, weight, bias, residual)):
+        raise RuntimeError("the kernel takes contiguous tensors")
+    y, total = torch.empty_like(x), torch.empty_like(x) if return_sum else x.new_empty(0)
+    if x.numel() == 0:
+        return y, total
+    args = LayerNormArgs(
+        x=x.data_ptr(),
+        residual=None if residual is None else residual.data_ptr(),
+        y=y.data_ptr(),
+        sum=total.data_ptr() if return_sum else None,
+        dtype=DTYPES[x.dtype],
+        weight=_param(weight),
+        bias=_param(bias),
+        rows=x.numel() // x.shape[-1],
+        columns=x.shape[-1],
+        eps=eps,
+    )
+    function = library("layer_norm", change).layer_norm
+    function.restype = ctypes.c_char_p
+    found = LayerNormPlan() if plan is None else plan
+    under_all_schedules(
+        lambda schedule: function(ctypes.byref(args), schedule, ctypes.byref(found)),
+        [y, total] if return_sum else [y],
+    )
+    return y, total
+
+
+# --- bias_residual ---
+
+
+class BiasResidualArgs(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "y")),
+        ("dtype", ctypes.c_int32),
+        *((name, Param) for name in ("bias", "add")),
+        *((name, ctypes.c_int64) for name in ("n", "c", "s")),
+        ("scale", ctypes.c_float),
+    )
+
+
+def bias_residual(
+    x: Tensor,
+    bias: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+    scale: float,
+    *,
+    change: tuple[str, str] | None = None,
+) -> Tensor:
+    """The registered op `bias_residual`, carried out by the CUDA kernel."""
+    y = torch.empty_like(x)
+    if x.numel() == 0:
+        return y
+    n, c = x.shape[:2]
+    args = BiasResidualArgs(
+        x=x.data_ptr(),
+        residual=None if residual is None else residual.data_ptr(),
+        y=y.data_ptr(),
+        dtype=DTYPES[x.dtype],
+        bias=_param(bias),
+        add=_param(add),
+        n=n,
+        c=c,
+        s=x.numel() // (n * c),
+        scale=scale,
+    )
+    function = library("bias_residual", change).bias_residual
+    function.restype = ctypes.c_char_p
+    last = not x.is_contiguous()
+    under_all_schedules(lambda schedule: function(ctypes.byref(args), last, schedule), [y])
+    kept = x.clone(memory_format=torch.preserve_format)
+    args.x = args.y = kept.data_ptr()
+    message = function(ctypes.byref(args), last, 0)
+    assert message is None and same_bits(kept, y), "in place the result is another"
+    return y
+
+
+OPS: dict[str, Any] = {
+    "bias_residual": bias_residual,
+    "geglu": geglu,
+    "group_norm_silu": group_norm_silu,
+    "layer_norm": layer_norm,
+    "scheduler_step": scheduler_step,
+}

@@ -1,8 +1,9 @@
 // Runs the bodies of CUDA kernels on a CPU: included before the .cuh files, which then compile as C++.
 //
 // The threads of a block are fibers on one thread of the system. A fiber runs until it waits at __syncthreads, a
-// shuffle or a vote; which one runs next is the schedule's choice: in order, reversed, or at random. A kernel that
-// forgets a barrier gives other bits under another schedule. Blocks run one after another, in the schedule's order.
+// shuffle or a vote; a warp goes on until all of it waits for other warps or has ended. Which warp and which of its
+// lanes is next is the schedule's choice: in order, reversed, or at random. A kernel that forgets a barrier gives other
+// bits under another schedule. Blocks run one after another, in the schedule's order.
 // Shared memory, static and dynamic, is a fresh heap block for every block of threads, filled with NaN (all bits one);
 // a sanitizer therefore sees accesses beyond it. What hardware leaves undefined ends the launch with a message:
 // threads that wait for others which have ended, for each other, at different places of the source, or for lanes that
@@ -233,26 +234,26 @@ inline std::string place(const Fiber& fiber) {
     return file.substr(file.find_last_of('/') + 1) + ":" + std::to_string(fiber.where.line());
 }
 
-// Lets the fibers go on whose wait is over; false if none does.
-inline bool release(unsigned threads) {
-    bool any = false;
-    unsigned at_barrier = 0, first = 0;
-    for (unsigned t = threads; t-- > 0;)
-        if (fibers[t].wait == Wait::barrier) ++at_barrier, first = t;
-    if (at_barrier == threads) {
-        for (unsigned t = 0; t < threads; ++t) {
-            if (fibers[t].where.line() != fibers[first].where.line()) {
-                failure = "threads of a block wait at different barriers: thread " + std::to_string(first) + " at " +
-                          place(fibers[first]) + ", thread " + std::to_string(t) + " at " + place(fibers[t]);
-                return false;
-            }
-        }
-        for (unsigned t = 0; t < threads; ++t) fibers[t].wait = Wait::nothing;
-        return true;
-    }
+// Lets all threads go on if they wait at one barrier; false if they do not.
+inline bool release_barrier(unsigned threads) {
+    for (unsigned t = 0; t < threads; ++t)
+        if (fibers[t].wait != Wait::barrier) return false;
     for (unsigned t = 0; t < threads; ++t) {
+        if (fibers[t].where.line() != fibers[0].where.line()) {
+            failure = "threads of a block wait at different barriers: thread 0 at " + place(fibers[0]) + ", thread " +
+                      std::to_string(t) + " at " + place(fibers[t]);
+            return false;
+        }
+        fibers[t].wait = Wait::nothing;
+    }
+    return true;
+}
+
+// Lets the lanes of a warp go on whose exchange is complete; false if there are none.
+inline bool release_warp(unsigned warp, unsigned threads) {
+    bool any = false;
+    for (unsigned t = warp; t < warp + kWarp && t < threads; ++t) {
         const Fiber& fiber = fibers[t];
-        const unsigned warp = t / kWarp * kWarp;
         if (fiber.wait != Wait::warp) continue;
         bool complete = fiber.mask >> (t - warp) & 1;
         for (unsigned lane = 0; lane < kWarp && complete; ++lane) {
@@ -303,21 +304,33 @@ struct Order {
     }
 };
 
+// Runs a warp until all of it waits for other warps or has ended; returns how many threads ended.
+inline unsigned run_warp(unsigned warp, unsigned threads, Order& order, bool& ran) {
+    unsigned ended = 0;
+    do {
+        for (const unsigned lane : order.of(kWarp)) {
+            const unsigned t = warp + lane;
+            if (t >= threads || fibers[t].wait != Wait::nothing) continue;
+            running = t, threadIdx = {t, 0, 0}, ran = true;
+            emulation_switch(&scheduler_stack, fibers[t].stack_pointer);
+            ended += fibers[t].wait == Wait::end;
+            if (!failure.empty()) return ended;
+        }
+    } while (release_warp(warp, threads));
+    return ended;
+}
+
 inline void run_block(unsigned threads, Order& order) {
     for (unsigned t = 0; t < threads; ++t) prepare(t);
-    std::vector<unsigned> turn = order.of(threads);
+    const unsigned warps = (threads + kWarp - 1) / kWarp;
     unsigned left = threads;
     while (left > 0 && failure.empty()) {
         bool ran = false;
-        for (const unsigned t : turn) {
-            if (fibers[t].wait != Wait::nothing) continue;
-            running = t, threadIdx = {t, 0, 0}, ran = true;
-            emulation_switch(&scheduler_stack, fibers[t].stack_pointer);
-            left -= fibers[t].wait == Wait::end;
+        for (const unsigned warp : order.of(warps)) {
+            left -= run_warp(warp * kWarp, threads, order, ran);
             if (!failure.empty()) return;
         }
-        if (left > 0 && !release(threads) && !ran && failure.empty()) describe_deadlock(threads);
-        if (order.schedule == Schedule::random) order.arrange(turn);
+        if (left > 0 && !release_barrier(threads) && !ran && failure.empty()) describe_deadlock(threads);
     }
 }
 

@@ -82,3 +82,43 @@ def test_an_overflow_of_32_bits(change: Change) -> None:
     y = torch.empty(2, 1, 4, 4, dtype=torch.float16)
     step(x, torch.zeros_like(y), y, change)
     caught(bool((y != 1.0).any()), change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,
+        ("(row + 1) * args.columns, args.dtype", "(row + 1) * args.columns + 1, args.dtype"),
+        ("const int64_t row = row0 + rows", "const int64_t row = row0"),
+    ],
+    ids=str,
+)
+def test_of_geglu(change: Change) -> None:
+    """A gate beside its own, a block that stays in its first row."""
+    x = torch.randn(41, 2 * 63)[:40]
+    mutant = emulated.geglu(x, "none", change=change)
+    caught(not torch.equal(mutant, emulated.geglu(x, "none")), change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,
+        ("other >= lanes", "other > lanes"),
+        ("fmaf(-both.x, delta, both.y)", "both.y"),
+        ("lanes, parts + most_lanes(kVec) / kWarp)", "lanes, parts)"),
+    ],
+    ids=str,
+)
+def test_of_layer_norm(change: Change) -> None:
+    """Sums over a neighbour's row, a mean not corrected, one scratch for two sums."""
+    x = torch.cat((torch.randn(6, 320) + 1e5, torch.zeros(1, 320)))[:6]
+    wide = torch.randn(3, 1280) * torch.arange(1.0, 4.0)[:, None]
+    try:
+        narrow = emulated.layer_norm(x, None, None, 1e-5, None, False, change=change)[0]
+        got = emulated.layer_norm(wide, None, None, 1e-5, None, False, change=change)[0]
+    except AssertionError:
+        return caught(True, change)
+    exact = [torch.nn.functional.layer_norm(t.double(), t.shape[1:]) for t in (x, wide)]
+    errors = [(a - b).abs().max() for a, b in zip((narrow, got), exact, strict=True)]
+    caught(bool(errors[0] > 2e-5 or errors[1] > 1e-5), change)

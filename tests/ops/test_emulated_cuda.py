@@ -1,6 +1,6 @@
 """The CUDA kernels' own source, executed on the CPU, against the float64 oracle of the ops' tests.
 
-The tests are those of test_scheduler_step.py and test_group_norm_silu.py; the op's call is carried out by the
+The tests are those of each op's own file; its call is carried out by the
 emulation, under three schedules which must agree in every bit.
 """
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from difusores import native, ops
+from difusores.ops import dispatch
 from difusores.ops.scheduler_step import PX, ROW, W
 
 pytestmark = [
@@ -40,6 +41,75 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> str:
     for op, run in emulated.OPS.items():
         monkeypatch.setattr(importlib.import_module(f"difusores.ops.{op}"), "_OP", run)
     return "cpu"
+
+
+class UnderItsOwnName:
+    """For ops without a kernel for the CPU: the backend `cuda` takes their calls on CPU tensors."""
+
+    @pytest.fixture
+    def backend(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
+        status = dispatch.status
+        monkeypatch.setattr(dispatch, "status", lambda name: None if name == "cuda" else status(name))
+        monkeypatch.setitem(dispatch._DEVICES, "cuda", ("cuda", "cpu"))
+        return "cuda"
+
+
+class TestBiasResidual(UnderItsOwnName):
+    of = suite("bias_residual")
+    test_against_the_oracle = staticmethod(of.test_against_the_oracle)
+    test_hostile_values = staticmethod(of.test_hostile_values)
+
+    @pytest.fixture
+    def backend(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
+        def in_place(x: Any, *call: Any) -> None:
+            x.copy_(emulated.bias_residual(x, *call))
+
+        monkeypatch.setattr(importlib.import_module("difusores.ops.bias_residual"), "_OP_IN_PLACE", in_place)
+        return backend
+
+
+class TestGeglu(UnderItsOwnName):
+    of = suite("geglu")
+    test_against_the_oracle = staticmethod(of.test_against_the_oracle)
+    test_hostile_values = staticmethod(of.test_hostile_values)
+
+
+class TestLayerNorm(UnderItsOwnName):
+    of = suite("layer_norm")
+    test_against_the_oracle = staticmethod(of.test_against_the_oracle)
+    test_mean_far_above_the_deviation = staticmethod(of.test_mean_far_above_the_deviation)
+
+    @pytest.mark.parametrize(
+        ("columns", "dtype", "plan"),
+        [
+            (320, torch.float16, (8, 5, 8, 128)),
+            (1280, torch.bfloat16, (8, 5, 32, 128)),
+            (1280, torch.float32, (4, 5, 64, 64)),
+            (2048, torch.float16, (8, 4, 64, 64)),
+            (768, torch.float16, (8, 4, 32, 128)),
+            (16384, torch.float32, (4, 4, 1024, 1024)),
+            (3, torch.float32, (1, 16, 1, 128)),
+            (1001, torch.float16, (1, 16, 64, 64)),
+        ],
+        ids=str,
+    )
+    def test_how_a_row_is_cut(
+        self, columns: int, dtype: torch.dtype, plan: tuple[int, ...], check: Any
+    ) -> None:
+        """Rows that are a part of a warp, a warp, several; a row has the same bits alone; NaN stays in it."""
+        x, w, b = torch.randn(9, columns).to(dtype) + 2, torch.randn(columns), torch.randn(columns).to(dtype)
+        found = emulated.LayerNormPlan()
+        y, _ = emulated.layer_norm(x, w, b, 1e-5, None, False, plan=found)
+        assert tuple(getattr(found, name) for name, _ in found._fields_) == plan
+        wide = self.of.torch.nn.functional.layer_norm(x.double(), (columns,), w.double(), b.double())
+        eager = torch.nn.functional.layer_norm(x, (columns,), w.to(dtype), b)
+        check(y, eager, wide)
+        assert torch.equal(emulated.layer_norm(x[4:5], w, b, 1e-5, None, False)[0], y[4:5])
+        x[4, 1] = math.nan
+        broken, _ = emulated.layer_norm(x, w, b, 1e-5, None, False)
+        assert torch.isnan(broken[4]).all() and torch.equal(
+            broken[[*range(4), *range(5, 9)]], y[[*range(4), *range(5, 9)]]
+        )
 
 
 class TestSchedulerStep:

@@ -33,9 +33,10 @@ def passes(*arguments: str, **environment: str) -> None:
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
     # Of the scheduler step's own tests what is not tested there, with the fullest row at the small shapes.
-    steps = "triton_kernels or triton and not (oracle or philox or compiles) or triton-everything and not 64"
+    steps = "triton and not (oracle or philox or compiles) or triton-everything and not 64"
+    files = [str(FOLDER / f"test_{op}.py") for op in ("scheduler_step", "bias_residual")]
     passes(
-        *(str(KERNELS), str(FOLDER / "test_scheduler_step.py"), "-k", steps),
+        *(str(KERNELS), *files, "-k", f"triton_kernels or {steps} or bias_residual and triton"),
         TRITON_INTERPRET="1",
         OMP_NUM_THREADS="1",
     )

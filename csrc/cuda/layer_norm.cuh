@@ -1,0 +1,125 @@
+// h = x + residual;  y = weight * (h - mean) * rstd + bias,  mean and rstd over each row of D elements.
+//
+// Bytes: x and residual once in, y and h once out, in accesses of 128 bits; weight and bias come from the caches. A row
+// belongs to `lanes` threads, a power of two, each of which keeps kPer accesses of it in registers; a block has several
+// rows or, where a row takes more than a warp, one. Layout: contiguous rows.
+//
+// Statistics: two passes over registers, the mean, then the deviations from it, whose sum also corrects the mean.
+// Nothing cancels when mean >> std. A row's bits depend on the row alone.
+#pragma once
+#include "cuda/common.cuh"
+
+namespace difusores {
+namespace cuda {
+
+constexpr unsigned kLayerNormThreads = 128;
+
+// Threads of a row at most: what keeps 16384 elements, and leaves each thread registers enough.
+constexpr __host__ __device__ unsigned most_lanes(int vec) { return vec == 8 ? 512 : 1024; }
+
+// Sums over the threads of a row, the same bits in each. Where a row has more than a warp its block has nothing else;
+// `parts` holds a float2 for every warp and is not in use.
+__device__ __forceinline__ float2 row_sum(float a, float b, unsigned lanes, float2* parts) {
+    if (lanes > kWarp) return block_sum(a, b, parts);
+#pragma unroll
+    for (unsigned other = kWarp / 2; other; other /= 2) {
+        if (other >= lanes) continue;  // all threads go the same way
+        a += __shfl_xor_sync(kAllLanes, a, static_cast<int>(other));
+        b += __shfl_xor_sync(kAllLanes, b, static_cast<int>(other));
+    }
+    return make_float2(a, b);
+}
+
+template <int kVec, int kPer>
+__global__ void __launch_bounds__(most_lanes(kVec), 1)
+    layer_norm_kernel(const __grid_constant__ LayerNormArgs args, const __grid_constant__ LayerNormPlan plan) {
+    DIFUSORES_SHARED(float2, parts, 2 * most_lanes(kVec) / kWarp);
+    const unsigned lane = threadIdx.x % plan.lanes;  // a power of two
+    const int64_t row = int64_t{blockIdx.x} * (plan.threads / plan.lanes) + threadIdx.x / plan.lanes;
+    const int64_t begin = row * args.columns;
+    const auto column = [&](int k) { return (static_cast<int64_t>(lane) + int64_t{k} * plan.lanes) * kVec; };
+    const auto inside = [&](int k) { return row < args.rows && column(k) < args.columns; };
+    Packed<kVec> from_x[kPer], from_r[kPer];
+#pragma unroll
+    for (int k = 0; k < kPer; ++k) {
+        if (!inside(k)) continue;
+        from_x[k] = get<kVec>(args.x, begin + column(k), args.dtype);
+        if (args.residual) from_r[k] = get<kVec>(args.residual, begin + column(k), args.dtype);
+    }
+    float h[kPer][kVec], total = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kPer; ++k) {
+        if (!inside(k)) continue;
+        unpack<kVec>(from_x[k], args.dtype, h[k]);
+        if (args.residual) {
+            float r[kVec];
+            unpack<kVec>(from_r[k], args.dtype, r);
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) h[k][j] += r[j];
+        }
+        if (args.sum) put<kVec>(args.sum, begin + column(k), args.dtype, pack<kVec>(args.dtype, h[k]));
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) total += h[k][j];
+    }
+    const float count = static_cast<float>(args.columns), mean = row_sum(total, 0.0f, plan.lanes, parts).x / count;
+    float deviation = 0.0f, squares = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kPer; ++k) {
+        if (!inside(k)) continue;
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+            h[k][j] -= mean;
+            deviation += h[k][j];
+            squares = fmaf(h[k][j], h[k][j], squares);
+        }
+    }
+    const float2 both = row_sum(deviation, squares, plan.lanes, parts + most_lanes(kVec) / kWarp);
+    const float delta = both.x / count, m2 = fmaf(-both.x, delta, both.y);
+    const float rstd = 1.0f / sqrtf((m2 < 0.0f ? 0.0f : m2) / count + static_cast<float>(args.eps));
+#pragma unroll
+    for (int k = 0; k < kPer; ++k) {
+        if (!inside(k)) continue;
+        float w[kVec], b[kVec];
+        params<kVec>(args.weight, 0, column(k), 1.0f, w);
+        params<kVec>(args.bias, 0, column(k), 0.0f, b);
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) h[k][j] = fmaf((h[k][j] - delta) * rstd, w[j], b[j]);
+        put<kVec>(args.y, begin + column(k), args.dtype, pack<kVec>(args.dtype, h[k]));
+    }
+}
+
+// lanes == 0: a row is longer than a block keeps.
+inline __host__ LayerNormPlan plan_layer_norm(const LayerNormArgs& args) {
+    LayerNormPlan plan{};
+    plan.vec = 16 / bytes_of(args.dtype);
+    bool wide = args.columns % plan.vec == 0 && aligned_params(args.weight) && aligned_params(args.bias);
+    for (const void* p : {args.x, args.residual, static_cast<const void*>(args.y), static_cast<const void*>(args.sum)})
+        wide = wide && aligned(p, 0, args.dtype, 16);
+    if (!wide) plan.vec = 1;
+    const int64_t vectors = args.columns / plan.vec;
+    for (const int per : {4, 5, 16}) {  // 5: widths of 320, 640, 1280 leave no lane idle
+        if ((plan.vec == 1) != (per == 16)) continue;
+        unsigned lanes = 1;
+        while (int64_t{lanes} * per < vectors && lanes <= most_lanes(plan.vec)) lanes *= 2;
+        if (lanes > most_lanes(plan.vec) ||
+            (plan.lanes && plan.lanes * plan.per_lane <= lanes * static_cast<unsigned>(per)))
+            continue;
+        plan.lanes = lanes, plan.per_lane = per;
+    }
+    plan.threads = plan.lanes > kWarp ? plan.lanes : kLayerNormThreads;
+    return plan;
+}
+
+// launch(kernel, grid, threads, dynamic shared bytes, arguments of the kernel …)
+template <class Launch>
+__host__ auto launch_layer_norm(const LayerNormArgs& args, const LayerNormPlan& plan, const Launch& launch) {
+    const int64_t rows = plan.threads / plan.lanes;
+    const dim3 grid = {static_cast<unsigned>((args.rows + rows - 1) / rows), 1, 1};
+    const auto kernel = plan.vec == 1   ? layer_norm_kernel<1, 16>
+                        : plan.vec == 4 ? (plan.per_lane == 4 ? layer_norm_kernel<4, 4> : layer_norm_kernel<4, 5>)
+                                        : (plan.per_lane == 4 ? layer_norm_kernel<8, 4> : layer_norm_kernel<8, 5>);
+    return launch(kernel, grid, plan.threads, 0, args, plan);
+}
+
+}  // namespace cuda
+}  // namespace difusores
