@@ -22,7 +22,7 @@ SHAPES = [
     (3, 40),
     (1, 24, 33, 31),
     (2, 8, 2, 3, 4),
-    (2, 320, 77),
+    (2, 40, 77),
     (0, 4, 2),
 ]
 OPTIONS = [("bias", "add", "residual", "scale"), ("bias",), ("residual",), ("add", "residual"), ()]
