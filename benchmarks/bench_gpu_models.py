@@ -95,15 +95,14 @@ class Network:
         torch.manual_seed(0)
         with torch.device(device):
             model = getattr(diffusers, workload.kind)(**workload.config)
-        self.weights = {k: t.half().to(t.dtype) for k, t in model.state_dict().items()}
+        self.weights = {k: t.half().to(dtype) for k, t in model.state_dict().items()}
 
     def model(self, library: Any, last: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
-        """A library's model with the weights, in memory of its own."""
+        """A library's model with the weights, which models of one dtype and layout share."""
         with torch.device("meta"):
             model: nn.Module = getattr(library, self.workload.kind)(**self.workload.config)
-        dtype = dtype or self.dtype
-        own = {k: t.to(dtype, copy=True) for k, t in self.weights.items()}
-        model.load_state_dict(own, assign=True)
+        weights = {k: t.to(dtype or self.dtype) for k, t in self.weights.items()}
+        model.load_state_dict(weights, assign=True)
         model = model.eval().requires_grad_(False)
         return model.to(memory_format=torch.channels_last) if last else model
 
@@ -265,13 +264,13 @@ def once(call: Call, device: str) -> float:
 
 
 def compare(
-    makers: dict[str, Callable[[], Call]], oracle: Call, device: str, dtype: torch.dtype, seconds: float
+    makers: dict[str, Callable[[], Call]], want: Tensor, device: str, dtype: torch.dtype, seconds: float
 ) -> dict[str, dict[str, Any]]:
-    """Every contestant's distance from the oracle and milliseconds; that of the first sets the limit."""
+    """Every contestant's distance from what the oracle wants, and milliseconds; the first sets the limit."""
     rows: dict[str, dict[str, Any]] = {}
     ready: dict[str, Call] = {}
     with torch.no_grad():
-        want, limit = oracle(), None
+        limit = None
         for name, make in makers.items():
             row = rows[name] = {}
             start = time.perf_counter()
@@ -312,11 +311,10 @@ def measure(
 ) -> dict[str, Any]:
     """Every contestant's row for one network."""
     net = Network(workload, device, dtype)
-    wide = net.call(net.model(diffusers, dtype=net.wide), dtype=net.wide)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        wide()
+        want = net.call(net.model(diffusers, dtype=net.wide), dtype=net.wide)()
     tera = counter.get_total_flops() / 1e12
-    rows = compare(contestants(net, compiles), wide, device, dtype, seconds)
+    rows = compare(contestants(net, compiles), want, device, dtype, seconds)
     for row in rows.values():
         if "ms" in row:
             row["tflop_per_s"] = round(tera / row["ms"] * 1e3, 1)
@@ -334,8 +332,9 @@ def measure_loop(
 ) -> dict[str, Any]:
     """Every contestant's row for one loop, with images a second."""
     loop = Loop(Network(workload, device, dtype), scheduler, steps)
-    wide = loop.theirs(loop.net.model(diffusers, dtype=loop.net.wide), loop.net.wide)
-    rows = compare(loops(loop, compiles), wide, device, dtype, seconds)
+    with torch.no_grad():
+        want = loop.theirs(loop.net.model(diffusers, dtype=loop.net.wide), loop.net.wide)()
+    rows = compare(loops(loop, compiles), want, device, dtype, seconds)
     for row in rows.values():
         if "ms" in row:
             row["images_per_s"] = round(1e3 * workload.sample[0] / 2 / row["ms"], 2)

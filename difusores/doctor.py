@@ -35,7 +35,7 @@ def examine() -> dict[str, Any]:
 
     Keys: `folder` (of the package that answers), `versions` (None: not installed), `environment` (the
     variables set), `modules` and `ops` (None where available, else the reason), `build` (empty without the
-    compiled module), `problems` (sentences).
+    compiled module), `graph_capture` (a sentence), `problems` (sentences).
     """
     environment = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     problems = native.environment_errors()
@@ -63,8 +63,33 @@ def examine() -> dict[str, Any]:
         "modules": dict(native.load().reasons),
         "build": native.build_info(),
         "ops": ops,
+        "graph_capture": examine_graphs(),
         "problems": problems,
     }
+
+
+def examine_graphs(device: str = "cuda") -> str:
+    """Whether a small run as a CUDA graph has the bits of the loop; tried where there is a GPU."""
+    try:
+        torch = import_module("torch")
+        if device == "cuda" and not torch.cuda.is_available():
+            return "not exercised: no CUDA device was found"
+        layer = torch.nn.Conv2d(4, 4, 3, padding=1).to(device)
+        plan = import_module("difusores.schedulers").DDPMScheduler().plan(3)
+
+        def model(x: Any, time: Any) -> Any:
+            return layer(x)
+
+        for _ in range(2):  # the first run is captured, the second replayed
+            x, seeds = torch.randn(1, 4, 8, 8, device=device), [1]
+            want, got = (
+                plan.run(model, x, noise="philox", seeds=seeds, graph=graph) for graph in (False, True)
+            )
+            if not torch.equal(got, want):
+                return "broken: a captured run has other bits than the loop"
+    except Exception as error:
+        return f"broken: {native.one_line(error)}"
+    return "exercised: a captured run has the bits of the loop"
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -75,6 +100,7 @@ def describe(report: dict[str, Any]) -> str:
             lines += [title, *(f"  {name:18}{_text(value)}" for name, value in report[title].items()), ""]
     lines.append("compiled modules")
     lines += [f"  {name:18}{_state(reason)}" for name, reason in report["modules"].items()]
+    lines += ["", "CUDA graphs", f"  {'graph capture':18}{report['graph_capture']}"]
     for op, backends in report["ops"].items():
         lines += ["", op, *(f"  {name:18}{_state(reason)}" for name, reason in backends.items())]
     if report["problems"]:

@@ -16,7 +16,7 @@ import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from types import FunctionType, MethodType
 from typing import Any
@@ -65,8 +65,17 @@ class Recorder:
         """What replays the function's launches, and what it returned, whose memory a replay writes."""
         graph = torch.cuda.CUDAGraph()
         capture = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
-        with _one_at_a_time, torch.cuda.device(self.device), capture:
-            result = function()
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            try:
+                with _one_at_a_time, capture:
+                    result = function()
+            except RuntimeError:  # after which PyTorch stays on its stream, and in this pool
+                torch.cuda.set_stream(stream)
+                with suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+                self.pool = torch.cuda.graph_pool_handle()
+                raise
         return graph.replay, result
 
     @contextmanager
@@ -77,6 +86,10 @@ class Recorder:
             stream.wait_event(self.done)
             yield
             self.done.record(stream)
+
+    def wait(self) -> None:
+        """Until all replays are over, so that their memory can be given back."""
+        self.done.synchronize()
 
 
 class Graph:
@@ -128,7 +141,8 @@ class Graphs:
 
     def keep(self, key: Hashable, graph: Any) -> None:
         self.graphs[key] = graph
-        while len(self.graphs) > KEPT:
+        if len(self.graphs) > KEPT:
+            self._wait()
             self.graphs.popitem(last=False)
 
     def recorder(self, device: torch.device) -> Recorder:
@@ -137,8 +151,13 @@ class Graphs:
         return self.recorders[device]
 
     def clear(self) -> None:
+        self._wait()
         self.graphs.clear()
         self.recorders.clear()  # a pool is not used again after its last graph
+
+    def _wait(self) -> None:
+        for recorder in self.recorders.values():
+            recorder.wait()
 
 
 _of_models: WeakKeyDictionary[Any, Graphs] = WeakKeyDictionary()

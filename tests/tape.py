@@ -68,3 +68,6 @@ class TapeRecorder:
     @contextmanager
     def turn(self) -> Iterator[None]:
         yield
+
+    def wait(self) -> None:
+        pass

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from tape import Tape
 from torch import Tensor, nn
 
 import difusores
-from difusores import graphs, sampling
+from difusores import doctor, graphs, sampling
 from difusores.plan import Plan
 
 SHAPE = (2, 4, 8, 8)
@@ -305,6 +306,23 @@ def test_an_adapter_is_one_more_graph_and_fused_it_is_none(captures: Callable[[]
     adapters.activate({"a": 1.0})
     adapters.fuse(0.7)
     check(3)
+
+
+def test_the_doctor_tries_it(captures: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        assert doctor.examine()["graph_capture"] == "not exercised: no CUDA device was found"
+    assert doctor.examine_graphs("cpu") == "exercised: a captured run has the bits of the loop"
+    assert captures() == 1
+    monkeypatch.setattr(Tape, "replay", lambda tape: None)
+    assert doctor.examine_graphs("cpu") == "broken: a captured run has other bits than the loop"
+    monkeypatch.setattr(graphs, "refusal", lambda device: "no luck")
+    assert doctor.examine_graphs("cpu") == "broken: graph=True: no luck"
+    assert "  graph capture" in doctor.describe(doctor.examine())
+
+
+@CUDA
+def test_the_doctor_finds_it_works() -> None:
+    assert doctor.examine_graphs() == "exercised: a captured run has the bits of the loop"
 
 
 @CUDA
