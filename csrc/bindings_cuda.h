@@ -45,7 +45,7 @@ class OnDevice {
     // A new contiguous tensor of x's dtype.
     Tensor contiguous(const Tensor& x, const std::vector<int64_t>& sizes) const {
         int32_t dtype = 0;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
         std::vector<int64_t> strides(sizes.size(), 1);
         for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
         return empty(dtype, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data());
