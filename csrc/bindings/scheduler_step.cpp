@@ -99,8 +99,9 @@ bool unwatched() {
     return none;
 }
 
-// A plain dense tensor on the CPU that autograd does not follow, or false.
-bool look(PyObject* object, bool records, dlpack::Tensor& t) {
+// A plain dense tensor on the CPU that autograd does not follow, or false. Whether its numbers are the negatives of what
+// lies in memory is not asked of ours, rows and slots: the question costs more than all else here.
+bool look(PyObject* object, bool records, bool ours, dlpack::Tensor& t) {
     static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
     static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
     if (Py_TYPE(object) != g_tensor) return false;
@@ -109,10 +110,13 @@ bool look(PyObject* object, bool records, dlpack::Tensor& t) {
         Py_XDECREF(answer);
         if (answer != Py_False) return false;
     }
-    PyObject* const negative = PyObject_CallMethodNoArgs(object, is_neg);
-    Py_XDECREF(negative);
-    return negative == Py_False && !g_exchange->dltensor_from_py_object_no_sync(object, &t) &&
-           t.device_type == dlpack::kCPU && t.ndim >= 1 && t.type_lanes == 1;
+    if (!ours) {
+        PyObject* const negative = PyObject_CallMethodNoArgs(object, is_neg);
+        Py_XDECREF(negative);
+        if (negative != Py_False) return false;
+    }
+    return !g_exchange->dltensor_from_py_object_no_sync(object, &t) && t.device_type == dlpack::kCPU && t.ndim >= 1 &&
+           t.type_lanes == 1;
 }
 
 bool kernel_dtype(const dlpack::Tensor& t, DType& dtype) {
@@ -126,10 +130,10 @@ bool kernel_dtype(const dlpack::Tensor& t, DType& dtype) {
 void* data(const dlpack::Tensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
 
 // An operand (None: absent) of the sample's shape and per-image strides, or false.
-bool look_operand(PyObject* object, bool records, const Shape& sample, Operand& operand) {
+bool look_operand(PyObject* object, bool records, bool ours, const Shape& sample, Operand& operand) {
     if (object == Py_None) return true;
     dlpack::Tensor t;
-    if (!look(object, records, t) || !kernel_dtype(t, operand.dtype)) return false;
+    if (!look(object, records, ours, t) || !kernel_dtype(t, operand.dtype)) return false;
     const Shape shape(t.shape, t.strides, t.ndim);
     if (!shape.same_image(sample) || shape.sizes[0] != sample.sizes[0]) return false;
     operand.ptr = data(t), operand.batch_stride = shape.strides[0];
@@ -203,8 +207,8 @@ Made make(PyObject* given_row, PyObject* given_sample, PyObject* model_output, P
     const bool records = aoti_torch_grad_mode_is_enabled();
     dlpack::Tensor row, sample;
     SchedulerStepArgs a{};
-    if (!look(given_row, false, row) || row.type_code != dlpack::kFloat || row.type_bits != 64 || row.ndim != 1 ||
-        row.shape[0] != 40 || row.strides[0] != 1 || !look(given_sample, records, sample) ||
+    if (!look(given_row, false, true, row) || row.type_code != dlpack::kFloat || row.type_bits != 64 || row.ndim != 1 ||
+        row.shape[0] != 40 || row.strides[0] != 1 || !look(given_sample, records, false, sample) ||
         !kernel_dtype(sample, a.sample.dtype) || (only_f32 && a.sample.dtype != DType::f32))
         return {};
     const Shape shape(sample.shape, sample.strides, sample.ndim);
@@ -216,11 +220,11 @@ Made make(PyObject* given_row, PyObject* given_sample, PyObject* model_output, P
         return {};
     a.row = static_cast<const double*>(data(row));
     a.sample.ptr = data(sample), a.sample.batch_stride = shape.strides[0];
-    if (!look_operand(model_output, records, shape, a.e[0]) || a.e[0].dtype != a.sample.dtype ||
-        !look_operand(noise, records, shape, a.noise))
+    if (!look_operand(model_output, records, false, shape, a.e[0]) || a.e[0].dtype != a.sample.dtype ||
+        !look_operand(noise, records, false, shape, a.noise))
         return {};
     for (Py_ssize_t k = 0; k < slots; ++k)
-        if (!look_operand(PyTuple_GET_ITEM(given_slots, k), records, shape, a.slots[k])) return {};
+        if (!look_operand(PyTuple_GET_ITEM(given_slots, k), records, true, shape, a.slots[k])) return {};
     PyObject* const made = PyTuple_New(outputs);
     if (!made) return {};
     const auto drop = [&]() -> Made {

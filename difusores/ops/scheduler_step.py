@@ -419,7 +419,7 @@ def plain_step(
     its results lie in memory that dropped results of the same size have left.
 
     Args:
-        row, sample, model_output, slots, noise: as there.
+        row, sample, model_output, slots, noise: as there; row and slots are no negated views.
         outputs: positions in OUTPUTS, without "m".
         places: positions in (*results, sample, noise, *slots) of what the slots hold afterwards.
 
@@ -442,7 +442,8 @@ def shortcut() -> Any:
     carrying it out. It moves the run on and returns the first `returned` results; or None, and the run stays;
     or what the stage draws, if it draws noise and none was given. `only_fp32`: no sample of another dtype.
     """
-    return None if torch.compiler.is_compiling() else _without_dispatcher()
+    # not `is_compiling`, which takes longer: other tracers than Dynamo are modes, and those are looked for
+    return None if torch.compiler.is_dynamo_compiling() else _without_dispatcher()
 
 
 @functools.cache

@@ -435,7 +435,7 @@ def advance(
     sample, model_output, noise, variance = _broadcast(sample, model_output, noise, variance)
     results = _step_by_general_way(cached, sample, model_output, slots, noise, variance, upcast)
     held = (*results, sample, noise, *slots)
-    return results, tuple([held[place] for place in places])
+    return results, tuple([held[place].resolve_neg() for place in places])  # read as they lie in memory later
 
 
 def drawn(draw: Noise, sample: Tensor, model_output: Tensor, generator: Generators) -> Tensor:
