@@ -80,7 +80,7 @@ GROUP_NORM = (
 )
 TOKENS = ((2, 4096, 320), (2, 1024, 640), (2, 256, 1280), (2, 4096, 640), (2, 1024, 1280))
 LATENTS = ((1, 4, 64, 64), (2, 4, 128, 128), (8, 3, 512, 512))
-OPS = ("attention", "group_norm_silu", "layer_norm", "geglu", "scheduler_step")
+OPS = ("attention", "group_norm_silu", "layer_norm", "geglu", "bias_residual", "scheduler_step")
 
 
 def cases(op: str, dtype: torch.dtype, device: torch.device, quick: bool = False) -> Iterator[Case]:
@@ -90,6 +90,7 @@ def cases(op: str, dtype: torch.dtype, device: torch.device, quick: bool = False
         "group_norm_silu": (group_norm_silu, GROUP_NORM),
         "layer_norm": (layer_norm, TOKENS),
         "geglu": (geglu, TOKENS),
+        "bias_residual": (bias_residual, GROUP_NORM),
         "scheduler_step": (scheduler_step, LATENTS),
     }
     make, shapes = of[op]
@@ -216,6 +217,26 @@ def geglu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> I
         ours=lambda: ops.geglu(both),
         oracle=lambda: eager(both.double()),
         bytes=size(both) * 3 // 2,
+    )
+
+
+def bias_residual(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """What follows a convolution without bias; channels_last, in which they are fastest."""
+    x, residual = (
+        torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=LAST) for _ in "12"
+    )
+    bias = torch.randn(shape[1], device=device, dtype=dtype)
+
+    def eager(x: Tensor = x, r: Tensor = residual, b: Tensor = bias) -> Tensor:
+        return x + b[:, None, None] + r
+
+    yield Case(
+        "bias_residual",
+        f"{shape_of(shape)} channels_last",
+        eager=eager,
+        ours=lambda: ops.bias_residual(x, bias, residual=residual),
+        oracle=lambda: eager(x.double(), residual.double(), bias.double()),
+        bytes=size(x, x, x),
     )
 
 
