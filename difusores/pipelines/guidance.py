@@ -17,7 +17,7 @@ from difusores.sampling import Model
 
 
 class GuidedPipeline(DiffusionPipeline):
-    """Base of pipelines whose `unet` is called with a condition and without: for both at once, or for each."""
+    """Base of pipelines whose `unet` is called with a condition and without: for both at once or for each."""
 
     unet: Any
     _separate_guidance = False

@@ -321,7 +321,7 @@ class TestClasses:
 
     @pytest.mark.parametrize("planned", [True, False])
     def test_separate_guidance(self, pipeline: Any, planned: bool) -> None:
-        """The model is called for the labels and for the null label by themselves; the images are the same."""
+        """The model is called for labels and for null labels by themselves; the images are the same."""
 
         class SameSteps(DDIMScheduler):
             def step(self, *args: Any, **kwargs: Any) -> Any:
