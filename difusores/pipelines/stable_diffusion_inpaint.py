@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from difusores.pipelines.latent import StepCallback
+from difusores.pipelines.mask_crop import MaskCrop
 from difusores.pipelines.prompted import BESIDE, Texts
 from difusores.pipelines.stable_diffusion import StableDiffusionBase, StableDiffusionPipelineOutput
 from difusores.sampling import Generators
@@ -72,7 +73,8 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
                 `height` and `width`.
             mask_image: 1 where the image is made anew, see `preprocess_mask`.
             masked_image_latents: [N, 4, h, w] of the image without the masked part, in place of encoding it.
-            padding_mask_crop: not supported.
+            padding_mask_crop: sample the part around the mask alone, with that many pixels more on each side,
+                at `height` and `width`, and put it back into the image, see `MaskCrop`.
             strength: share of the steps that is done, from the end; 1 begins at noise alone.
 
         The other arguments and Raises are those of `StableDiffusionPipeline`.
@@ -87,9 +89,11 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
             ip_adapter_image,
             ip_adapter_image_embeds,
         )
-        if padding_mask_crop is not None:
-            raise NotImplementedError(f"padding_mask_crop is {padding_mask_crop}; only None is supported")
         size = self._image_size(height, width, None)
+        crop = None
+        if padding_mask_crop is not None:
+            crop = MaskCrop.around(image, mask_image, padding_mask_crop, size, output_type)
+            image, mask_image = crop.parts(size)
         count, conditions = self._conditions(
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt
         )
@@ -108,7 +112,7 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
             generator,
             "noise" if strength == 1 else "noisy image",
         )
-        return self._sample(
+        result = self._sample(
             run,
             first,
             conditions,
@@ -121,3 +125,6 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
             callback=callback_on_step_end,
             callback_inputs=callback_on_step_end_tensor_inputs,
         )
+        if crop is not None:
+            crop.put_back(result[0])
+        return result

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from difusores.pipelines.latent import StepCallback
+from difusores.pipelines.mask_crop import MaskCrop
 from difusores.pipelines.prompted import BESIDE, Texts
 from difusores.pipelines.stable_diffusion_xl_base import (
     Size,
@@ -102,13 +103,15 @@ class StableDiffusionXLInpaintPipeline(StableDiffusionXLImageBase):
             ip_adapter_image,
             ip_adapter_image_embeds,
         )
-        if padding_mask_crop is not None:
-            raise NotImplementedError(f"padding_mask_crop is {padding_mask_crop}; only None is supported")
         if latents is not None and denoising_start is not None:
             raise ValueError(
                 "latents and denoising_start are given: the run begins at the image's latents then"
             )
         size = self._image_size(height, width, None)
+        crop = None
+        if padding_mask_crop is not None:
+            crop = MaskCrop.around(image, mask_image, padding_mask_crop, size, output_type)
+            image, mask_image = crop.parts(size)
         count, conditions = self._conditions(
             num_images_per_prompt,
             prompt,
@@ -155,7 +158,7 @@ class StableDiffusionXLInpaintPipeline(StableDiffusionXLImageBase):
             aesthetic_score,
             negative_aesthetic_score,
         )
-        return self._sample(
+        result = self._sample(
             run,
             first,
             conditions,
@@ -169,3 +172,6 @@ class StableDiffusionXLInpaintPipeline(StableDiffusionXLImageBase):
             callback=callback_on_step_end,
             callback_inputs=callback_on_step_end_tensor_inputs,
         )
+        if crop is not None:
+            crop.put_back(result[0])
+        return result

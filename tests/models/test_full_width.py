@@ -1,7 +1,10 @@
-"""Stable Diffusion 1.5's UNet and autoencoder at full width against diffusers; one copy of bf16 weights."""
+"""Stable Diffusion 1.5 at full width against diffusers; the memory of its weights and of decoding by tiles."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -67,3 +70,38 @@ def test_a_bf16_unet_holds_one_copy_of_its_weights(tmp_path: Any) -> None:
     held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in loaded.parameters()}
     assert sum(held.values()) == weights
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+
+DECODE = """
+import json, sys, torch
+from difusores import AutoencoderKL
+
+model = AutoencoderKL(**json.loads(sys.argv[1])).eval()
+model.enable_tiling()
+for block in model.decoder.up_blocks:
+    for layer in block.resnets[1:]:  # these need no more memory than the first, and much time
+        layer.forward = lambda hidden, temb=None: hidden
+whole, calls = model.decoder.forward, []
+
+def decode(z):
+    calls.append(z.shape[2:])
+    # the last tile of whole size in the last row of such: most is held then
+    if len(calls) == 29:
+        return whole(z)
+    return torch.ones(1, 3, *(8 * side for side in z.shape[2:]))
+
+model.decoder.forward = decode
+with torch.no_grad():
+    image = model.decode(torch.randn(1, 4, 256, 256)).sample
+assert image.shape == (1, 3, 2048, 2048) and len(calls) == 36 and calls[28] == (64, 64)
+assert image.isfinite().all() and image[0, 0, -500:, -500:].std() > 0
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def test_2048_pixels_are_decoded_within_3_gb() -> None:
+    """All of the process, in float32, which needs most; of 36 tiles one is computed, the others stand in."""
+    command = [sys.executable, "-c", DECODE, json.dumps(KL_F8)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) * 1024 < 3e9

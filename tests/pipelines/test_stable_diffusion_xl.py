@@ -432,7 +432,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         "aesthetic_score .* 9.0 and 2.5, and this model is told none",
     ),
-    (FILL, {"padding_mask_crop": 3}, NotImplementedError, "padding_mask_crop is 3"),
+    (FILL, {"padding_mask_crop": 3}, ValueError, "image is a Tensor; padding_mask_crop needs a PIL image"),
     (
         FILL,
         {"masked_image_latents": torch.zeros(1, 4, 8, 8)},

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import difusores
 from difusores.pipelines.pipeline import follows_plan
@@ -110,6 +111,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     (TEXT, {"original_size": (40, 20), "crops_coords_top_left": (3, 5), "target_size": (9, 7)}),
     (TEXT, {"negative_original_size": (4, 2), "negative_target_size": (9, 7)}),
     (TEXT, {"denoising_end": 0.6, "output_type": "latent"}),
+    (TEXT, {"denoising_end": 0.499, "output_type": "latent"}),  # at a step's own time, 501 of 1000
     (TEXT, {"timesteps": [900, 500, 100]}),
     (CHANGE, {"original_size": (40, 20), "negative_original_size": (4, 2), "negative_target_size": (9, 7)}),
     (CHANGE, {"crops_coords_top_left": (3, 5), "negative_original_size": (4, 2), "target_size": (9, 7)}),
@@ -132,6 +134,26 @@ def test_heun_in_the_middle(save: Any, kind: str) -> None:
     options: dict[str, Any] = {"denoising_start": 0.35, "denoising_end": 0.8, "num_inference_steps": 8}
     options |= {"image": IMAGE, "strength": {CHANGE: 0.3, FILL: 0.9999}[kind]}
     assert difference(save(kind), kind, "heun", **options) < 2e-3
+
+
+@pytest.mark.parametrize("kind", [CHANGE, FILL])
+def test_heun_by_strength(save: Any, kind: str) -> None:
+    assert difference(save(kind), kind, "heun", strength=0.6) < 2e-3
+
+
+def test_inpainting_a_part(save: Any) -> None:
+    """To the byte but for rounding."""
+    pixels = np.arange(30 * 40 * 3, dtype=np.uint8).reshape(30, 40, 3)
+    mask = np.zeros((30, 40), np.uint8)
+    mask[5:12, 20:33] = 255
+    given = {"image": Image.fromarray(pixels), "mask_image": Image.fromarray(mask), "output_type": "pil"}
+    ours, theirs = (
+        images(library, save(FILL), FILL, padding_mask_crop=4, **given)[0].astype(int)
+        for library in (difusores, diffusers)
+    )
+    assert np.abs(ours - theirs).max() <= 1 and ours.shape == (30, 40, 3)
+    changed = np.abs(ours - pixels).max(axis=2) > 1
+    assert changed[mask > 0].mean() > 0.5 and not changed[mask == 0].any()
 
 
 def test_nine_channels_from_the_middle(save: Any) -> None:
