@@ -61,7 +61,8 @@ class PromptedPipeline(SingleFilePipeline, Generic[Output]):
         check_callback_inputs(self, callback_inputs)
         if any(value is not None for value in refused):
             raise NotImplementedError(
-                "ip_adapter_image and ip_adapter_image_embeds: there are no IP adapters"
+                "ip_adapter_image and ip_adapter_image_embeds have to be None: IP adapters are not supported, "
+                "since the UNets have no keys and values for images"
             )
         if not 0 <= guidance_rescale <= 1:
             raise ValueError(f"guidance_rescale is {guidance_rescale}; it is a share, from 0 to 1")

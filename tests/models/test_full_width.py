@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 at full width against diffusers; the memory of its weights and of decoding by tiles."""
+"""Stable Diffusion 1.5 at full width against diffusers; memory of its weights, and of decoding by tiles."""
 
 from __future__ import annotations
 
