@@ -158,6 +158,10 @@ def test_graphs_are_few_and_go_with_their_model(captures: Callable[[], int]) -> 
     assert captures() == graphs.KEPT + 3 and len(kept.graphs) == graphs.KEPT
     plan.run(model, noise(1, (1, 4, 6, 8)), graph=True)  # gone, and the next one gone for it
     assert captures() == graphs.KEPT + 4
+    for height, new in ((8, 0), (30, 1), (8, 0)):  # that of the least recent use goes
+        before = captures()
+        plan.run(model, noise(1, (1, 4, height, 8)), graph=True)
+        assert captures() == before + new
     graphs.forget_graphs(model)
     assert not kept.graphs and not kept.recorders
     plan.run(model, noise(1), graph=True)
@@ -219,6 +223,21 @@ def test_closures_and_methods(captures: Callable[[], int]) -> None:
     for _ in range(2):
         assert torch.equal(plan.run(network.forward, x, graph=True), plan.run(network, x))
     assert captures() == 3
+
+
+def test_two_methods_of_an_object(captures: Callable[[], int]) -> None:
+    class Two:
+        def plus(self, x: Tensor, t: Tensor) -> Tensor:
+            return x + 1
+
+        def minus(self, x: Tensor, t: Tensor) -> Tensor:
+            return x - 1
+
+    plan, x, two = PLANS["ddim"](), noise(1), Two()
+    for model in (two.plus, two.minus):
+        for _ in range(2):
+            assert torch.equal(plan.run(model, x, graph=True), plan.run(model, x))
+    assert captures() == 2
 
 
 def test_what_cannot_be_captured_is_said(captures: Callable[[], int]) -> None:
