@@ -250,17 +250,21 @@ def decisions(model: Any) -> tuple[Hashable, ...]:
     has `decisions` says itself what can change in it. New values in the same memory change nothing of this.
     """
     found: list[Any] = [getattr(model, "__func__", None)]
-    stack: list[nn.Module] = _modules_of(model)
-    while stack:
+    stack: list[nn.Module | None] = [*_modules_of(model)]
+    while stack:  # a thousand modules, before each run: through their dictionaries
         module = stack.pop()
+        if module is None:
+            continue
         state = module.__dict__
-        found += [type(module), module.training]
-        for group in (module._parameters, module._buffers):
-            found += [t.data_ptr() for t in group.values() if t is not None]
-        stack += [child for child in module._modules.values() if child is not None]
-        found += [_decision(state[name]) for name in ("forward", "processor") if name in state]
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            found += filter(None, map(_decision, hooks.values()))
+        found += (type(module), module.training)
+        found += [t.data_ptr() for t in state["_parameters"].values() if t is not None]
+        found += [t.data_ptr() for t in state["_buffers"].values() if t is not None]
+        stack += state["_modules"].values()
+        if "forward" in state or "processor" in state:
+            found += [_decision(state[name]) for name in ("forward", "processor") if name in state]
+        if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+            hooks = (*state["_forward_pre_hooks"].values(), *state["_forward_hooks"].values())
+            found += filter(None, map(_decision, hooks))
         if "scaling" in state:  # of a layer of peft
             found += [repr(state.get(name)) for name in ("scaling", "_active_adapter", "_disable_adapters")]
     return tuple(found)
