@@ -161,8 +161,11 @@ def contestants(net: Network, compiles: bool) -> dict[str, Callable[[], Call]]:
         "diffusers accelerated": lambda: net.call(net.accelerated(diffusers)),
         "diffusers accelerated graph": lambda: net.graphed(net.accelerated(diffusers)),
     }
-    for mode in COMPILE_MODES if compiles else ():
-        found[f"diffusers channels_last torch.compile {mode}"] = lambda mode=mode: compiled(net, mode)
+    if compiles:
+        name = "diffusers channels_last torch.compile"
+        for mode in COMPILE_MODES:
+            found[f"{name} {mode}"] = lambda mode=mode: compiled(net, mode)
+        found[f"{name} default graph"] = lambda: plain_graph(compiled(net, "default"))
     return found
 
 
@@ -264,9 +267,17 @@ def once(call: Call, device: str) -> float:
 
 
 def compare(
-    makers: dict[str, Callable[[], Call]], want: Tensor, device: str, dtype: torch.dtype, seconds: float
+    makers: dict[str, Callable[[], Call]],
+    want: Tensor,
+    device: str,
+    dtype: torch.dtype,
+    seconds: float,
+    fewest: int,
 ) -> dict[str, dict[str, Any]]:
-    """Every contestant's distance from what the oracle wants, and milliseconds; the first sets the limit."""
+    """Every contestant's distance from what the oracle wants, and milliseconds; the first sets the limit.
+
+    seconds, fewest: how long rounds are begun, and how many there are at least.
+    """
     rows: dict[str, dict[str, Any]] = {}
     ready: dict[str, Call] = {}
     with torch.no_grad():
@@ -276,7 +287,7 @@ def compare(
             start = time.perf_counter()
             try:
                 call = make()
-                for _ in range(3):  # compiled, captured and packed on the way
+                for _ in range(2):  # compiled, captured and packed on the way
                     got = call()
                 row["distance"] = float(f"{distance(got, want):.3g}")
             except Exception as error:
@@ -290,7 +301,7 @@ def compare(
             ready[name] = call
         samples: dict[str, list[float]] = {name: [] for name in ready}
         order, end, rounds = list(ready), time.perf_counter() + seconds, 0
-        while rounds < 5 or (time.perf_counter() < end and rounds < 200):
+        while rounds < fewest or (time.perf_counter() < end and rounds < 200):
             random.Random(rounds).shuffle(order)
             for name in order:
                 samples[name].append(once(ready[name], device))
@@ -314,7 +325,7 @@ def measure(
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         want = net.call(net.model(diffusers, dtype=net.wide), dtype=net.wide)()
     tera = counter.get_total_flops() / 1e12
-    rows = compare(contestants(net, compiles), want, device, dtype, seconds)
+    rows = compare(contestants(net, compiles), want, device, dtype, seconds, 7)
     for row in rows.values():
         if "ms" in row:
             row["tflop_per_s"] = round(tera / row["ms"] * 1e3, 1)
@@ -334,7 +345,7 @@ def measure_loop(
     loop = Loop(Network(workload, device, dtype), scheduler, steps)
     with torch.no_grad():
         want = loop.theirs(loop.net.model(diffusers, dtype=loop.net.wide), loop.net.wide)()
-    rows = compare(loops(loop, compiles), want, device, dtype, seconds)
+    rows = compare(loops(loop, compiles), want, device, dtype, seconds, 3)
     for row in rows.values():
         if "ms" in row:
             row["images_per_s"] = round(1e3 * workload.sample[0] / 2 / row["ms"], 2)
@@ -380,7 +391,7 @@ def main() -> None:
     parser.add_argument("--loop", nargs="*", choices=list(LOOPS), default=list(LOOPS))
     parser.add_argument("--compile", action="store_true", help="torch.compile too: minutes for each network")
     parser.add_argument(
-        "--seconds", type=float, default=6.0, help="time of the rounds of one network or loop"
+        "--seconds", type=float, default=4.0, help="time of the rounds of one network or loop"
     )
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     arguments = parser.parse_args()
