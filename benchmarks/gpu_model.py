@@ -168,6 +168,8 @@ class Trace(TorchDispatchMode):
         if name == "convolution":
             weight: Tensor = args[1]
             return 2 * out.numel() * weight[0].numel()
+        if name == "linear":
+            return 2 * args[1].numel() * args[0].shape[:-1].numel()
         if name in MATRIX:
             return 2 * out.numel() * args[-2 if name in ("mm", "bmm") else 1].shape[-1]
         return 0

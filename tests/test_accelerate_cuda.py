@@ -15,7 +15,7 @@ from test_accelerate import LIBRARIES, VARIANTS, distance, inputs, make, oracle,
 from torch import Tensor, nn
 
 import difusores
-from difusores.acceleration import merged, prompts
+from difusores.acceleration import cuda_blocks, cuda_layers, merged, prompts
 from difusores.acceleration.engine import SESSION, install
 from difusores.acceleration.prompts import Prompts
 from difusores.acceleration.report import Report
@@ -81,6 +81,27 @@ def test_agrees_and_comes_back(library: str, variant: str) -> None:
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key][0]) and value.stride() == state[key][1]
         assert value.untyped_storage().nbytes() == value.numel() * value.element_size(), key
+
+
+@pytest.mark.parametrize("variant", ["latents", "linear", "pixels"])
+def test_residuals_in_the_products(library: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the kernel of `linear` takes the call: the norms then have no residuals."""
+    monkeypatch.setattr(cuda_layers, "fused", lambda *_: True)
+    residuals: list[bool] = []
+    layer_norm = cuda_blocks.layer_norm
+
+    def watched(*args: Any, residual: Tensor | None = None, **options: Any) -> Any:
+        residuals.append(residual is not None)
+        return layer_norm(*args, residual=residual, **options)
+
+    monkeypatch.setattr(cuda_blocks, "layer_norm", watched)
+    model = make(library, variant)
+    cases = [inputs(variant), inputs(variant, 3)]
+    accelerate(model)
+    for case in cases:
+        assert distance(run(model, *case), oracle(model, *case)) <= BOUND
+    assert not any(residuals) and (variant == "pixels" or residuals)
+    difusores.restore(model)
 
 
 def test_what_is_one_product(model: nn.Module) -> None:

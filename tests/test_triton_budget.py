@@ -20,6 +20,8 @@ CASES = [
     "group_norm_silu 2x320x64x64 channels_last",
     "layer_norm 2x4096x320 residual",
     "geglu 2x4096x2560",
+    "linear 2x4096x320 residual",
+    "linear 2x4096x320 geglu",
     "scheduler_step guided",
     "attention 4096 of 40",
 ]

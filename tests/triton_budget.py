@@ -26,6 +26,8 @@ from triton.backends.compiler import GPUTarget
 BUDGET = Path(__file__).with_name("triton_budget.json")
 ARCHITECTURES = (80, 89, 90, 100, 120)
 MATRIX = {"matrix": r"HMMA\S*|HGMMA\S*|UTC\w*MMA\S*"}
+# What a kernel copies to shared memory without registers is a load too.
+PRODUCTS = {"attention": MATRIX, "linear": {**MATRIX, "wide_loads": r"LDG(?:STS)?\.\S*128"}}
 HALF = torch.float16
 
 
@@ -113,6 +115,23 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     ),
     "layer_norm 2x256x1280": ("layer_norm", (meta(2, 256, 1280), meta(1280), meta(1280), 1e-5, None, False)),
     "geglu 2x4096x2560": ("geglu", (meta(2, 4096, 2560), "none")),
+    "linear 2x4096x320 residual": (
+        "linear",
+        (meta(2, 4096, 320), meta(320, 320), meta(320), meta(2, 4096, 320), False),
+    ),
+    "linear 2x4096x1280 residual": (
+        "linear",
+        (meta(2, 4096, 1280), meta(640, 1280), meta(640), meta(2, 4096, 640), False),
+    ),
+    "linear 2x256x5120 residual": (
+        "linear",
+        (meta(2, 256, 5120), meta(1280, 5120), meta(1280), meta(2, 256, 1280), False),
+    ),
+    "linear 2x4096x320 geglu": (
+        "linear",
+        (meta(2, 4096, 320), meta(2560, 320), meta(2560), None, True),
+    ),
+    "linear 2x64x1280 geglu": ("linear", (meta(2, 64, 1280), meta(10240, 1280), meta(10240), None, True)),
     "scheduler_step guided": ("scheduler_step", step(noise=False)),
     "scheduler_step everything": ("scheduler_step", step(noise=True)),
     "attention 4096 of 40": ("attention", heads(4096, 4096, 8, 40)),
@@ -168,7 +187,7 @@ def usages(name: str, architecture: int) -> dict[str, Usage]:
             with tempfile.TemporaryDirectory() as folder:
                 cubin = Path(folder) / "kernel.cubin"
                 cubin.write_bytes(kernel.asm["cubin"])
-                instructions = INSTRUCTIONS | (MATRIX if op == "attention" else {})
+                instructions = INSTRUCTIONS | PRODUCTS.get(op, {})
                 (usage,) = inspected(cubin, instructions).values()
             usage["shared"] = kernel.metadata.shared  # dynamic, of which the file says nothing
             found[name if k == 0 else f"{name}, launch {k + 1}"] = usage

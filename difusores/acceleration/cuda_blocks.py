@@ -7,14 +7,14 @@ A transformer block adds each residual where the next normalisation reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difusores.acceleration.cuda_layers import leaves_its_bias, plain_layer_norm
+from difusores.acceleration.cuda_layers import adds_residual, leaves_its_bias, plain_layer_norm
 from difusores.acceleration.layers import (
     CHANNELS_LAST,
     Surroundings,
@@ -27,6 +27,7 @@ from difusores.acceleration.merged import Merged
 from difusores.acceleration.network import NetworkForward
 from difusores.acceleration.resnet import ResnetForward
 from difusores.acceleration.session import Forward, Session, hooked
+from difusores.acceleration.transformer import AttentionForward
 from difusores.models.transformer import NO_CONTEXT, Context
 from difusores.ops import layer_norm
 
@@ -162,13 +163,9 @@ class TransformerBlockForward(Forward):
         return why_not_block(self.module, tokens)
 
     def run(self, tokens: Tensor, context: Context = NO_CONTEXT) -> Tensor:
-        m = self.module
-        first = context.states if m.only_cross_attention else None
+        first = context.states if self.module.only_cross_attention else None
         return transform_tokens(
-            m,
-            tokens,
-            lambda x: m.attn1(x, first, context.self_bias),
-            lambda x: m.attn2(x, context.states, context.bias),
+            self.module, tokens, (first, context.self_bias), (context.states, context.bias)
         )
 
 
@@ -180,16 +177,34 @@ def why_not_block(m: Any, tokens: Tensor) -> str | None:
     return None if all(map(plain_layer_norm, norms)) else "a hook or another module stands at a normalisation"
 
 
-def transform_tokens(
-    m: Any, tokens: Tensor, first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """h = x + first(norm1(x)); h += second(norm2(h)); h + ff(norm3(h))."""
-    change, total = first(normed(m.norm1, tokens)), tokens
+Asked = tuple[Tensor | None, Tensor | None]
+"""What an attention looks at: states, None for the tokens themselves; what is added to the scores."""
+
+
+def transform_tokens(m: Any, tokens: Tensor, first: Asked, second: Asked) -> Tensor:
+    """h = x + attn1(norm1(x), *first); h += attn2(norm2(h), *second); h + ff(norm3(h))."""
+    hidden, total = normed(m.norm1, tokens), tokens
+    hidden, total = attended(m.attn1, hidden, total, first, m.norm3 if m.attn2 is None else m.norm2)
     if m.attn2 is not None:
-        hidden, total = normed_sum(m.norm2, change, total)
-        change = second(hidden)
-    hidden, total = normed_sum(m.norm3, change, total)
+        hidden, total = attended(m.attn2, hidden, total, second, m.norm3)
     return feed_forward(m.ff, hidden, total)
+
+
+def attended(attn: Any, x: Tensor, total: Tensor, asked: Asked, norm: Any) -> tuple[Tensor, Tensor]:
+    """total += attn(x, *asked), by its last product or else by the norm; returns norm(total) and total."""
+    forward: Any = attn.__dict__.get("forward")
+    if (
+        isinstance(forward, AttentionForward)
+        and not hooked(attn)
+        and not attn.training
+        and forward.declines(x, *asked) is None
+        and adds_residual(attn.to_out[0], x, total)
+    ):
+        total = forward.attend(x, *asked, total)
+        return normed(norm, total), total
+    change: Tensor = attn(x, *asked)
+    y, total = layer_norm(change, norm.weight, norm.bias, norm.eps, residual=total, return_sum=True)
+    return y, total
 
 
 def normed(norm: Any, x: Tensor) -> Tensor:
@@ -197,12 +212,6 @@ def normed(norm: Any, x: Tensor) -> Tensor:
     out = layer_norm(x, norm.weight, norm.bias, norm.eps)
     assert isinstance(out, Tensor)
     return out
-
-
-def normed_sum(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """norm(x + residual) and x + residual."""
-    y, total = layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual, return_sum=True)
-    return y, total
 
 
 def feed_forward(ff: Any, x: Tensor, residual: Tensor) -> Tensor:
@@ -257,11 +266,5 @@ class DiffusersTransformerBlockForward(Forward):
         *ignored: object,
         **kwargs: object,
     ) -> Tensor:
-        m = self.module
-        first = encoder_hidden_states if m.only_cross_attention else None
-        return transform_tokens(
-            m,
-            hidden_states,
-            lambda x: m.attn1(x, encoder_hidden_states=first),
-            lambda x: m.attn2(x, encoder_hidden_states=encoder_hidden_states),
-        )
+        first = encoder_hidden_states if self.module.only_cross_attention else None
+        return transform_tokens(self.module, hidden_states, (first, None), (encoder_hidden_states, None))

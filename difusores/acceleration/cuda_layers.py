@@ -20,12 +20,15 @@ from difusores.acceleration.layers import (
     ConvForward,
     LinearForward,
     Surroundings,
+    direct,
     normalize,
     why_not_weight,
 )
 from difusores.acceleration.session import Forward, Session, capturing, hooked
 from difusores.models.transformer import LayerNorm
 from difusores.ops import layer_norm
+from difusores.ops import linear as linear_op
+from difusores.ops.linear import fused
 
 
 def bias_residual(
@@ -62,9 +65,12 @@ def why_not(weight: Tensor, x: Tensor, session: Session) -> str | None:
 
 def linear(x: Tensor, layer: Any, residual: Tensor | None = None) -> Tensor:
     """x [..., in] times the layer's weight [out, in] or [out, in, 1, 1], plus its bias and the residual."""
-    weight = layer.weight.flatten(1)
-    out = F.linear(x.reshape(-1, x.shape[-1]), weight, layer.bias).view(*x.shape[:-1], -1)
-    return out if residual is None else out.add_(residual)
+    return linear_op(x, layer.weight.flatten(1), layer.bias, residual=residual)
+
+
+def adds_residual(layer: Any, rows: Tensor, residual: Tensor) -> bool:
+    """Whether a layer on so many rows adds a residual without a launch of its own."""
+    return direct(layer) and fused(rows, layer.weight, layer.bias, residual, False)
 
 
 class CudaConvForward(ConvForward):

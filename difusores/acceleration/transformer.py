@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difusores.acceleration.layers import CHANNELS_LAST, apply_linear, direct, normalize, plain_norm
@@ -16,7 +17,7 @@ from difusores.acceleration.merged import Merged
 from difusores.acceleration.prompts import Prompts
 from difusores.acceleration.session import Forward, Session, hooked
 from difusores.models.transformer import NO_CONTEXT, Context
-from difusores.ops import attention, geglu
+from difusores.ops import attention, geglu, linear
 
 PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")  # of diffusers, that do what `attend` does
 
@@ -64,7 +65,7 @@ class AttentionForward(Forward):
         merged = self._merged(layers)
         if merged is not None:
             weight, bias = merged
-            return torch.nn.functional.linear(tokens, weight, bias).chunk(3, dim=-1)
+            return F.linear(tokens, weight, bias).chunk(3, dim=-1)
         return tuple(apply_linear(layer, tokens) for layer in layers)
 
     def _prompt(self, tokens: Tensor, states: Tensor) -> tuple[Tensor, ...]:
@@ -74,7 +75,7 @@ class AttentionForward(Forward):
             merged = self._merged((m.to_k, m.to_v))
             if merged is not None:
                 weight, bias = merged
-                return torch.nn.functional.linear(states, weight, bias).chunk(2, dim=-1)
+                return F.linear(states, weight, bias).chunk(2, dim=-1)
             return apply_linear(m.to_k, states), apply_linear(m.to_v, states)
 
         q = apply_linear(m.to_q, tokens)
@@ -193,7 +194,11 @@ class DiffusersAttentionForward(AttentionForward):
         return None
 
     def run(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **ignored: Any
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: None = None,
+        **ignored: Any,
     ) -> Tensor:
         m = self.module
         if hidden_states.ndim == 4:
@@ -204,13 +209,16 @@ class DiffusersAttentionForward(AttentionForward):
 class GEGLUForward(Forward):
     """A gated linear layer, ours and diffusers'."""
 
-    how = "GEGLU: one GEMM and the package's op"
+    how = "GEGLU: one GEMM with it or before it, by the package's ops"
 
     def declines(self, tokens: Tensor, *args: object, **kwargs: object) -> str | None:
         return "it is given more than tokens" if args or kwargs else None
 
     def run(self, tokens: Tensor) -> Tensor:
-        return geglu(apply_linear(self.module.proj, tokens))
+        layer = self.module.proj
+        if self.session.cuda and direct(layer) and layer.weight.dtype is tokens.dtype:
+            return linear(tokens, layer.weight, layer.bias, geglu=True)
+        return geglu(apply_linear(layer, tokens))
 
 
 class TransformerForward(Forward):

@@ -11,6 +11,7 @@ from difusores.ops.geglu import geglu
 from difusores.ops.group_norm_affine import group_norm_affine
 from difusores.ops.group_norm_silu import group_norm_silu
 from difusores.ops.layer_norm import layer_norm
+from difusores.ops.linear import linear
 from difusores.ops.scheduler_step import scheduler_step
 from difusores.ops.winograd_conv import winograd_conv
 
@@ -25,6 +26,7 @@ __all__ = [
     "group_norm_affine",
     "group_norm_silu",
     "layer_norm",
+    "linear",
     "scheduler_step",
     "use_backend",
     "winograd_conv",

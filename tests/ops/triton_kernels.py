@@ -6,6 +6,7 @@ iterations (about 10 ms each), so problems are small; it truncates where a GPU r
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -20,6 +21,8 @@ from difusores.ops.group_norm_silu import reference as group_norm_silu_reference
 from difusores.ops.layer_norm import reference as layer_norm_reference
 from difusores.ops.scheduler_step import DRAW, HI, LO, PX, ROW, W, philox_normal
 from difusores.ops.triton import group_norm_silu as norm_kernels
+
+linear_op: Any = importlib.import_module("difusores.ops.linear")  # the package has a function of that name
 
 # What numpy says of NaN and Inf.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -222,6 +225,48 @@ def test_geglu_of_hostile_values() -> None:
     assert torch.isfinite(got[3:]).all()
 
 
+# (rows, depth, width): edges of tiles in all three, a depth that no step divides, tiles in groups
+LINEARS = [((3, 70), 80, 144), ((600,), 64, 64), ((1, 2, 5), 16, 16)]
+
+
+@pytest.mark.parametrize("geglu", [False, True])
+@pytest.mark.parametrize(("rows", "depth", "width"), LINEARS, ids=str)
+def test_linear(
+    rows: Any, depth: int, width: int, geglu: bool, check: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_op, "LEAST", 1)
+    for dtype in HALF:
+        x, weight = torch.randn(*rows, depth).to(dtype), torch.randn(width * (1 + geglu), depth).to(dtype)
+        bias, residual = torch.randn(len(weight)).to(dtype), torch.randn(*rows, width).to(dtype)
+        calls: list[tuple[Any, ...]] = [(x, weight, bias, residual, geglu)]
+        calls += [(x, weight, None, None, True)] if geglu else [(x, weight, bias.float(), residual, False)]
+        for call in calls:
+            got = ops.linear(*call[:3], residual=call[3], geglu=geglu)
+            eager = linear_op.reference(*(t.to(dtype) if isinstance(t, Tensor) else t for t in call))
+            exact = linear_op.reference(*(t.double() if isinstance(t, Tensor) else t for t in call))
+            check(got, eager, exact)
+            assert torch.equal(ops.linear(*call[:3], residual=call[3], geglu=geglu), got)
+        strided = torch.cat((x, x), dim=-1)[..., :depth]
+        wide_residual = torch.cat((residual, residual), dim=-1)[..., width:]
+        want = ops.linear(x, weight, bias, residual=residual, geglu=geglu)
+        assert torch.equal(ops.linear(strided, weight, bias, residual=wide_residual, geglu=geglu), want)
+
+
+@pytest.mark.parametrize("tile", [*linear_op.TILES, *linear_op.GEGLU_TILES], ids=str)
+def test_linear_has_the_same_bits_in_every_tile(tile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_op, "LEAST", 1)
+    geglu = tile in linear_op.GEGLU_TILES
+    x, weight, residual = (torch.randn(s).half() for s in ((140, 96), (128 * (1 + geglu), 96), (140, 128)))
+    want = ops.linear(x, weight, residual=residual, geglu=geglu)
+    monkeypatch.setattr(linear_op, "GEGLU_TILES" if geglu else "TILES", (tile,))
+    assert torch.equal(ops.linear(x, weight, residual=residual, geglu=geglu), want)
+    x[3, 5] = math.nan
+    broken = ops.linear(x, weight, residual=residual, geglu=geglu)
+    assert torch.isnan(broken[3]).all()
+    broken[3] = want[3]
+    assert torch.equal(broken, want)
+
+
 def heads(b: int, h: int, length: int, d: int, dtype: torch.dtype) -> Tensor:
     """As a projection leaves them."""
     return torch.randn(b, length, h * d).to(dtype).reshape(b, length, h, d).transpose(1, 2)
@@ -317,7 +362,7 @@ def test_scheduler_step_makes_the_noise_of_every_backend(seed: int) -> None:
 
 def test_what_a_kernel_does_not_take_is_refused_in_words() -> None:
     x = torch.randn(2, 8, 4, 4)
-    table = torch.zeros(2, ROW, dtype=torch.float64)
+    table, rows = torch.zeros(2, ROW, dtype=torch.float64), torch.randn(16, 16).half()
     for call, words in (
         (lambda: ops.scheduler_step(table[0].cpu(), x.double(), [x]), r"not torch\.float64"),
         (lambda: ops.group_norm_silu(x.double(), 4, None, None), r"not torch\.float64"),
@@ -326,6 +371,10 @@ def test_what_a_kernel_does_not_take_is_refused_in_words() -> None:
         (lambda: ops.layer_norm(torch.randn(1, 16385), None, None), "at most 16384 elements"),
         (lambda: ops.attention(*[torch.randn(1, 1, 2, 513)] * 3), "at most 512 elements"),
         (lambda: ops.geglu(x.double()), r"not torch\.float64"),
+        (lambda: ops.linear(x, x[0, 0], geglu=True), "takes bfloat16 and float16"),
+        (lambda: ops.linear(x.half(), x[0, 0].half()), "nothing follows the product"),
+        (lambda: ops.linear(x.half(), x[0, 0].half(), geglu=True), "multiples of 16, not 4 and 2"),
+        (lambda: ops.linear(rows, rows, residual=rows), "16 rows of 16 are too few"),
     ):
         with pytest.raises(ops.BackendUnavailable, match=f"backend 'triton' was asked for, but .*{words}"):
             call()
@@ -367,3 +416,6 @@ def test_schemas(layout: str) -> None:
         test_utils=kinds,
     )
     torch.library.opcheck(torch.ops.difusores.geglu_triton.default, (rows, "none"), test_utils=kinds)
+    halves = torch.randn(16, 16).half()
+    call_of_linear = (halves, torch.randn(32, 16).half(), None, halves, True)
+    torch.library.opcheck(torch.ops.difusores.linear_triton.default, call_of_linear, test_utils=kinds)

@@ -1,0 +1,66 @@
+"""linear against one float64 oracle; its kernels' own tests stand in triton_kernels.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from difusores import ops
+
+
+def case(dtype: torch.dtype, geglu: bool) -> dict[str, Any]:
+    return {
+        "x": torch.randn(2, 5, 12).to(dtype),
+        "weight": torch.randn(16 if geglu else 8, 12).to(dtype),
+        "bias": torch.randn(16 if geglu else 8).to(dtype),
+        "residual": torch.randn(2, 5, 8).to(dtype),
+        "geglu": geglu,
+    }
+
+
+def formula(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, geglu: bool) -> Tensor:
+    out = F.linear(x, weight, bias)
+    if geglu:
+        value, gate = out.chunk(2, dim=-1)
+        out = value * F.gelu(gate)
+    return out + residual
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("geglu", [False, True])
+def test_against_the_oracle(geglu: bool, dtype: torch.dtype, check: Any) -> None:
+    call = case(dtype, geglu)
+    before = call["residual"].clone()
+    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in call.items()}
+    check(ops.linear(**call), formula(**call), formula(**wide))
+    assert torch.equal(call["residual"], before)
+    plain = ops.linear(call["x"], call["weight"], geglu=geglu)
+    with ops.use_backend("reference"):
+        assert torch.equal(ops.linear(call["x"], call["weight"], geglu=geglu), plain)
+
+
+@pytest.mark.parametrize("geglu", [False, True])
+def test_gradients(geglu: bool) -> None:
+    call = case(torch.float64, geglu)
+    tensors = tuple(v.requires_grad_() for v in call.values() if isinstance(v, Tensor))
+    op = torch.ops.difusores.linear.default
+    assert torch.autograd.gradcheck(lambda *t: op(*t, geglu), tensors)
+    assert torch.autograd.gradcheck(lambda *t: ops.linear(*t[:3], residual=t[3], geglu=geglu), tensors)
+    torch.library.opcheck(op, (*tensors, geglu))
+
+
+def test_bad_input_is_named() -> None:
+    x, weight = torch.zeros(2, 4), torch.zeros(6, 4)
+    for call, words in (
+        (lambda: ops.linear(x, weight[:, :3]), r"x \[..., K\] and weight \[D, K\] do not fit"),
+        (lambda: ops.linear(x, weight[:5], geglu=True), "an even number of rows, not 5"),
+        (lambda: ops.linear(x, weight, torch.zeros(5)), r"bias must have shape \[6\], got \(5,\)"),
+        (lambda: ops.linear(x, weight, residual=torch.zeros(2, 3)), r"residual must be \(2, 6\)"),
+        (lambda: ops.linear(x, weight, residual=torch.zeros(2, 6).half()), "got .* in torch.float16"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
