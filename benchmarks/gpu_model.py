@@ -130,11 +130,13 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__.removesuffix("_triton")
+        name = func.overloadpacket.__name__.removesuffix("_").removesuffix("_triton")
         if func.is_view or name.startswith(("empty", "new_empty", "_unsafe_view", "alias", "detach")):
             return out
         read = [size(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         written = [size(t) for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if out is None:  # written over the first tensor
+            written = read[:1]
         moved = sum(read) + sum(written)
         count = self.count
         if name in MATRIX or name in NORMS:

@@ -198,9 +198,13 @@ def test_while_a_graph_is_captured(model: nn.Module, monkeypatch: pytest.MonkeyP
     first = len(made)
     assert torch.equal(run(model, x, t, states), want) and len(made) == first > 0
     pointers = [p.data_ptr() for p in model.parameters()]
-    for module in (merged, prompts):
-        monkeypatch.setattr(module, "capturing", lambda _: True)
-    assert torch.equal(run(model, x, t, states), want) and len(made) == 2 * first
+    token: list[object] = [object()]
+    for module in (merged, prompts, cuda_layers):
+        monkeypatch.setattr(module, "capturing", lambda: token[0])
+    for _ in range(2):  # the steps of one captured loop share what the first of them computed
+        assert torch.equal(run(model, x, t, states), want) and len(made) == 2 * first
+    token[0] = object()
+    assert torch.equal(run(model, x, t, states), want) and len(made) == 3 * first
     assert pointers == [p.data_ptr() for p in model.parameters()]
     layer = model.get_submodule(SELF).to_k
     layer.weight.data = layer.weight.data * 2  # other memory: nothing can be gathered now

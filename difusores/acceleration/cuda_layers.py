@@ -24,24 +24,12 @@ from difusores.acceleration.layers import (
     normalize,
     why_not_weight,
 )
-from difusores.acceleration.session import Forward, Session, capturing, hooked
+from difusores.acceleration.session import Forward, Session, hooked
+from difusores.graphs import capturing
 from difusores.models.transformer import LayerNorm
-from difusores.ops import layer_norm
+from difusores.ops import bias_residual, layer_norm
 from difusores.ops import linear as linear_op
 from difusores.ops.linear import fused
-
-
-def bias_residual(
-    x: Tensor, bias: Tensor | None, add: Tensor | None, residual: Tensor | None, scale: float = 1.0
-) -> Tensor:
-    """scale * (x + bias + add + residual), written over x."""
-    if bias is not None:
-        x.add_(bias[:, None, None])
-    if add is not None:
-        x.add_(add[:, :, None, None])
-    if residual is not None:
-        x.add_(residual)
-    return x if scale == 1 else x.mul_(scale)
 
 
 class CudaLinearForward(LinearForward):
@@ -119,12 +107,12 @@ class CudaConvForward(ConvForward):
             return out
         if residual is not None:
             residual = residual.to(out.dtype).contiguous(memory_format=CHANNELS_LAST)
-        return bias_residual(out, bias, around.add, residual, around.scale)
+        return bias_residual(out, bias, around.add, residual, around.scale, inplace=True)
 
     def _weight(self) -> Tensor:
         weight: Tensor = self.module.weight
         if weight.is_contiguous() and not weight.is_contiguous(memory_format=CHANNELS_LAST):
-            if capturing(self.session):
+            if capturing() is not None:
                 return weight
             # A tensor made in inference mode would make the parameter such a tensor, for ever.
             with self.session.lock, torch.inference_mode(False), torch.no_grad():
@@ -212,6 +200,6 @@ class TimestepsForward(Forward):
             return known
         exponents = torch.arange(half, dtype=torch.float32, device=device) * -math.log(10000)
         found: Tensor = (exponents / (half - self.module.downscale_freq_shift)).exp()
-        if not capturing(self.session):
+        if capturing() is None:
             self.frequencies = found
         return found

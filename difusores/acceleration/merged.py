@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difusores.acceleration.session import Session, capturing
+from difusores.acceleration.session import Session
+from difusores.graphs import capturing
 
 
 class Merged:
@@ -34,7 +35,7 @@ class Merged:
         rows = self._rows
         if rows is not None and self._lie_in(rows, parameters):
             return rows
-        if capturing(self.session) or not _fit(parameters):
+        if capturing() is not None or not _fit(parameters):
             return None
         with self.session.lock:
             return self._gather(parameters)

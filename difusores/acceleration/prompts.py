@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from difusores.acceleration.session import Session, capturing, fingerprint, unchanged
+from difusores.acceleration.session import Session, fingerprint, unchanged
+from difusores.graphs import capturing
 
 MOST = 4  # prompts that an attention remembers: separate passes of guidance come with two or three
 
@@ -24,9 +25,9 @@ class _Entry(NamedTuple):
 class Prompts:
     """What one attention made of the last prompts, each for as long as its tensor lives.
 
-    A prompt is told by its tensor, the version of that (which counts changes in place), its memory and shape;
-    the weights as `Packed` tells them. While a CUDA graph is captured nothing is remembered and nothing from
-    before is used: the graph computes keys and values from whatever the prompt's memory then holds.
+    A prompt is told by its tensor, its version (which counts changes in place), its memory and shape; the
+    weights as `Packed` tells them. A CUDA graph uses nothing from before its capture, and nothing of it is
+    used later: it computes keys and values itself, once, from whatever the prompt's memory then holds.
     """
 
     def __init__(self, session: Session) -> None:
@@ -40,7 +41,7 @@ class Prompts:
         self, prompt: Tensor, weights: Sequence[Tensor], make: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
         """What `make` returns, now or when it was last asked for the same."""
-        if prompt.is_inference() or capturing(self.session):
+        if prompt.is_inference():
             return make()
         key, seen = id(prompt), self._seen(prompt)
         entry = self._entries.get(key)
@@ -63,7 +64,8 @@ class Prompts:
     def _seen(self, prompt: Tensor) -> tuple[Any, ...]:
         # On a GPU what one stream computes, another may read too early.
         stream = torch.cuda.current_stream(prompt.device).cuda_stream if prompt.is_cuda else 0
-        return prompt._version, prompt.data_ptr(), prompt.shape, prompt.stride(), prompt.dtype, stream
+        memory = (prompt.data_ptr(), prompt.shape, prompt.stride(), prompt.dtype)
+        return prompt._version, *memory, stream, capturing()
 
 
 def _forget(entries: dict[int, _Entry], key: int, gone: weakref.ref[Tensor]) -> None:

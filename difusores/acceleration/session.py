@@ -154,11 +154,6 @@ def unchanged(source: Tensor, seen: tuple[Any, ...]) -> bool:
     return sample is None or torch.equal(sample, copy)
 
 
-def capturing(session: Session) -> bool:
-    """Whether a CUDA graph is captured on this thread's stream: nothing may be made then that lasts."""
-    return session.device == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def hooked(module: nn.Module) -> bool:
     """Whether somebody would miss a call that goes around the module's `__call__`."""
     return bool(
