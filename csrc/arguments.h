@@ -251,4 +251,43 @@ inline SchedulerStepArgs scheduler_step_args(const Tensor& row, const OptionalTe
     return a;
 }
 
+// --- attention ---
+
+inline Heads heads_of(const Tensor& t, int64_t b, int64_t h, int64_t rows, int64_t columns, const char* name) {
+    STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == b && t.size(1) == h && t.size(2) == rows && t.size(3) == columns,
+                    "attention: ", name, " has the wrong shape");
+    return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
+}
+
+// Any shape that broadcasts to [B, H, L, S]; a repeated dimension has stride 0.
+inline void set_mask(const Tensor& t, AttentionArgs& a) {
+    if (a.s == 0) return;
+    const int64_t sizes[4] = {a.b, a.h, a.l, a.s}, missing = 4 - t.dim();
+    STD_TORCH_CHECK(missing >= 0, "attention: mask must have at most 4 dimensions");
+    a.mask.ptr = t.data_ptr();
+    for (int64_t d = 0; d < t.dim(); ++d) {
+        const int64_t size = t.size(d);
+        STD_TORCH_CHECK(size == 1 || size == sizes[missing + d], "attention: mask does not broadcast to [B, H, L, S]");
+        a.mask.stride[missing + d] = size == 1 ? 0 : t.stride(d);
+    }
+    a.mask_is_bool = t.scalar_type() == ScalarType::Bool;
+    if (!a.mask_is_bool) a.mask_dtype = dtype_of(t, "mask");
+}
+
+// All but mask and out.
+inline AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+    STD_TORCH_CHECK(q.dim() == 4 && v.dim() == 4, "attention: q, k, v must have 4 dimensions");
+    AttentionArgs a{};
+    a.b = q.size(0), a.h = q.size(1), a.l = q.size(2), a.d = q.size(3), a.s = v.size(2), a.dv = v.size(3);
+    a.q = heads_of(q, a.b, a.h, a.l, a.d, "q");
+    a.k = heads_of(k, a.b, a.h, a.s, a.d, "k");
+    a.v = heads_of(v, a.b, a.h, a.s, a.dv, "v");
+    a.dtype = dtype_of(q, "q");
+    STD_TORCH_CHECK(dtype_of(k, "k") == a.dtype && dtype_of(v, "v") == a.dtype,
+                    "attention: q, k, v must have one dtype");
+    STD_TORCH_CHECK(a.d > 0, "attention: D must be at least 1");
+    a.scale = static_cast<float>(scale);
+    return a;
+}
+
 }  // namespace difusores

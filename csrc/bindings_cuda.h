@@ -55,6 +55,11 @@ class OnDevice {
         check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), "shared memory");
         return bytes;
     }
+    int multiprocessors() const {
+        int count = 0;
+        check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_), "multiprocessors");
+        return count;
+    }
     static void check(cudaError_t error, const char* what) {
         STD_TORCH_CHECK(error == cudaSuccess, "difusores: ", what, ": ", cudaGetErrorString(error));
     }

@@ -22,36 +22,8 @@ Memory memory(int64_t bytes) {
     return p;
 }
 
-Heads heads_of(const Tensor& t, int64_t b, int64_t h, int64_t rows, int64_t columns, const char* name) {
-    STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == b && t.size(1) == h && t.size(2) == rows && t.size(3) == columns,
-                    "attention: ", name, " has the wrong shape");
-    return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
-}
-
-// Any shape that broadcasts to [B, H, L, S]; a repeated dimension has stride 0.
-Heads mask_of(const Tensor& t, const AttentionArgs& a) {
-    const int64_t sizes[4] = {a.b, a.h, a.l, a.s}, missing = 4 - t.dim();
-    STD_TORCH_CHECK(missing >= 0, "attention: mask must have at most 4 dimensions");
-    Heads mask{t.data_ptr(), {}};
-    for (int64_t d = 0; d < t.dim(); ++d) {
-        const int64_t size = t.size(d);
-        STD_TORCH_CHECK(size == 1 || size == sizes[missing + d], "attention: mask does not broadcast to [B, H, L, S]");
-        mask.stride[missing + d] = size == 1 ? 0 : t.stride(d);
-    }
-    return mask;
-}
-
 Tensor attention(Tensor q, Tensor k, Tensor v, OptionalTensor mask, double scale) {
-    STD_TORCH_CHECK(q.dim() == 4 && v.dim() == 4, "attention: q, k, v must have 4 dimensions");
-    AttentionArgs a{};
-    a.b = q.size(0), a.h = q.size(1), a.l = q.size(2), a.d = q.size(3), a.s = v.size(2), a.dv = v.size(3);
-    a.q = heads_of(q, a.b, a.h, a.l, a.d, "q");
-    a.k = heads_of(k, a.b, a.h, a.s, a.d, "k");
-    a.v = heads_of(v, a.b, a.h, a.s, a.dv, "v");
-    a.dtype = dtype_of(q, "q");
-    STD_TORCH_CHECK(dtype_of(k, "k") == a.dtype && dtype_of(v, "v") == a.dtype,
-                    "attention: q, k, v must have one dtype");
-    STD_TORCH_CHECK(a.d > 0, "attention: D must be at least 1");
+    AttentionArgs a = attention_args(q, k, v, scale);
     // In memory [B, L, H, Dv], so that joining the heads copies nothing.
     const int64_t sizes[4] = {a.b, a.h, a.l, a.dv}, strides[4] = {a.l * a.h * a.dv, a.dv, a.h * a.dv, 1};
     Tensor out = new_empty(q, 4, sizes, strides);
@@ -59,12 +31,7 @@ Tensor attention(Tensor q, Tensor k, Tensor v, OptionalTensor mask, double scale
     want_huge_pages(out);
     a.out = out.data_ptr();
     std::copy(strides, strides + 3, a.out_stride);
-    a.scale = static_cast<float>(scale);
-    if (mask && a.s > 0) {
-        a.mask = mask_of(*mask, a);
-        a.mask_is_bool = mask->scalar_type() == ScalarType::Bool;
-        if (!a.mask_is_bool) a.mask_dtype = dtype_of(*mask, "mask");
-    }
+    if (mask) set_mask(*mask, a);
     Memory packed;
     if (const int64_t bytes = g_kernels->attention_packed_bytes(a)) {
         packed = memory(bytes);

@@ -13,6 +13,10 @@ GroupNormPlan group_norm_silu_plan(const GroupNormSiluArgs& args, bool channels_
 cudaError_t group_norm_silu(const GroupNormSiluArgs& args, const GroupNormPlan& plan, void* partial,
                             cudaStream_t stream);
 
+// nullptr, or what the kernel takes and this is not. Keys there must be.
+const char* attention_refuses(const AttentionArgs& args);
+cudaError_t attention(const AttentionArgs& args, int64_t shared_limit, int multiprocessors, cudaStream_t stream);
+
 // Whether the kernel counts as far as these sizes.
 bool bias_residual_takes(const BiasResidualArgs& args);
 cudaError_t bias_residual(const BiasResidualArgs& args, bool channels_last, cudaStream_t stream);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -21,10 +22,12 @@ from difusores.ops.dispatch import (
 
 _SIGNATURE = "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor"
 LIBRARY.define("attention" + _SIGNATURE)
+_OP = torch.ops.difusores.attention.default
 _TRITON_OP = register_triton("attention", _SIGNATURE)
-register("attention", "torch", "triton", "cpu")
+register("attention", "cuda", "torch", "triton", "cpu")
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 BACKWARD_WEIGHTS = 1 << 20  # weights that the backward pass holds at a time
 
 
@@ -108,21 +111,55 @@ def _broadcasts(mask: Tensor, shape: tuple[int, ...]) -> bool:
     )
 
 
-_WIDEST = 512  # head that fits the registers of a Triton kernel
+_WIDEST = {"triton": 512, "cuda": 160}  # heads that fit the registers of a kernel
 
 
-def supports(backend: str, q: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _in_steps_of_16_bytes(t: Tensor) -> bool:
+    """Whether rows begin at multiples of 16 bytes, their elements side by side."""
+    step = 16 // t.element_size()
+    if t.stride(3) != 1 or any(t.stride(dim) % step for dim in range(3) if t.shape[dim] > 1):
+        return False
+    return torch.compiler.is_compiling() or t.storage_offset() % step == 0  # Dynamo cannot trace the offset
+
+
+def supports(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
     """None if `backend` takes this call, else the reason in words."""
     if backend == "torch":
         return None
-    if q.dtype not in KERNEL_DTYPES:
-        return f"the kernel takes float32, bfloat16 and float16, not {q.dtype}"
-    if backend == "triton" and max(q.shape[3], v.shape[3]) > _WIDEST:
-        return f"the kernel takes heads of at most {_WIDEST} elements, not {max(q.shape[3], v.shape[3])}"
-    if backend == "cpu" and mask is not None and mask.dtype not in (torch.bool, *KERNEL_DTYPES):
+    dtypes = HALF_DTYPES if backend == "cuda" else KERNEL_DTYPES
+    if q.dtype not in dtypes:
+        *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"the kernel takes {', '.join(names)} and {last}, not {q.dtype}"
+    width = max(q.shape[3], v.shape[3])
+    if width > _WIDEST.get(backend, width):
+        return f"the kernel takes heads of at most {_WIDEST[backend]} elements, not {width}"
+    if backend in ("cpu", "cuda") and mask is not None and mask.dtype not in (torch.bool, *KERNEL_DTYPES):
         return f"the kernel takes a mask of bool, float32, bfloat16 or float16, not {mask.dtype}"
-    if backend == "cpu" and q.shape[3] == 0:
+    if backend in ("cpu", "cuda") and q.shape[3] == 0:
         return "the kernel needs D of at least 1"
+    return _refused_by_cuda(q, k, v) if backend == "cuda" else None
+
+
+def _refused_by_cuda(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    for t in (q, v):
+        if t.shape[3] % 8:
+            return f"the kernel takes heads of a multiple of 8 elements, not {t.shape[3]}"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.numel() and not _in_steps_of_16_bytes(t):
+            return (
+                "the kernel takes rows at multiples of 16 bytes with their elements side by side, not "
+                f"{name} with strides {t.stride()}"
+            )
+    if q.dtype is torch.bfloat16 and _capability(q.device) < (8, 0):
+        return "the kernel takes bfloat16 only from sm_80 on: older GPUs have no products of it"
     return None
 
 
@@ -138,7 +175,7 @@ def attention(
         scale: factor on the scores; 1 / sqrt(D) if None.
 
     Returns:
-        [B, H, L, Dv] in q's dtype; from the CPU kernel in memory [B, L, H, Dv], so that joining the heads
+        [B, H, L, Dv] in q's dtype; from our kernels in memory [B, L, H, Dv], so that joining the heads
         copies nothing. Zeros for a query without keys, or whose keys are all masked. Differentiable: through
         PyTorch's own attention unless a backend was asked for by name. The kernels' backward pass computes
         the weights again, for some queries at a time.
@@ -166,11 +203,11 @@ def attention(
         )
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
-    backend = choose("attention", q.device.type, supports, q, v, mask)
-    if backend == "cpu" and wanted() is None and needs_grad(q, k, v, mask):
+    backend = choose("attention", q.device.type, supports, q, k, v, mask)
+    if backend in ("cpu", "cuda") and wanted() is None and needs_grad(q, k, v, mask):
         backend = "torch"  # whose backward pass is fused: several times as fast as the formula above
-    if backend in ("cpu", "triton"):
-        op = _TRITON_OP if backend == "triton" else torch.ops.difusores.attention.default
+    if backend in ("cpu", "triton", "cuda"):
+        op = _TRITON_OP if backend == "triton" else _OP
         call = (q, k, v, mask, scale)
         out: Tensor = op(*call) if needs_grad(q, k, v, mask) else below_autograd(op, *call)
         return out

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import platform
 import shutil
@@ -49,7 +50,8 @@ def library(op: str, change: tuple[str, str] | None = None) -> ctypes.CDLL:
     """
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cuh")), ROOT / "csrc" / "kernels.h"]
     ours = [*sorted(HERE.glob("*.h")), HERE / f"{op}.cpp"]
-    flags = [*FLAGS, *(SANITIZERS if os.environ.get("SANITIZE") == "1" else ()), "-O0" if change else "-O1"]
+    flags = [*FLAGS, *(SANITIZERS if os.environ.get("SANITIZE") == "1" else ())]
+    flags += ["-O0", "-DDIFUSORES_FAULTY"] if change else ["-O1"]
     texts = {path.relative_to(ROOT / "csrc"): path.read_text(encoding="utf-8") for path in sources}
     if change is not None:
         changed = Path("cuda", f"{op}.cuh")
@@ -437,7 +439,103 @@ def bias_residual(
     return y
 
 
+# --- attention ---
+
+
+class Heads(ctypes.Structure):
+    _fields_ = (("ptr", ctypes.c_void_p), ("stride", ctypes.c_int64 * 4))
+
+
+class AttentionArgs(ctypes.Structure):
+    _fields_ = (
+        *((name, Heads) for name in ("q", "k", "v", "mask")),
+        ("out", ctypes.c_void_p),
+        ("out_stride", ctypes.c_int64 * 3),
+        ("dtype", ctypes.c_int32),
+        ("mask_dtype", ctypes.c_int32),
+        ("mask_is_bool", ctypes.c_bool),
+        *((name, ctypes.c_int64) for name in ("b", "h", "l", "s", "d", "dv")),
+        ("scale", ctypes.c_float),
+        ("packed", ctypes.c_void_p),
+    )
+
+
+class AttentionPlan(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("width", "warps", "groups", "tile_keys", "rows")),
+        *((name, ctypes.c_uint32) for name in ("blocks", "threads")),
+        ("shared_bytes", ctypes.c_int64),
+    )
+
+
+MULTIPROCESSORS = 132
+"""Of the device; a test sets others, and a block takes other queries."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    *,
+    change: tuple[str, str] | None = None,
+    plan: AttentionPlan | None = None,
+) -> Tensor:
+    """The registered op `attention`, carried out by the CUDA kernel."""
+    b, h, length, d = q.shape
+    keys, dv = k.shape[2], v.shape[3]
+    out = q.new_empty(b, length, h, dv).transpose(1, 2)
+    if out.numel() == 0 or keys == 0:
+        return out.zero_()
+    args = AttentionArgs(
+        *(Heads(t.data_ptr(), (ctypes.c_int64 * 4)(*t.stride())) for t in (q, k, v)),
+        out=out.data_ptr(),
+        out_stride=(ctypes.c_int64 * 3)(*out.stride()[:3]),
+        dtype=DTYPES[q.dtype],
+        scale=scale,
+        **dict(zip(("b", "h", "l", "s", "d", "dv"), (b, h, length, keys, d, dv), strict=True)),
+    )
+    if mask is not None:
+        whole = mask.expand(b, h, length, keys)
+        args.mask = Heads(mask.data_ptr(), (ctypes.c_int64 * 4)(*whole.stride()))
+        args.mask_is_bool = mask.dtype is torch.bool
+        args.mask_dtype = 0 if args.mask_is_bool else DTYPES[mask.dtype]
+    function = library("attention", change).attention
+    function.restype = ctypes.c_char_p
+    limit = ctypes.c_int64(SHARED_LIMIT)
+    found = AttentionPlan() if plan is None else plan
+    under_all_schedules(
+        lambda schedule: function(ctypes.byref(args), limit, MULTIPROCESSORS, schedule, ctypes.byref(found)),
+        [out],
+    )
+    return out
+
+
+def attention_plan(b: int, h: int, length: int, keys: int, width: int, limit: int) -> AttentionPlan:
+    """How a call of this size is cut on a device with `limit` bytes of shared memory for a block."""
+    args, plan = AttentionArgs(b=b, h=h, l=length, s=keys, d=width, dv=width), AttentionPlan()
+    library("attention").attention_plan(
+        ctypes.byref(args), ctypes.c_int64(limit), MULTIPROCESSORS, ctypes.byref(plan)
+    )
+    return plan
+
+
+def at_the_end_of_a_page(b: int, h: int, length: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Numbers in memory [b, length, h, width], behind which lies a page that may not be touched."""
+    count = b * length * h * width
+    page = mmap.PAGESIZE
+    size = -(-count * dtype.itemsize // page) * page
+    memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = torch.frombuffer(memory, dtype=dtype)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(whole.data_ptr() + size), ctypes.c_size_t(page), 0) == 0
+    flat = whole[size // dtype.itemsize - count : size // dtype.itemsize]
+    return flat.copy_(torch.randn(count)).view(b, length, h, width).transpose(1, 2)
+
+
 OPS: dict[str, Any] = {
+    "attention": attention,
     "bias_residual": bias_residual,
     "geglu": geglu,
     "group_norm_silu": group_norm_silu,

@@ -20,6 +20,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -96,6 +97,7 @@ inline __nv_bfloat16_raw __float2bfloat16_rn(float f) {
 }
 
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32); }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __expf(float x) { return std::exp2(x * 1.44269504f); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline void sincospif(float x, float* sine, float* cosine) {
@@ -138,6 +140,12 @@ constexpr size_t kStackBytes = 256 << 10, kPage = 4 << 10;
 
 enum class Wait { nothing, barrier, warp, end };
 
+// 16 bytes to shared memory, zeros where `from` is nullptr; only asked for as yet (mma.h).
+struct Copy {
+    void* to;
+    const void* from;
+};
+
 struct Fiber {
     void* stack_pointer = nullptr;
     Wait wait = Wait::nothing;
@@ -145,6 +153,8 @@ struct Fiber {
     unsigned mask = 0;       // of the lanes that take part in the exchange that it waits for
     uint64_t deposit = 0;    // its value there
     uint64_t collected = 0;  // the deposit of this lane when the exchange took place
+    std::vector<Copy> open;  // of the group of copies that is not closed
+    std::deque<std::vector<Copy>> closed;
 };
 
 struct Shared {
@@ -388,4 +398,7 @@ inline unsigned __ballot_sync(unsigned mask, bool vote, std::source_location whe
     for (unsigned lane = 0; lane < 32; ++lane)
         if (mask >> lane & 1) result |= static_cast<unsigned>(emulation::fibers[warp + lane].collected & 1) << lane;
     return result;
+}
+inline bool __any_sync(unsigned mask, bool vote, std::source_location where = std::source_location::current()) {
+    return __ballot_sync(mask, vote, where) != 0;
 }

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from difusores.ops.attention import reference as attention_reference
+
 pytestmark = [
     pytest.mark.skipif(emulated.why_not() is not None, reason=emulated.why_not() or ""),
     pytest.mark.slow,
@@ -34,7 +36,18 @@ def caught(found: bool, change: Change) -> None:
     assert found is (change is not None)
 
 
+def attend(length: int, keys: int, change: Change) -> tuple[Tensor, Tensor]:
+    """The kernel's result for numbers that differ in every element, and what it should be."""
+    q, k, v = (torch.randn(1, 2, n, 40, dtype=torch.float16) for n in (length, keys, keys))
+    out = emulated.attention(q, k, v, None, 0.3, change=change)
+    return out.double(), attention_reference(q.double(), k.double(), v.double(), None, 0.3)
+
+
 BARRIERS = {
+    "attention": (
+        "copies_done<kTileStages - 2>();\n        __syncthreads();",
+        "copies_done<kTileStages - 2>();",
+    ),
     "scheduler_step": ("__syncthreads();\n    const Reads reads", "const Reads reads"),
     "group_norm_silu": (
         "= moments;\n    }\n    __syncthreads();\n}\n\n// The moments of a tile's",
@@ -51,12 +64,39 @@ def test_a_missing_barrier(op: str) -> None:
     def run(change: Change) -> None:
         if op == "scheduler_step":
             step(x, x, torch.empty_like(x), change)
+        elif op == "attention":
+            attend(40, 200, change)
         else:
             norm(x.to(memory_format=torch.channels_last), 4, change)
 
     run(None)
     with pytest.raises(AssertionError, match="a barrier is missing"):
         run(BARRIERS[op])
+
+
+ATTENTION: dict[str, Change] = {
+    "none": None,
+    "an off-by-one mask": ("if (key >= keys) s", "if (key > keys) s"),
+    "a key that is not there": ("first + row < rows && piece", "first + row <= rows && piece"),
+    "swapped words of a fragment": (
+        "a[0], a[1], b[0], b[1], k[0], k[1])",
+        "a[0], a[1], b[0], b[1], k[1], k[0])",
+    ),
+    "another tile's copies": ("copies_done<kTileStages - 2>", "copies_done<kTileStages - 1>"),
+    "a rise that is not carried over": ("total[m][half] *= factor;", ""),
+    "one group's sums": ("fmaf(at[threads], factor, total[m][half])", "total[m][half]"),
+}
+
+
+@pytest.mark.parametrize("fault", ATTENTION)
+def test_faults_of_attention(fault: str) -> None:
+    """77 keys: the last chunk is not full, and the second group of warps has the fewer keys."""
+    change = ATTENTION[fault]
+    try:
+        got, right = attend(40, 77, change)
+    except AssertionError:
+        return caught(True, change)
+    caught(not torch.allclose(got, right, atol=3e-3), change)
 
 
 @pytest.mark.parametrize("change", [None, ("if (k < count) store_one", "if (k <= count) store_one")], ids=str)
@@ -70,18 +110,33 @@ def test_an_off_by_one_mask(change: Change) -> None:
     caught(bool(memory[2].any()), change)
 
 
+def two_images_far_apart(*shape: int) -> Tensor:
+    """fp16 [2, *shape], 2^31 elements between them, in memory of which hardly a page is ever touched."""
+    far, private = 1 << 31, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    image = torch.empty(shape, device="meta")
+    memory = mmap.mmap(-1, (2 * far + image.numel()) * 2, flags=private)
+    whole = torch.frombuffer(memory, dtype=torch.float16)
+    return whole.as_strided((2, *shape), (far, *image.stride()), far)  # an offset gone negative meets zeros
+
+
 @pytest.mark.parametrize(
     "change", [None, ("b * o.batch_stride + i,", "static_cast<int>(b * o.batch_stride) + i,")], ids=str
 )
 def test_an_overflow_of_32_bits(change: Change) -> None:
-    """Two images 2^31 elements apart, in memory of which hardly a page is ever touched."""
-    far, private = 1 << 31, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
-    memory = torch.frombuffer(mmap.mmap(-1, (2 * far + 64) * 2, flags=private), dtype=torch.float16)
-    x = memory.as_strided((2, 1, 4, 4), (far, 16, 4, 1), far)  # an offset gone negative meets zeros
-    x.fill_(2.0)
+    x = two_images_far_apart(1, 4, 4).fill_(2.0)
     y = torch.empty(2, 1, 4, 4, dtype=torch.float16)
     step(x, torch.zeros_like(y), y, change)
     caught(bool((y != 1.0).any()), change)
+
+
+@pytest.mark.parametrize(
+    "change", [None, ("batch * t.stride[0] +", "static_cast<int>(batch * t.stride[0]) +")], ids=str
+)
+def test_an_overflow_of_32_bits_in_attention(change: Change) -> None:
+    q, k, v = (two_images_far_apart(1, 16, 40).copy_(torch.randn(2, 1, 16, 40)) for _ in range(3))
+    out = emulated.attention(q, k, v, None, 0.3, change=change).double()
+    right = attention_reference(q.double(), k.double(), v.double(), None, 0.3)
+    caught(not torch.allclose(out, right, atol=3e-3), change)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from difusores import ops
 from difusores.ops import dispatch
-from difusores.ops.attention import _backward, reference
+from difusores.ops.attention import _backward, reference, supports
 
 OP = "attention"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -33,6 +34,8 @@ CASES = [
     (1, 1, 79, 129, 5, 130),
     (1, 1, 9, 40, 512, 512),
     (1, 2, 100, 4096, 40, 40),
+    (1, 1, 130, 97, 80, 80),
+    (1, 2, 40, 200, 96, 128),
 ]
 
 
@@ -47,8 +50,23 @@ def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | N
     return reference(q.double(), k.double(), v.double(), wide, scale or q.shape[3] ** -0.5)
 
 
+def skip_if_refused(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    """What a kernel does not take, it says, and says it again when it is asked by name."""
+    reason = None if backend == "reference" else supports(backend, q, k, v, mask)
+    if reason is not None:
+        with ops.use_backend(backend), pytest.raises(ops.BackendUnavailable, match=re.escape(reason)):
+            ops.attention(q, k, v, mask=mask)
+        pytest.skip(reason)
+
+
+def some_dtype(backend: str) -> torch.dtype:
+    """For what does not depend on the dtype: CUDA's kernel takes no fp32."""
+    return torch.float16 if backend == "cuda" else torch.float32
+
+
 def compare(backend: str, check: Any, *call: Any, scale: float | None = None) -> Tensor:
     q, k, v, mask = call
+    skip_if_refused(backend, *call)
     with ops.use_backend(backend):
         got = ops.attention(q, k, v, mask=mask, scale=scale)
     wide = mask if mask is None else torch.atleast_2d(mask)  # PyTorch's takes none with fewer
@@ -74,6 +92,32 @@ def test_against_the_oracle(backend: str, case: Any, mask: str, dtype: torch.dty
     compare(backend, check, q, k, v, m)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("keys", [0, 77], ids=["self", "77 keys"])
+@pytest.mark.parametrize(
+    "size",
+    [
+        *((2, 8, 4096, 40), (2, 8, 1024, 80), (2, 8, 256, 160), (2, 8, 64, 160), (2, 10, 4096, 64)),
+        *((2, 20, 1024, 64), (1, 1, 4096, 512), (8, 1, 256, 256), (16, 5, 9216, 64)),
+    ],
+    ids=str,
+)
+def test_at_the_sizes_of_models(backend: str, size: Any, keys: int, dtype: torch.dtype, check: Any) -> None:
+    b, h, length, d = size
+    with torch.device("cuda"):
+        q, k, v = (heads(b, h, n, d, dtype) for n in (length, keys or length, keys or length))
+    skip_if_refused(backend, q, k, v, None)
+    with ops.use_backend(backend):
+        got, again = ops.attention(q, k, v), ops.attention(q, k, v)
+    assert torch.equal(got, again) or backend == "torch"
+    if backend in ("cuda", "triton"):
+        with ops.use_backend(backend):
+            assert torch.equal(got[-1:], ops.attention(q[-1:], k[-1:], v[-1:]))
+    got, q, k, v = (t[-1:, -1:] for t in (got, q, k, v))  # in fp64 there is room for one head
+    check(got, F.scaled_dot_product_attention(q, k, v), exact(q, k, v, None))
+
+
 MASKS: dict[str, Callable[[], Tensor]] = {
     "scalar": lambda: torch.tensor(0.5),
     "keys": lambda: torch.randn(77),
@@ -97,7 +141,7 @@ def test_masks_of_any_shape_and_strides(backend: str, mask: str, dtype: torch.dt
 
 
 def test_a_query_whose_keys_are_all_masked_gets_zeros(backend: str) -> None:
-    q, k, v = (torch.randn(2, 2, 70, 16) for _ in range(3))
+    q, k, v = (torch.randn(2, 2, 70, 16).to(some_dtype(backend)) for _ in range(3))
     mask = torch.rand(2, 1, 70, 70) > 0.5
     mask[0, :, 3], mask[1, :, 69] = False, False
     for m in (mask, torch.zeros(mask.shape).masked_fill(~mask, -math.inf)):
@@ -108,9 +152,10 @@ def test_a_query_whose_keys_are_all_masked_gets_zeros(backend: str) -> None:
 
 
 def test_no_keys_give_zeros(backend: str) -> None:
-    q, nothing = torch.randn(2, 2, 5, 4), torch.empty(2, 2, 0, 4)
+    q = torch.randn(2, 2, 5, 8).to(some_dtype(backend))
+    nothing = q[:, :, :0]
     with ops.use_backend(backend):
-        assert torch.equal(ops.attention(q, nothing, nothing), torch.zeros(2, 2, 5, 4))
+        assert torch.equal(ops.attention(q, nothing, nothing), torch.zeros_like(q))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -125,7 +170,7 @@ def test_huge_and_tiny_values(backend: str, size: float, dtype: torch.dtype, che
 
 @pytest.mark.parametrize("scale", [0.7, -0.7, 0.0, 50.0])
 def test_scale(backend: str, scale: float, check: Any) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (some_dtype(backend), torch.bfloat16):
         q, k, v = (torch.randn(1, 2, 9, 16).to(dtype) for _ in range(3))
         mask = torch.randn(9, 9).to(dtype)
         for m in (None, mask, mask > 0.5):
@@ -189,6 +234,7 @@ def test_bitwise_the_same_by_threads_batch_and_repetition(dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nan_and_infinity_stay_where_they_belong(backend: str, dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(4, 2, 70, 16).to(dtype) for _ in range(3))
+    skip_if_refused(backend, q, k, v, None)
     with ops.use_backend(backend):
         clean = ops.attention(q, k, v)
         v[0, 0, 4, 2], k[1, 1, 0, 0], q[2, 0, 5, 1] = math.nan, math.inf, math.nan
@@ -237,7 +283,7 @@ def test_peak_memory() -> None:
 
 def test_gradients(backend: str) -> None:
     tensors = [torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    with ops.use_backend("reference" if backend == "cpu" else backend):  # the kernel takes no float64
+    with ops.use_backend("torch" if backend == "torch" else "reference"):  # the kernels take no float64
         assert torch.autograd.gradcheck(lambda q, k, v: ops.attention(q, k, v, scale=0.5), tensors)
 
 
@@ -294,7 +340,7 @@ def test_opcheck() -> None:
 
 def test_compiles_without_a_break(backend: str) -> None:
     torch.compiler.reset()  # a graph keeps the backend that was in force when it was traced
-    q, k, v = (torch.randn(1, 2, 9, 16) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, 9, 16).to(some_dtype(backend)) for _ in range(3))
     with ops.use_backend(backend):
         compiled = torch.compile(lambda: ops.attention(q, k, v), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(), ops.attention(q, k, v))

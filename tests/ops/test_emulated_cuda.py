@@ -228,3 +228,108 @@ def test_how_group_norm_is_cut(
     oracle = NORM.run("reference", NORM.wide(call), groups)
     for ours, theirs, exact in zip(got, eager, oracle, strict=True):
         check(ours, theirs, exact)
+
+
+ATTENTION = suite("attention")
+HALF = (torch.float16, torch.bfloat16)
+# B, H, L, S, D, Dv, multiprocessors of the device: every width, one and two groups of warps along the keys,
+# one to four warps along the queries, sizes around 16, 32, 64 and 128
+SHAPES = [
+    (2, 3, 16, 16, 8, 8, 132),
+    (1, 2, 33, 77, 40, 40, 132),
+    (1, 1, 1, 1, 64, 40, 132),
+    (1, 1, 130, 97, 64, 64, 1),
+    (1, 1, 65, 31, 80, 72, 1),
+    (1, 1, 17, 129, 96, 96, 132),
+    (1, 2, 20, 64, 128, 128, 4),
+    (1, 1, 70, 100, 160, 160, 2),
+    (1, 1, 1100, 40, 40, 40, 1),
+]
+
+
+class TestAttention:
+    test_no_keys_give_zeros = staticmethod(ATTENTION.test_no_keys_give_zeros)
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_against_the_oracle(self, shape: Any, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        *sizes, multiprocessors = shape
+        monkeypatch.setattr(emulated, "MULTIPROCESSORS", multiprocessors)
+        b, h, length, keys, d, dv = sizes
+        masks = (None, torch.rand(b, 1, 1, keys) > 0.3, torch.randn(b, 1, length, keys))
+        for number, dtype in enumerate(HALF):
+            q, k, v = (ATTENTION.heads(b, h, n, w, dtype) for n, w in ((length, d), (keys, d), (keys, dv)))
+            for mask in masks if length < 1000 else masks[: 1 + number]:
+                whole = mask if mask is None or mask.dtype is torch.bool else mask.to(dtype)
+                ATTENTION.compare("cpu", check, q, k, v, whole)
+
+    @pytest.mark.parametrize("mask", ATTENTION.MASKS)
+    def test_masks_of_any_shape_and_strides(self, mask: str, check: Any) -> None:
+        q, k, v = (ATTENTION.heads(2, 3, n, 24, torch.bfloat16) for n in (70, 77, 77))
+        made = ATTENTION.MASKS[mask]()
+        ATTENTION.compare("cpu", check, q, k, v, made if made.dtype is torch.bool else made.bfloat16())
+
+    def test_a_query_whose_keys_are_all_masked_gets_zeros(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ATTENTION, "some_dtype", lambda backend: torch.float16)
+        ATTENTION.test_a_query_whose_keys_are_all_masked_gets_zeros("cpu")
+
+    @pytest.mark.parametrize("size", [1e-30, 1e-3, 300.0, 1e15])
+    @pytest.mark.parametrize("dtype", HALF, ids=str)
+    def test_huge_and_tiny_values(self, size: float, dtype: torch.dtype, check: Any) -> None:
+        ATTENTION.test_huge_and_tiny_values("cpu", size, dtype, check)
+
+    @pytest.mark.parametrize("scale", [0.7, -0.7, 0.0, 50.0])
+    def test_scale(self, scale: float, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ATTENTION, "some_dtype", lambda backend: torch.float16)
+        ATTENTION.test_scale("cpu", scale, check)
+
+    def test_scores_that_climb(self, check: Any) -> None:
+        """Every step over the keys passes the highest score so far, for some rows by little and some by much."""
+        q, v = torch.ones(1, 1, 40, 8).half(), torch.randn(1, 1, 300, 8).half()
+        q *= torch.linspace(0.01, 4, 40).half()[:, None]
+        k = torch.linspace(-8, 8, 300).half()[:, None].expand(1, 1, 300, 8).contiguous()
+        ATTENTION.compare("cpu", check, q, k, v, None)
+
+    def test_nan_and_infinity_stay_where_they_belong(self) -> None:
+        ATTENTION.test_nan_and_infinity_stay_where_they_belong("cpu", torch.bfloat16)
+
+    @pytest.mark.parametrize("how", ["of one projection", "heads first"])
+    def test_strides_do_not_matter(self, how: str, check: Any) -> None:
+        q, k, v = (ATTENTION.heads(2, 3, n, 24, torch.float16) for n in (70, 77, 77))
+        others = [ATTENTION.strided(x, how) for x in (q, k, v)]
+        assert others[0].stride() != q.stride()
+        got = ATTENTION.compare("cpu", check, *others, None)
+        assert torch.equal(got, ops.attention(q, k, v))
+        assert got.transpose(1, 2).flatten(2).data_ptr() == got.data_ptr()
+
+    def test_bits_do_not_depend_on_batch_head_grid_or_the_other_queries(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        q, k, v = (ATTENTION.heads(3, 2, n, 40, torch.float16) for n in (140, 100, 100))
+        together = ops.attention(q, k, v)
+        assert torch.equal(together[1:2, 1:], ops.attention(*(t[1:2, 1:] for t in (q, k, v))))
+        assert torch.equal(together[:, :, 70:90], ops.attention(q[:, :, 70:90], k, v))
+        monkeypatch.setattr(emulated, "MULTIPROCESSORS", 1)
+        assert torch.equal(together, ops.attention(q, k, v))
+
+    def test_what_is_read_lies_within_the_tensors(self) -> None:
+        """The last query, key and value are the last bytes of their page; beyond it nothing may be read."""
+        tensors = [emulated.at_the_end_of_a_page(1, 2, n, 40, torch.float16) for n in (33, 77, 77)]
+        assert torch.isfinite(ops.attention(*tensors)).all()
+
+
+@pytest.mark.parametrize(
+    ("length", "keys", "width", "limit", "plan"),
+    [
+        (4096, 4096, 40, 227, {"width": 40, "warps": 4, "groups": 1, "tile_keys": 64, "rows": 128}),
+        (1024, 1024, 80, 227, {"width": 80, "warps": 4, "groups": 2, "threads": 256}),
+        (4096, 4096, 64, 99, {"tile_keys": 64, "shared_bytes": 3 * 2 * 64 * 9 * 16}),
+        (4096, 4096, 160, 99, {"tile_keys": 32, "groups": 1, "shared_bytes": 3 * 2 * 32 * 21 * 16}),
+        (256, 256, 160, 64, {"tile_keys": 32, "rows": 32}),
+        (64, 64, 160, 227, {"warps": 1, "groups": 2, "rows": 16, "blocks": 4}),
+        (4096, 77, 48, 227, {"width": 64}),
+    ],
+    ids=str,
+)
+def test_how_attention_is_cut(length: int, keys: int, width: int, limit: int, plan: dict[str, int]) -> None:
+    found = emulated.attention_plan(2, 8, length, keys, width, limit << 10)
+    assert {name: getattr(found, name) for name in plan} == plan

@@ -1,0 +1,479 @@
+// out = softmax(scale * q k^T + mask) v, per batch and head, online over the keys (Milakov and Gimelshein 2018; Dao et
+// al. 2022; Dao 2023): no L x S matrix anywhere.
+//
+// A block of threads takes 4 * 16 * kTiles queries of a head, a warp 16 * kTiles of them against 32 keys at a time:
+// their scores stay in its registers, and become the left factor of p v where they are. Up to a width of 80 a warp has
+// two tiles of queries, so that what it reads of k and v from shared memory serves twice: with one tile those reads
+// alone, D / 512 cycles of a multiprocessor for a score, take longer than the products. Where there are few queries, a
+// second group of warps takes every other 32 keys of the same queries; the groups' sums are joined in the end.
+//
+// Widths are multiples of 8: q k^T goes in steps of 16 and a last one of 8, p v in columns of 8, so 40, 64, 80, 96, 128
+// and 160 multiply no zeros. Other widths take the next of these. k and v come in tiles of 64 keys (32 where shared
+// memory is small), three under way, by asynchronous copies of 16 bytes, which fill with zeros what is not there. A
+// row in shared memory is an odd number of 16 bytes long: the eight rows of a fragment lie in different banks, and all
+// of a tile is reached from one address by constants.
+//
+// Work for a score and head at D = 40, in cycles of a multiprocessor of sm_90: 160 operations in products at about 2500
+// a cycle (mma.sync), 0.064; one exponential at 16 a cycle, 0.063; 6.7 instructions at 128 a cycle, 0.052. None is far
+// from the others, so exponentials by polynomial (8 instructions each) would only move the load.
+// Bytes: q and out once, k and v once per block of queries, after the first from L2: D / 32 bytes a score at two tiles.
+//
+// Softmax: weights are 2^(s c - top), c = scale * log2(e), where top is a whole number at least as high as the row's
+// highest score less 8, and changes only when a score passes it by more: a weight is at most 2^8.5, which every dtype
+// holds, and what was summed is seldom brought to a new top, then by an exact power of two. A row's numbers depend on
+// that row and on how its keys are grouped (L, S and D), so neither on the batch nor on the size of the grid.
+//
+// Layouts: rows of q, k, v at any distance that is a multiple of 16 bytes, elements of a row side by side. The mask is
+// read by its strides, where it is broadcast with stride 0.
+#pragma once
+#include "cuda/mma.cuh"
+
+namespace difusores {
+namespace cuda {
+
+constexpr int kChunkKeys = 32;  // keys that a warp has scores of
+constexpr int kTileStages = 3;
+constexpr int kQueryWarps = 4;
+constexpr int kWidest = 160;
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kNoTop = -3.402823466e38f;  // of a row without scores yet
+constexpr float kSmallest = 1.175494351e-38f;
+constexpr float kSlack = 8.0f;        // powers of two by which a score may pass the top
+constexpr float kHuge = 16777216.0f;  // above it, s c - top is no longer exact enough in one operation
+
+template <int kValue>
+struct Constant {
+    static constexpr int value = kValue;
+};
+
+// How a call is cut. `groups` and `tile_keys` decide the bits of the result; `warps` does not.
+struct AttentionPlan {
+    int width;      // of the instance
+    int warps;      // along the queries
+    int groups;     // of warps along the keys: 1 or 2
+    int tile_keys;  // keys of a tile in shared memory
+    int rows;       // queries of a block
+    unsigned blocks, threads;
+    int64_t shared_bytes;
+};
+
+constexpr __host__ __device__ int row_bytes(int width) { return (width / 8 | 1) * 16; }
+constexpr __host__ __device__ int tiles_of(int width) { return width <= 80 ? 2 : 1; }
+// Threads whose registers fill a multiprocessor: what the compiler may use for one. sm_75 and sm_120 spill at less.
+constexpr __host__ __device__ int threads_at_once(int width, bool mask) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    return 256;
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    return mask || width > 64 ? 256 : 384;
+#endif
+    return mask || width > 64 ? 256 : width > 40 ? 384 : 512;
+}
+
+__device__ __forceinline__ float quad_max(float v) {
+    v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, 1));
+    return fmaxf(v, __shfl_xor_sync(kAllLanes, v, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float v) {
+    v += __shfl_xor_sync(kAllLanes, v, 1);
+    return v + __shfl_xor_sync(kAllLanes, v, 2);
+}
+
+// Rows [first, first + count) of [rows, d] to shared memory; zeros beyond both.
+template <int kWidth>
+__device__ __forceinline__ void copy_rows(unsigned char* tile, const unsigned short* from, int64_t stride, int first,
+                                          int count, int rows, int d) {
+    constexpr int kPieces = kWidth / 8;
+    for (int i = threadIdx.x; i < count * kPieces; i += blockDim.x) {
+        const int row = i / kPieces, piece = i - row * kPieces;
+        const bool real = first + row < rows && piece * 8 < d;
+        copy_16(tile + row * row_bytes(kWidth) + piece * 16, real ? from + (first + row) * stride + piece * 8 : from,
+                real);
+    }
+}
+
+// The scores of a warp's queries and 32 keys, element [m][n][e] as a product leaves it: query 16 m + g + 8 (e / 2), key
+// 8 n + 2 t + e % 2.
+template <int kTiles>
+using Scores = float[kTiles][kChunkKeys / 8][4];
+
+template <DType T, int kWidth, int kTiles>
+struct Queries {
+    unsigned words[kTiles][kWidth / 8][2];  // rows g and g + 8, elements 8 c + 2 t and the next
+
+    // Rows first + 16 m + g (+ 8) of [rows, d], zeros beyond both; negated where asked.
+    __device__ __forceinline__ void load(const unsigned short* from, int64_t stride, int first, int rows, int d,
+                                         bool negate) {
+        const int lane = threadIdx.x % kWarp, column = lane % 4 * 2;
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = first + 16 * m + 8 * half + lane / 4;
+                const unsigned short* const at = from + row * stride + column;
+#pragma unroll
+                for (int c = 0; c < kWidth / 8; ++c) {
+                    const bool real = row < rows && 8 * c < d;
+                    words[m][c][half] = real ? *reinterpret_cast<const unsigned*>(at + 8 * c) : 0;
+                    if (negate) words[m][c][half] ^= 0x80008000u;
+                }
+            }
+    }
+
+    // s = q k^T for the 32 keys whose rows in shared memory begin at `keys`.
+    __device__ __forceinline__ void times_keys(Scores<kTiles>& s, const unsigned char* keys) const {
+        const int lane = threadIdx.x % kWarp;
+        // Two tiles of a row's neighbouring columns, then the two of the next eight keys: the words of a product over
+        // 16 come side by side.
+        const unsigned char* const pair = keys + (lane / 16 * 8 + lane % 8) * row_bytes(kWidth) + lane / 8 % 2 * 16;
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+            for (int n = 0; n < kChunkKeys / 8; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) s[m][n][e] = 0.0f;
+#pragma unroll
+        for (int c = 0; c + 1 < kWidth / 8; c += 2)
+#pragma unroll
+            for (int n = 0; n < kChunkKeys / 8; n += 2) {
+                unsigned k[4];
+                ldmatrix(k, pair + n * 8 * row_bytes(kWidth) + c * 16);
+#pragma unroll
+                for (int m = 0; m < kTiles; ++m) {
+                    const auto& a = words[m][c];
+                    const auto& b = words[m][c + 1];
+                    mma_k16<T>(s[m][n], a[0], a[1], b[0], b[1], k[0], k[1]);
+                    mma_k16<T>(s[m][n + 1], a[0], a[1], b[0], b[1], k[2], k[3]);
+                }
+            }
+        if constexpr (kWidth / 8 % 2) {
+            constexpr int kLast = kWidth / 8 - 1;
+            unsigned k[4];
+            ldmatrix(k, keys + lane * row_bytes(kWidth) + kLast * 16);
+#pragma unroll
+            for (int n = 0; n < kChunkKeys / 8; ++n)
+#pragma unroll
+                for (int m = 0; m < kTiles; ++m) mma_k8<T>(s[m][n], words[m][kLast][0], words[m][kLast][1], k[n]);
+        }
+    }
+};
+
+// Where a warp's queries and keys are in the mask.
+struct MaskView {
+    const void* at;
+    int64_t query_stride, key_stride;
+    DType dtype;
+    bool is_bool;
+    __device__ __forceinline__ float apply(float score, int query, int key) const {
+        const int64_t i = query * query_stride + key * key_stride;
+        if (is_bool) return static_cast<const bool*>(at)[i] ? score : -INFINITY;
+        const float v = load_one(at, dtype, i);
+        return score + (v == -INFINITY ? v : fmaxf(v, 0.5f * kNoTop));  // the lowest number is not minus infinity
+    }
+};
+
+// What a warp has of its queries' result: the sums of weights, and of weights times v, where a weight is 2^(s c - top).
+template <DType T, int kWidth, int kTiles>
+struct Running {
+    float out[kTiles][kWidth / 8][4], total[kTiles][2], top[kTiles][2];
+
+    __device__ __forceinline__ Running() {
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) total[m][half] = 0.0f, top[m][half] = kNoTop;
+#pragma unroll
+            for (int c = 0; c < kWidth / 8; ++c)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) out[m][c][e] = 0.0f;
+        }
+    }
+
+    __device__ __forceinline__ void scale_row(int m, int half, float factor) {
+        total[m][half] *= factor;
+#pragma unroll
+        for (int c = 0; c < kWidth / 8; ++c) out[m][c][2 * half] *= factor, out[m][c][2 * half + 1] *= factor;
+    }
+
+    // New tops for the rows with a score that passes theirs by more than the slack.
+    __device__ __forceinline__ void raise_tops(const Scores<kTiles>& s, float c) {
+        float highest[kTiles][2];
+        bool above = false;
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float high = -INFINITY;
+#pragma unroll
+                for (int n = 0; n < kChunkKeys / 8; ++n)
+                    high = fmaxf(high, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                highest[m][half] = high * c;
+                above = above || highest[m][half] > top[m][half] + kSlack;
+            }
+        if (!__any_sync(kAllLanes, above)) return;
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float high = quad_max(highest[m][half]);
+                if (high > top[m][half] + kSlack) {
+                    const float higher = rintf(high);
+                    scale_row(m, half, exp2_fast(top[m][half] - higher));
+                    top[m][half] = higher;
+                }
+            }
+    }
+
+    // From scores to weights.
+    __device__ __forceinline__ void weigh(Scores<kTiles>& s, float c) {
+        bool huge = false;
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) huge = huge || fabsf(top[m][0]) >= kHuge || fabsf(top[m][1]) >= kHuge;
+        if (huge) {  // weights of scores that were rounded: the highest is 1, which a fused operation would miss
+#pragma unroll
+            for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+                for (int n = 0; n < kChunkKeys / 8; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        const float t = top[m][e / 2];
+                        s[m][n][e] = fabsf(t) >= kHuge ? __fmul_rn(s[m][n][e], c) - t : fmaf(s[m][n][e], c, -t);
+                    }
+        } else {
+#pragma unroll
+            for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+                for (int n = 0; n < kChunkKeys / 8; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) s[m][n][e] = fmaf(s[m][n][e], c, -top[m][e / 2]);
+        }
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+            for (int n = 0; n < kChunkKeys / 8; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    s[m][n][e] = exp2_fast(s[m][n][e]);
+                    total[m][e / 2] += s[m][n][e];
+                }
+    }
+
+    // out += p v for the 32 keys whose rows in shared memory begin at `values`.
+    __device__ __forceinline__ void add_values(const Scores<kTiles>& p, const unsigned char* values) {
+        unsigned words[kTiles][kChunkKeys / 8][2];
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+            for (int n = 0; n < kChunkKeys / 8; ++n)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    words[m][n][half] = pack_2<T>(p[m][n][2 * half], p[m][n][2 * half + 1]);
+        const unsigned char* const row = values + threadIdx.x % kWarp * row_bytes(kWidth);
+#pragma unroll
+        for (int c = 0; c < kWidth / 8; ++c) {
+            unsigned v[4];
+            ldmatrix_transposed(v, row + c * 16);
+#pragma unroll
+            for (int n = 0; n < kChunkKeys / 8; n += 2)
+#pragma unroll
+                for (int m = 0; m < kTiles; ++m)
+                    mma_k16<T>(out[m][c], words[m][n][0], words[m][n][1], words[m][n + 1][0], words[m][n + 1][1], v[n],
+                               v[n + 1]);
+        }
+    }
+
+    // What the second group of warps has of the same queries, into the first group's. `memory` is not in use.
+    __device__ __forceinline__ void join(float* memory, int threads) {
+        const int self = threadIdx.x;
+        const bool gives = self >= threads;
+        float* at = memory + (gives ? self - threads : self);
+        __syncthreads();
+        if (gives) {
+#pragma unroll
+            for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    at[0] = top[m][half], at[threads] = total[m][half], at += 2 * threads;
+#pragma unroll
+                    for (int k = 0; k < kWidth / 4; ++k, at += threads) *at = out[m][k / 2][2 * half + k % 2];
+                }
+        }
+        __syncthreads();
+        if (gives) return;
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float theirs = at[0], higher = fmaxf(top[m][half], theirs), factor = exp2_fast(theirs - higher);
+                scale_row(m, half, exp2_fast(top[m][half] - higher));
+                total[m][half] = fmaf(at[threads], factor, total[m][half]), at += 2 * threads;
+#pragma unroll
+                for (int k = 0; k < kWidth / 4; ++k, at += threads)
+                    out[m][k / 2][2 * half + k % 2] = fmaf(*at, factor, out[m][k / 2][2 * half + k % 2]);
+            }
+    }
+
+    __device__ __forceinline__ void store(const AttentionArgs& args, unsigned batch, unsigned head, int first) {
+        const int lane = threadIdx.x % kWarp;
+        unsigned short* const to = static_cast<unsigned short*>(args.out) + batch * args.out_stride[0] +
+                                   head * args.out_stride[1] + lane % 4 * 2;
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float sum = quad_sum(total[m][half]), inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+                const int row = first + 16 * m + 8 * half + lane / 4;
+                if (row >= args.l) continue;
+#pragma unroll
+                for (int c = 0; c < kWidth / 8; ++c)
+                    if (8 * c < args.dv)
+                        *reinterpret_cast<unsigned*>(to + row * args.out_stride[2] + 8 * c) =
+                            pack_2<T>(out[m][c][2 * half] * inverse, out[m][c][2 * half + 1] * inverse);
+            }
+    }
+};
+
+template <DType T, int kWidth, bool kMask>
+__global__ void __launch_bounds__(threads_at_once(kWidth, kMask), 1)
+    attention_forward(const __grid_constant__ AttentionArgs args, const __grid_constant__ AttentionPlan plan) {
+    constexpr int kTiles = tiles_of(kWidth);
+    DIFUSORES_DYNAMIC_SHARED(shared);
+    const unsigned heads = static_cast<unsigned>(args.h);
+    const unsigned index = blockIdx.x / plan.blocks, batch = index / heads, head = index - batch * heads;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, group = warp >= plan.warps;
+    const int first = static_cast<int>(blockIdx.x - index * plan.blocks) * plan.rows +
+                      (group ? warp - plan.warps : warp) * 16 * kTiles;
+    const int keys = static_cast<int>(args.s), d = static_cast<int>(args.d), dv = static_cast<int>(args.dv);
+    const auto rows_of = [&](const Heads& t) {
+        return static_cast<const unsigned short*>(t.ptr) + batch * t.stride[0] + head * t.stride[1];
+    };
+    const unsigned short *const k = rows_of(args.k), *const v = rows_of(args.v);
+    const int half_stage = plan.tile_keys * row_bytes(kWidth);
+    const int tiles = (keys + plan.tile_keys - 1) / plan.tile_keys;
+    const auto copy_tile = [&](int tile) {
+        if (tile < tiles) {
+            unsigned char* const to = shared + tile % kTileStages * 2 * half_stage;
+            copy_rows<kWidth>(to, k, args.k.stride[2], tile * plan.tile_keys, plan.tile_keys, keys, d);
+            copy_rows<kWidth>(to + half_stage, v, args.v.stride[2], tile * plan.tile_keys, plan.tile_keys, keys, dv);
+        }
+        close_copies();
+    };
+#pragma unroll
+    for (int tile = 0; tile < kTileStages - 1; ++tile) copy_tile(tile);
+
+    // With a mask, scores are multiplied before it is added; without, all at once when they become exponents. A
+    // negative scale goes into q, so that the highest score stays the highest; one of 0 becomes a number that leaves
+    // the minus infinity of keys which are not there what it is.
+    const float scale = fabsf(args.scale), c = kMask ? kLog2E : fmaxf(scale * kLog2E, kSmallest);
+    Queries<T, kWidth, kTiles> q;
+    q.load(rows_of(args.q), args.q.stride[2], first, static_cast<int>(args.l), d, args.scale < 0.0f);
+    Running<T, kWidth, kTiles> running;
+    MaskView mask{};
+    if constexpr (kMask) {
+        const int64_t at = batch * args.mask.stride[0] + head * args.mask.stride[1];
+        mask = {static_cast<const char*>(args.mask.ptr) + at * (args.mask_is_bool ? 1 : bytes_of(args.mask_dtype)),
+                args.mask.stride[2], args.mask.stride[3], args.mask_dtype, args.mask_is_bool};
+    }
+
+    for (int tile = 0; tile < tiles; ++tile) {
+        copies_done<kTileStages - 2>();
+        __syncthreads();  // this tile is there for all, and nobody reads the last one any more, whose place is next
+        copy_tile(tile + kTileStages - 1);
+        const unsigned char* const at = shared + tile % kTileStages * 2 * half_stage;
+        for (int part = group * kChunkKeys; part < plan.tile_keys; part += plan.groups * kChunkKeys) {
+            const int key0 = tile * plan.tile_keys + part;
+            if (key0 >= keys) break;
+            float s[kTiles][kChunkKeys / 8][4];
+            q.times_keys(s, at + part * row_bytes(kWidth));
+            if (kMask || key0 + kChunkKeys > keys) {
+#pragma unroll
+                for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+                    for (int n = 0; n < kChunkKeys / 8; ++n)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) {
+                            const int query = first + 16 * m + 8 * (e / 2) + lane / 4;
+                            const int key = key0 + 8 * n + lane % 4 * 2 + e % 2;
+                            if (key >= keys) s[m][n][e] = -INFINITY;
+                            else if (kMask && query < args.l) s[m][n][e] = mask.apply(s[m][n][e] * scale, query, key);
+                        }
+            }
+            running.raise_tops(s, c);
+            running.weigh(s, c);
+            running.add_values(s, at + half_stage + part * row_bytes(kWidth));
+        }
+    }
+    if (plan.groups > 1) running.join(reinterpret_cast<float*>(shared), plan.warps * kWarp);
+    if (!group) running.store(args, batch, head, first);
+}
+
+// nullptr, or what the kernel takes and this is not.
+inline __host__ const char* refuses_attention(const AttentionArgs& args) {
+    if (args.dtype == DType::f32) return "float16 and bfloat16";
+    if (args.d % 8 || args.dv % 8) return "heads of a multiple of 8 elements";
+    if (args.d > kWidest || args.dv > kWidest) return "heads of at most 160 elements";
+    for (const Heads* t : {&args.q, &args.k, &args.v}) {
+        const int64_t sizes[] = {args.b, args.h, t == &args.q ? args.l : args.s};
+        bool fits = aligned(t->ptr, 0, args.dtype, 16) && t->stride[3] == 1;
+        for (int dim = 0; dim < 3; ++dim)
+            fits = fits && (sizes[dim] == 1 || aligned(nullptr, t->stride[dim], args.dtype, 16));
+        if (!fits) return "rows without gaps between their elements, each at a multiple of 16 bytes";
+    }
+    constexpr int64_t kMost = int64_t{1} << 31;
+    if (args.l >= kMost - kChunkKeys || args.s >= kMost - 64 || (args.l + 15) / 16 * args.b * args.h >= kMost)
+        return "fewer than 2^31 queries, keys, and sixteenths of all queries";
+    return nullptr;
+}
+
+// shared_limit: bytes of shared memory that a block may have.
+inline __host__ AttentionPlan plan_attention(const AttentionArgs& args, int64_t shared_limit, int multiprocessors) {
+    constexpr int kWidths[] = {40, 64, 80, 96, 128, 160};
+    const int64_t wanted = args.d > args.dv ? args.d : args.dv;
+    AttentionPlan plan{};
+    for (const int width : kWidths)
+        if (wanted <= width) {
+            plan.width = width;
+            break;
+        }
+    const auto bytes = [&](int64_t keys) { return kTileStages * 2 * keys * row_bytes(plan.width); };
+    plan.tile_keys = bytes(64) <= shared_limit ? 64 : 32;
+    plan.shared_bytes = bytes(plan.tile_keys);
+    plan.groups = args.l <= 1024 && plan.tile_keys > kChunkKeys && args.s > kChunkKeys ? 2 : 1;
+    // Fewer queries to a block where there would be blocks for less than half of the multiprocessors.
+    for (plan.warps = kQueryWarps;; plan.warps /= 2) {
+        plan.rows = plan.warps * 16 * tiles_of(plan.width);
+        plan.blocks = static_cast<unsigned>((args.l + plan.rows - 1) / plan.rows);
+        if (plan.warps == 1 || 2 * plan.blocks * args.b * args.h > multiprocessors) break;
+    }
+    plan.threads = static_cast<unsigned>(plan.warps * plan.groups * kWarp);
+    return plan;
+}
+
+// launch(kernel, grid, threads, dynamic shared bytes, arguments of the kernel …)
+template <class Launch>
+__host__ auto launch_attention(const AttentionArgs& args, const AttentionPlan& plan, const Launch& launch) {
+    const dim3 grid = {static_cast<unsigned>(plan.blocks * args.b * args.h), 1, 1};
+    const auto go = [&](auto kernel) {
+        return launch(kernel, grid, plan.threads, static_cast<size_t>(plan.shared_bytes), args, plan);
+    };
+    const auto of_type = [&](auto width) {
+        constexpr int kWidth = decltype(width)::value;
+        if (args.dtype == DType::f16)
+            return args.mask.ptr ? go(attention_forward<DType::f16, kWidth, true>)
+                                 : go(attention_forward<DType::f16, kWidth, false>);
+        return args.mask.ptr ? go(attention_forward<DType::bf16, kWidth, true>)
+                             : go(attention_forward<DType::bf16, kWidth, false>);
+    };
+    switch (plan.width) {
+        case 40: return of_type(Constant<40>{});
+        case 64: return of_type(Constant<64>{});
+        case 80: return of_type(Constant<80>{});
+        case 96: return of_type(Constant<96>{});
+        case 128: return of_type(Constant<128>{});
+        default: return of_type(Constant<160>{});
+    }
+}
+
+}  // namespace cuda
+}  // namespace difusores

@@ -1,0 +1,22 @@
+#include "mma.h"
+#include "cuda/attention.cuh"
+#include "launch.h"
+
+extern "C" void attention_plan(const difusores::AttentionArgs* args, int64_t shared_limit, int multiprocessors,
+                               difusores::cuda::AttentionPlan* plan) {
+    *plan = difusores::cuda::plan_attention(*args, shared_limit, multiprocessors);
+}
+
+// shared_limit, multiprocessors: as of a device. Returns the plan that was carried out.
+extern "C" const char* attention(const difusores::AttentionArgs* args, int64_t shared_limit, int multiprocessors,
+                                 int schedule, difusores::cuda::AttentionPlan* plan) {
+    const emulation::OnFibers fibers{static_cast<emulation::Schedule>(schedule)};
+    attention_plan(args, shared_limit, multiprocessors, plan);
+#ifdef DIFUSORES_FAULTY  // one instance, which compiles at once
+    const dim3 grid = {static_cast<unsigned>(plan->blocks * args->b * args->h), 1, 1};
+    return emulation::report(fibers(difusores::cuda::attention_forward<difusores::DType::f16, 40, false>, grid,
+                                    plan->threads, static_cast<size_t>(plan->shared_bytes), *args, *plan));
+#else
+    return emulation::report(difusores::cuda::launch_attention(*args, *plan, fibers));
+#endif
+}
