@@ -44,10 +44,6 @@ def attend(length: int, keys: int, change: Change) -> tuple[Tensor, Tensor]:
 
 
 BARRIERS = {
-    "attention": (
-        "copies_done<kTileStages - 2>();\n        __syncthreads();",
-        "copies_done<kTileStages - 2>();",
-    ),
     "scheduler_step": ("__syncthreads();\n    const Reads reads", "const Reads reads"),
     "group_norm_silu": (
         "= moments;\n    }\n    __syncthreads();\n}\n\n// The moments of a tile's",
@@ -64,8 +60,6 @@ def test_a_missing_barrier(op: str) -> None:
     def run(change: Change) -> None:
         if op == "scheduler_step":
             step(x, x, torch.empty_like(x), change)
-        elif op == "attention":
-            attend(40, 200, change)
         else:
             norm(x.to(memory_format=torch.channels_last), 4, change)
 
@@ -82,6 +76,7 @@ ATTENTION: dict[str, Change] = {
         "a[0], a[1], b[0], b[1], k[0], k[1])",
         "a[0], a[1], b[0], b[1], k[1], k[0])",
     ),
+    "a missing barrier": ("__syncthreads();  // this tile is there", "// this tile is there"),
     "another tile's copies": ("copies_done<kTileStages - 2>", "copies_done<kTileStages - 1>"),
     "a rise that is not carried over": ("total[m][half] *= factor;", ""),
     "one group's sums": ("fmaf(at[threads], factor, total[m][half])", "total[m][half]"),
