@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from difusores.ops.dispatch import _OPS, status
+from difusores.ops.dispatch import _OPS, interpreted, status
 
 Check = Callable[[Tensor, Tensor, Tensor], None]
 
@@ -37,9 +37,10 @@ def check() -> Check:
 
 @pytest.fixture(autouse=True)
 def _device(request: pytest.FixtureRequest) -> Generator[None, None, None]:
-    """Where the backend is CUDA's, the tests' tensors are on the GPU."""
+    """Where the backend is for a GPU, the tests' tensors are there; Triton's interpreter has them on the CPU."""
     call = getattr(request.node, "callspec", None)
-    if call is None or call.params.get("backend") != "cuda":
+    on_gpu = call is not None and call.params.get("backend") in ("cuda", "triton")
+    if not on_gpu or interpreted():
         yield
         return
     with torch.device("cuda"):
