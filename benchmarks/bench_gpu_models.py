@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import difusores
-from difusores.graphs import Graphed
+from difusores.cuda_graph import Graphed
 
 Call = Callable[[], Tensor]
 STABLE_DIFFUSION: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}

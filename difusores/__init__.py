@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from difusores.acceleration import accelerate as accelerate
     from difusores.acceleration import restore as restore
+    from difusores.cuda_graph import disable_cuda_graph as disable_cuda_graph
+    from difusores.cuda_graph import enable_cuda_graph as enable_cuda_graph
     from difusores.functional import sample as sample
     from difusores.models import ADMClassifier as ADMClassifier
     from difusores.models import ADMUNet as ADMUNet
@@ -150,6 +152,8 @@ _PUBLIC = {
     "UniPCMultistepScheduler": "difusores.schedulers",
     "VQModel": "difusores.models",
     "accelerate": "difusores.acceleration",
+    "disable_cuda_graph": "difusores.cuda_graph",
+    "enable_cuda_graph": "difusores.cuda_graph",
     "restore": "difusores.acceleration",
     "sample": "difusores.functional",
     "use_backend": "difusores.ops",

@@ -178,49 +178,6 @@ def forget_graphs(model: Callable[..., Any]) -> None:
         graphs.clear()
 
 
-class Graphed:
-    """A model whose calls are replayed as CUDA graphs; where gradients are recorded,
-    or within another capture, it is called as it is.
-
-    Tensors in its arguments, also in tuples, lists and dictionaries, may have other values at each call; all
-    else is constant: another value, another graph. Results are new tensors. The model's `decisions` are those
-    of when this was made: make one for each run.
-    """
-
-    def __init__(self, model: Callable[..., Any]) -> None:
-        self.model = model
-        self.of_model = decisions(model)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model, tensors = self.model, list[Tensor]()
-        kind = _describe((args, kwargs), tensors)
-        if torch.is_grad_enabled() or capturing() is not None:
-            return model(*args, **kwargs)
-        device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
-        reason = refusal(device)
-        if reason is not None:
-            raise ValueError(reason)
-
-        def function(*inputs: Tensor) -> Any:
-            given, named = _replaced((args, kwargs), iter(inputs))
-            return model(*given, **named)
-
-        graphs = graphs_of(model)
-        of_call = ("call", kind, settings())
-        with graphs.lock:
-            graph = graphs.find((of_call, self.of_model))
-            if graph is not None:
-                return graph.replay(tensors)
-            graph = Graph(function, tensors, graphs.recorder(device))
-            self.of_model = decisions(model)  # parameters may move at their first use
-            graphs.keep((of_call, self.of_model), graph)
-            result, graph.result = graph.result, None
-            return result
-
-
 def copied(result: Any) -> Any:
     """A result with new tensors."""
     return pytree.tree_map_only(Tensor, torch.clone, result)
@@ -289,31 +246,4 @@ def _modules_of(model: Any, depth: int = 3) -> list[nn.Module]:
     elif isinstance(model, FunctionType):
         seen = inspect.getclosurevars(model)
         parts = (*seen.nonlocals.values(), *seen.globals.values())
-    elif isinstance(model, Graphed):
-        parts = (model.model,)
     return [module for part in parts for module in _modules_of(part, depth - 1)] if depth else []
-
-
-def _describe(value: Any, tensors: list[Tensor]) -> Hashable:
-    """An argument without its tensors, which go to the list."""
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return described(value)
-    if type(value) in (tuple, list):
-        return (type(value), *(_describe(part, tensors) for part in value))
-    if type(value) is dict:
-        return (dict, *((name, _describe(part, tensors)) for name, part in value.items()))
-    if not isinstance(value, Hashable):
-        raise TypeError(f"a CUDA graph is not captured with a {type(value).__name__} among its arguments")
-    return type(value), value
-
-
-def _replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """An argument with these tensors, in the order of `_describe`."""
-    if isinstance(value, Tensor):
-        return next(tensors)
-    if type(value) in (tuple, list):
-        return type(value)(_replaced(part, tensors) for part in value)
-    if type(value) is dict:
-        return {name: _replaced(part, tensors) for name, part in value.items()}
-    return value

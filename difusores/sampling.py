@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from difusores import graphs
+from difusores.cuda_graph import Graphed
 from difusores.ops import scheduler_step
 from difusores.ops.scheduler_step import CIN, COLUMNS, G1, HI, LO, MODE, ROW, W, why_not_captured
 
@@ -61,7 +62,7 @@ def sample(
                 raise ValueError(f"graph=True: {reason}")
             if callback is None and len(plan) <= LONGEST:
                 return _replay(run, model, x, table, keys, noise_sampler)
-            model = graphs.Graphed(model)
+            model = Graphed(model)
         times = plan.times(x.device)
         return run.carry_out(model, x, table, times, keys, noise_sampler, callback)
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 from tape import TapeRecorder
 
-from difusores import graphs, native
-from difusores.pipelines import pipeline
+from difusores import cuda_graph, graphs, native
 
 # The only reasons to skip a test where CI=true: what the machine is or was told, not what the set-up forgot.
 ALLOWED_SKIPS = re.compile(
@@ -54,7 +53,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Lets CUDA graphs be captured on the CPU, on a tape; how many have been."""
     monkeypatch.setattr(graphs, "Recorder", TapeRecorder)
     monkeypatch.setattr(graphs, "refusal", lambda device: None)
-    monkeypatch.setattr(pipeline, "refusal", lambda device: None)
+    monkeypatch.setattr(cuda_graph, "refusal", lambda device: None)
     monkeypatch.setattr(TapeRecorder, "captures", 0)
     return lambda: TapeRecorder.captures
 

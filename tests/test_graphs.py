@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import difusores
 from difusores import doctor, graphs, sampling
+from difusores.cuda_graph import Graphed
 from difusores.plan import Plan
 
 SHAPE = (2, 4, 8, 8)
@@ -261,7 +262,7 @@ def test_on_a_cpu_it_is_refused() -> None:
     ):
         PLANS["ddim"]().run(Network(), noise(1), graph=True)
     with pytest.raises(ValueError, match="CUDA device"), torch.no_grad():
-        graphs.Graphed(Network())(noise(1), torch.tensor(3))
+        Graphed(Network())(noise(1), torch.tensor(3))
 
 
 def test_arguments_of_a_graphed_call(captures: Callable[[], int]) -> None:
@@ -270,7 +271,7 @@ def test_arguments_of_a_graphed_call(captures: Callable[[], int]) -> None:
             return {"sum": factor * (x + more["list"][0]), "both": (x, more["list"][1]), "factor": factor}
 
     model = Told()
-    graphed = graphs.Graphed(model)
+    graphed = Graphed(model)
     with torch.no_grad():
         for k, factor in enumerate((1.0, 1.0, 1.0, 2.0, 2.0)):
             given = {"list": [noise(k), noise(k + 10)], "note": "text"}

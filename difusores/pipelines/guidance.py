@@ -40,15 +40,14 @@ class GuidedPipeline(DiffusionPipeline):
         **options: Any,
     ) -> Tensor:
         """The UNet's output for [parts * count, C, h, w]; options: with a row for each of x, or none."""
-        unet = self._launched(self.unet)
         if not self._separate_guidance or len(x) == count:
-            return as_tensor(conditioning(unet, x, t, image_scale, **options))
+            return as_tensor(conditioning(self.unet, x, t, image_scale, **options))
         parts = []
         for begin in range(0, len(x), count):
             rows = slice(begin, begin + count)
             of_rows = {name: _of_rows(value, rows) for name, value in options.items()}
             part = conditioning.part(rows)
-            parts.append(as_tensor(part(unet, x[rows], t, image_scale, **of_rows)))
+            parts.append(as_tensor(part(self.unet, x[rows], t, image_scale, **of_rows)))
         return torch.cat(parts)
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from difusores.configuration import ConfigMixin
+from difusores.cuda_graph import disable_cuda_graph, enable_cuda_graph
 from difusores.files import find_file, upload_folder
-from difusores.graphs import Graphed, forget_graphs, refusal
 from difusores.models.modeling import ModelMixin, drop_unsupported, resolve_dtype
 from difusores.plan import Plan
 
@@ -48,7 +48,6 @@ class DiffusionPipeline(ConfigMixin):
     config_name = "model_index.json"
     _component_names: tuple[str, ...] = ()
     _progress_bar_config: dict[str, Any]
-    _cuda_graph = False
     # the scheduler in the folder that the models came from; None where that is not known
     _trained_with: Any = None
     scheduler: Any
@@ -109,29 +108,12 @@ class DiffusionPipeline(ConfigMixin):
         return self
 
     def enable_cuda_graph(self) -> None:
-        """Launch each call of the denoising networks as one CUDA graph, with the same bits.
-
-        The first call with inputs of a shape is captured. New prompts and images need no new graph, nor do
-        new values in the memory of parameters, such as fused adapters. A call with parameters elsewhere, with
-        adapters of another strength or other layers is captured anew. See `difusores.graphs`.
-
-        Raises:
-            ValueError: the models are on no CUDA device.
-        """
-        reason = refusal(self.device)
-        if reason is not None:
-            raise ValueError(reason)
-        self._cuda_graph = True
+        """Launch each call of the networks that denoise as one CUDA graph: `difusores.enable_cuda_graph`."""
+        enable_cuda_graph(self)
 
     def disable_cuda_graph(self) -> None:
         """Launch kernel after kernel again, and give the graphs' memory back."""
-        self._cuda_graph = False
-        for model in self._models():
-            forget_graphs(model)
-
-    def _launched(self, model: Any) -> Any:
-        """A denoising network as it is called: as a CUDA graph or as it is."""
-        return Graphed(model) if self._cuda_graph else model
+        disable_cuda_graph(self)
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Arguments for tqdm, such as `disable=True`."""

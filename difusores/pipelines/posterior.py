@@ -112,9 +112,8 @@ class PosteriorPipeline(UNetPipeline):
                 changed = callback_on_step_end(self, index, time, {"image": image}) or {}
                 return changed.get("image", image)
 
-            unet = self._launched(self.unet)
             image = plan.run(
-                lambda x, time: unet(x, time, **inputs),
+                lambda x, time: self.unet(x, time, **inputs),
                 draw_noise(observation.shape, generator, self.device, self.unet.dtype),
                 generator=generator,
                 callback=after_step,

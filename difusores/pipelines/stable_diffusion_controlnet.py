@@ -188,7 +188,7 @@ class StableDiffusionControlNetPipeline(StableDiffusionBase):
             done += 1
             seen = x[-len(pixels) :] if guess_mode else x
             down, mid = self._conditioning(conditions, len(seen))(
-                self._launched(self.controlnet),
+                self.controlnet,
                 seen,
                 t,
                 controlnet_cond=pixels.repeat(len(seen) // len(pixels), 1, 1, 1),
