@@ -281,6 +281,10 @@ def draw_noise(
             f"a list of generators needs one per image: {shape[0]} images, {len(sources)} generators"
         )
     for source, part in zip(sources, z.split(1) if len(sources) > 1 else (z,), strict=True):
+        if source is not None and not isinstance(source, torch.Generator):
+            raise ValueError(
+                f"generator is {source!r}; needed is a torch.Generator, one for each image, or None"
+            )
         if source is None or source.device.type == device.type:
             part.normal_(generator=source)
         elif source.device.type == "cpu":

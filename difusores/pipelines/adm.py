@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from typing import Any
 
 import torch
 
 from difusores.models.adm import ADMClassifier, ADMUNet
 from difusores.models.conditioning import Conditioning, check_labels
+from difusores.pipelines.checks import check_count, check_numbers, check_steps
 from difusores.pipelines.classifier_guidance import Guide, MeanShift, NoiseShift
 from difusores.pipelines.guidance import GuidedPipeline
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
@@ -86,6 +86,10 @@ class ADMPipeline(GuidedPipeline):
             ValueError: an argument that is not one of these, or that nothing here takes.
         """
         check_output_type(output_type)
+        check_steps(num_inference_steps)
+        check_numbers(classifier_scale=classifier_scale, guidance_scale=guidance_scale)
+        check_numbers(0, eta=eta)
+        batch_size = check_count(batch_size, "batch_size")
         labels = self._labels(class_labels, batch_size)
         batch_size = batch_size if labels is None else len(labels)
         guide = self._guide(labels, classifier_scale)
@@ -155,8 +159,6 @@ class ADMPipeline(GuidedPipeline):
 
     def _guide(self, labels: torch.Tensor | None, scale: float | None) -> Guide | None:
         classifier = self.classifier
-        if scale is not None and not math.isfinite(scale):
-            raise ValueError(f"classifier_scale is {scale}; it has to be a finite number")
         if classifier is None:
             if scale:
                 raise ValueError(f"classifier_scale is {scale}, and this pipeline has no classifier")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from difusores.models.audio_encoder import AudioEncoder
 from difusores.models.conditioning import Conditioning
+from difusores.pipelines.checks import check_count, check_finite, check_numbers
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
 from difusores.pipelines.latent import Conditions, LatentPipeline, StepCallback
 from difusores.pipelines.runs import Run
@@ -97,6 +98,7 @@ class SemanticToImagePipeline(_ConditionalPipeline):
         check_output_type(output_type)
         channels = self.unet.config["out_channels"]
         given = semantic_map if isinstance(semantic_map, Tensor) else _from_pictures(semantic_map)
+        check_finite(given, "semantic_map")
         if given.ndim == 2:
             given = given[None]
         height, width = self._image_size(given.shape[-2], given.shape[-1], None)
@@ -161,9 +163,11 @@ class AudioToImagePipeline(_ConditionalPipeline):
             ValueError: an argument that is not one of these.
         """
         check_output_type(output_type)
+        check_numbers(guidance_scale=guidance_scale)
+        times = check_count(num_images_per_audio, "num_images_per_audio")
         waves = _waveforms(audio).to(self.device)
         height, width = self._image_size(height, width, latents)
-        tokens = self.audio_encoder(waves, sampling_rate).repeat_interleave(num_images_per_audio, dim=0)
+        tokens = self.audio_encoder(waves, sampling_rate).repeat_interleave(times, dim=0)
         count = len(tokens)
         weights: tuple[float, ...] = (1.0,)
         if guidance_scale != 1.0:
@@ -215,7 +219,7 @@ def _map_of_latents(given: Tensor, channels: int, size: tuple[int, int]) -> Tens
                 "image, floating point [N, C, H, W]"
             )
         return F.interpolate(given, size, mode="area")
-    if given.ndim != 3:
+    if given.ndim != 3 or not given.numel():
         raise ValueError(f"semantic_map is {given.dtype} {list(given.shape)}; needed are integers [N, H, W]")
     lowest, highest = int(given.min()), int(given.max())
     if lowest < 0 or highest >= channels:
@@ -236,6 +240,10 @@ def _waveforms(audio: Audio) -> Tensor:
     if isinstance(audio, (Tensor, np.ndarray)):
         waves = torch.as_tensor(audio)
         return waves[None] if waves.ndim == 1 else waves
+    if isinstance(audio, str) or not isinstance(audio, Sequence) or not audio:
+        raise ValueError(
+            f"audio is {audio!r}; needed are samples, [samples] or [N, samples], or a list of them"
+        )
     parts = [torch.as_tensor(part) for part in audio]
     shapes = {tuple(part.shape) for part in parts}
     if len(shapes) != 1 or parts[0].ndim != 1:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from difusores.models.conditioning import Conditioning
 from difusores.models.embeddings import Timesteps
+from difusores.pipelines.checks import is_pair
 from difusores.pipelines.pipeline import DiffusionPipeline
 from difusores.sampling import Model
 
@@ -76,7 +77,7 @@ def guided(
     Raises:
         ValueError: the interval is none.
     """
-    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+    if not is_pair(interval) or not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(f"guidance_interval is {interval}; needed are two shares, 0 <= first <= last <= 1")
     fused, calls = weight(), 0
 

@@ -7,12 +7,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from difusores.pipelines.checks import check_finite
 from difusores.pipelines.guidance import GuidedPipeline, as_tensor, guidance_embedding, guided
 from difusores.pipelines.runs import Run, begin_run
 from difusores.sampling import Generators, Model, draw_noise
@@ -196,9 +198,10 @@ class LatentPipeline(GuidedPipeline):
             sides = (trained, trained) if isinstance(trained, int) else tuple(trained)
             height, width = height or sides[0] * factor, width or sides[1] * factor
         unit = max(8, factor) if latents is None else factor
-        if height % unit or width % unit or height < 1 or width < 1:
+        whole = isinstance(height, Integral) and isinstance(width, Integral)
+        if not whole or height % unit or width % unit or height < 1 or width < 1:
             raise ValueError(
-                f"height and width are {height} and {width}; both have to be divisible by {unit}"
+                f"height and width are {height!r} and {width!r}; both have to be divisible by {unit}"
             )
         return height, width
 
@@ -385,13 +388,6 @@ class LatentPipeline(GuidedPipeline):
         wide = latents.to(torch.promote_types(latents.dtype, dtype))
         images = vae.decode(self._unscaled(wide).to(dtype), **options)
         return as_tensor(images)
-
-
-def check_finite(tensor: Tensor, name: str) -> None:
-    """Raise ValueError where a tensor has a NaN or an infinity."""
-    if not bool(torch.isfinite(tensor).all()):
-        count = int((~torch.isfinite(tensor)).sum())
-        raise ValueError(f"{name}: {count} of {tensor.numel()} numbers are NaN or infinite")
 
 
 def check_callback_inputs(pipeline: Any, names: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Integral
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +19,10 @@ from difusores.models.conditioning import Conditioning
 from difusores.models.ldm_bert import LDMBertModel
 from difusores.models.unet_2d import UNet2DModel
 from difusores.models.unet_2d_condition import UNet2DConditionModel
+from difusores.pipelines.checks import check_count, check_finite, check_numbers
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
 from difusores.pipelines.latent import Conditions, LatentPipeline, StepCallback
-from difusores.pipelines.prompts import as_list, check_prompts, repeat_each, tokenize
+from difusores.pipelines.prompts import as_list, check_prompts, check_width, repeat_each, tokenize
 from difusores.pipelines.runs import Run
 from difusores.sampling import Generators, draw_noise
 
@@ -114,6 +116,7 @@ class LDMPipeline(_VQPipeline):
             ValueError: an argument that is not one of these.
         """
         output_type = _checked(output_type)
+        batch_size = check_count(batch_size, "batch_size")
         # the scheduler's before it has steps: what diffusers multiplies by, which for some is another
         sigma = getattr(self.scheduler, "init_noise_sigma", 1.0)
         run = self._begin_run(num_inference_steps, eta=eta, strict=strict)
@@ -194,6 +197,8 @@ class LDMTextToImagePipeline(_VQPipeline):
         """
         output_type = _checked(output_type)
         count = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        times = check_count(num_images_per_prompt, "num_images_per_prompt")
+        check_numbers(guidance_scale=guidance_scale)
         height, width = self._pixels(height), self._pixels(width)
         run = self._begin_run(num_inference_steps, eta=eta or 0.0, strict=strict)
         run = _without_scale(run)
@@ -207,11 +212,13 @@ class LDMTextToImagePipeline(_VQPipeline):
                 negative_prompt_embeds = self._encode_texts(as_list(negative_prompt, count))
             parts.insert(0, negative_prompt_embeds)
             weights = (1 - scale, scale)
-        context = torch.cat([repeat_each(part, num_images_per_prompt) for part in parts])
+        for part in parts:
+            check_width(part, self.unet.config)
+        context = torch.cat([repeat_each(part, times) for part in parts])
         conditioning = Conditioning("crossattn", context=context.to(self.device, self.unet.dtype))
         channels = self.unet.config["in_channels"]
         conditioning.check(self.unet, channels)
-        shape = (count * num_images_per_prompt, channels, height // LATENT_PIXELS, width // LATENT_PIXELS)
+        shape = (count * times, channels, height // LATENT_PIXELS, width // LATENT_PIXELS)
         noise = self._latents(shape, latents, generator, run)
         return self._sample(
             run,
@@ -233,8 +240,8 @@ class LDMTextToImagePipeline(_VQPipeline):
         factor = self.vae_scale_factor
         if side is None:
             side = int(self.unet.config["sample_size"] * factor)
-        if side % LATENT_PIXELS or side < 1:
-            raise ValueError(f"height and width have to be divisible by {LATENT_PIXELS}, and one is {side}")
+        if not isinstance(side, Integral) or side % LATENT_PIXELS or side < 1:
+            raise ValueError(f"height and width have to be divisible by {LATENT_PIXELS}, and one is {side!r}")
         if factor != LATENT_PIXELS:
             warnings.warn(
                 f"the autoencoder has a factor of {factor}, and this pipeline is made for {LATENT_PIXELS}: a "
@@ -295,6 +302,7 @@ class LDMSuperResolutionPipeline(_VQPipeline):
             raise ValueError(f"image is {found}; needed is a picture or a tensor [N, C, H, W] in [-1, 1]")
         if batch_size not in (1, None, len(image)):
             raise ValueError(f"batch_size is {batch_size}, and there are {len(image)} images")
+        check_finite(image, "image")
         channels = self.unet.config["in_channels"] // 2
         conditioning = Conditioning("concat", image=image.to(self.device, self.unet.dtype))
         conditioning.check(self.unet, channels)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from difusores.models.unet_2d import UNet2DModel
 from difusores.ops.scheduler_step import COLUMNS, W
+from difusores.pipelines.checks import check_finite, check_steps
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
-from difusores.pipelines.latent import check_finite
 from difusores.pipelines.unconditional import Labels, StepCallback, UNetPipeline
 from difusores.sampling import Generators, draw_noise, masked
 from difusores.schedulers import DDPMScheduler
@@ -89,6 +89,7 @@ class PosteriorPipeline(UNetPipeline):
         known = _known(mask, observation)
         observation = torch.where(known, observation, 0)
         check_finite(observation, "observation")
+        check_steps(num_inference_steps)
         plan = self.scheduler.plan(num_inference_steps)
         if strict:
             self._check_scheduler(plan)

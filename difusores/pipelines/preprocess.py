@@ -61,6 +61,8 @@ def preprocess_mask(mask: Any, unit: int, height: int, width: int) -> Tensor:
         values = _resized(_batch(mask, 2, "mask_image"), unit, height, width)
     if values.shape[1] != 1:
         raise ValueError(f"mask_image has {values.shape[1]} channels; needed is one")
+    if bool(values.isnan().any()):
+        raise ValueError("mask_image has NaN; needed are numbers from 0 to 1")
     return (values >= 0.5).float()
 
 
@@ -88,8 +90,10 @@ def _as_list(image: Any) -> Sequence[Any]:
 
 def _pictures(images: Sequence[Any], unit: int, height: int | None, width: int | None, mode: str) -> Tensor:
     """[N, C, H, W] in [0, 1]; all take the size of the first."""
-    size = [side - side % unit for side in (width or images[0].width, height or images[0].height)]
-    resized = [image.resize(size, resample=Image.Resampling.LANCZOS).convert(mode) for image in images]
+    rows, columns = _sides(unit, height or images[0].height, width or images[0].width)
+    resized = [
+        image.resize((columns, rows), resample=Image.Resampling.LANCZOS).convert(mode) for image in images
+    ]
     pixels = torch.from_numpy(np.stack([np.array(image) for image in resized])).float() / 255
     return pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
 
@@ -111,6 +115,13 @@ def _batch(image: Any, dimensions: int, name: str) -> Tensor:
     return torch.cat(parts).float()
 
 
+def _sides(unit: int, height: int, width: int) -> tuple[int, int]:
+    """The multiples of `unit` that are in a height and a width."""
+    if min(height, width) < unit:
+        raise ValueError(f"an image is {height}x{width} pixels; needed are {unit} each way or more")
+    return height - height % unit, width - width % unit
+
+
 def _resized(pixels: Tensor, unit: int, height: int | None, width: int | None) -> Tensor:
-    size = [side - side % unit for side in (height or pixels.shape[2], width or pixels.shape[3])]
+    size = _sides(unit, height or pixels.shape[2], width or pixels.shape[3])
     return F.interpolate(pixels, size=size)

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from difusores.models.conditioning import Conditioning
+from difusores.pipelines.checks import check_finite, check_numbers
 from difusores.pipelines.images import check_output_type
 from difusores.pipelines.latent import (
     After,
     Conditions,
     StepCallback,
     check_callback_inputs,
-    check_finite,
 )
 from difusores.pipelines.preprocess import preprocess, preprocess_mask, repeat_to
-from difusores.pipelines.prompts import repeat_each
+from difusores.pipelines.prompts import check_width, repeat_each
 from difusores.pipelines.runs import Run
 from difusores.pipelines.single_file import SingleFilePipeline
 from difusores.sampling import Generators, Model, draw_noise, masked
@@ -37,10 +37,7 @@ class PromptedPipeline(SingleFilePipeline, Generic[Output]):
     """Base of pipelines that are told texts. A subclass encodes them and says what a call returns."""
 
     def _placed(self, embeds: Tensor, device: str | torch.device | None, times: int) -> Tensor:
-        config, width = self.unet.config, embeds.shape[-1]
-        needed = config.get("encoder_hid_dim") or config.get("cross_attention_dim")
-        if isinstance(needed, int) and width != needed:
-            raise ValueError(f"the prompts' embeddings are {width} wide, and the UNet reads {needed}")
+        check_width(embeds, self.unet.config)
         return repeat_each(embeds.to(device or self.device, self.unet.dtype), times)
 
     def _start_call(
@@ -61,9 +58,10 @@ class PromptedPipeline(SingleFilePipeline, Generic[Output]):
         check_callback_inputs(self, callback_inputs)
         if any(value is not None for value in refused):
             raise NotImplementedError(
-                "ip_adapter_image and ip_adapter_image_embeds have to be None: IP adapters are not supported, "
-                "since the UNets have no keys and values for images"
+                "ip_adapter_image and ip_adapter_image_embeds have to be None: there are no IP adapters, "
+                "the UNets have no keys and values for images"
             )
+        check_numbers(guidance_scale=guidance_scale, guidance_rescale=guidance_rescale)
         if not 0 <= guidance_rescale <= 1:
             raise ValueError(f"guidance_rescale is {guidance_rescale}; it is a share, from 0 to 1")
         self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale

@@ -188,12 +188,11 @@ def check_texts(text: str | list[str] | None, name: str) -> None:
             raise ValueError(f"{name} is an empty list")
 
 
-def check_count(num_images_per_prompt: int | None) -> int:
-    """The number of images of each prompt, 1 for None; ValueError below 1."""
-    times = 1 if num_images_per_prompt is None else num_images_per_prompt
-    if times < 1:
-        raise ValueError(f"num_images_per_prompt is {times}; it has to be 1 or more")
-    return times
+def check_width(embeds: Tensor, config: Any) -> None:
+    """Raise ValueError where embeddings [..., width] are none that the UNet of that configuration reads."""
+    width, needed = embeds.shape[-1], config.get("encoder_hid_dim") or config.get("cross_attention_dim")
+    if isinstance(needed, int) and width != needed:
+        raise ValueError(f"the prompts' embeddings are {width} wide, and the UNet reads {needed}")
 
 
 def as_list(text: str | list[str] | None, count: int) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difusores.pipelines.checks import check_numbers, check_steps
 from difusores.pipelines.pipeline import follows_plan, step_accepts_generator
 from difusores.plan import Plan
 
@@ -85,8 +86,13 @@ def begin_run(
     for key in custom:
         if key not in known:
             raise ValueError(f"{name}.set_timesteps takes no {key}")
+        if not len(custom[key]):
+            raise ValueError(f"{key} is empty; needed is one step or more")
     if strength is not None and not 0 <= strength <= 1:
         raise ValueError(f"strength is {strength}; it has to be from 0 to 1")
+    if not custom:
+        check_steps(num_inference_steps)
+    check_numbers(0, eta=eta)
     _check_shares(start, end)
     count = None if custom else num_inference_steps
     takes_generator = step_accepts_generator(scheduler)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from difusores.models.lora import lora_strength
 from difusores.outputs import BaseOutput
+from difusores.pipelines.checks import check_count
 from difusores.pipelines.images import to_images
 from difusores.pipelines.latent import Conditions, StepCallback
 from difusores.pipelines.prompted import PromptedPipeline, Texts
-from difusores.pipelines.prompts import as_list, check_count, check_prompts, encode_texts
+from difusores.pipelines.prompts import as_list, check_prompts, encode_texts
 from difusores.sampling import Generators
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class StableDiffusionBase(PromptedPipeline[StableDiffusionPipelineOutput | tuple
         positive, negative = self.encode_prompt(
             prompt,
             None,
-            check_count(num_images_per_prompt),
+            check_count(num_images_per_prompt, "num_images_per_prompt"),
             self.do_classifier_free_guidance,
             negative_prompt,
             prompt_embeds,

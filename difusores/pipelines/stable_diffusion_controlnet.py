@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from difusores.models.controlnet import ControlNetModel
+from difusores.pipelines.checks import check_numbers
 from difusores.pipelines.latent import Conditions, StepCallback
 from difusores.pipelines.preprocess import preprocess
 from difusores.pipelines.prompted import Texts
@@ -124,6 +125,11 @@ class StableDiffusionControlNetPipeline(StableDiffusionBase):
             callback_on_step_end_tensor_inputs,
             ip_adapter_image,
             ip_adapter_image_embeds,
+        )
+        check_numbers(
+            controlnet_conditioning_scale=controlnet_conditioning_scale,
+            control_guidance_start=control_guidance_start,
+            control_guidance_end=control_guidance_end,
         )
         if not 0 <= control_guidance_start < control_guidance_end <= 1:
             raise ValueError(

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difusores.pipelines.latent import CallState, Conditions, StepCallback, check_finite
+from difusores.pipelines.checks import check_finite, check_numbers
+from difusores.pipelines.latent import CallState, Conditions, StepCallback
 from difusores.pipelines.preprocess import preprocess, repeat_to
 from difusores.pipelines.prompted import Texts
 from difusores.pipelines.stable_diffusion import StableDiffusionBase, StableDiffusionPipelineOutput
@@ -73,6 +74,7 @@ class StableDiffusionInstructPix2PixPipeline(StableDiffusionBase):
 
         The other arguments and Raises are those of `StableDiffusionPipeline`.
         """
+        check_numbers(image_guidance_scale=image_guidance_scale)
         self._image_guidance_scale = image_guidance_scale
         self._start_call(
             guidance_scale,

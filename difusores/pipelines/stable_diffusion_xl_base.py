@@ -12,10 +12,11 @@ from torch import Tensor
 
 from difusores.models.lora import lora_strength
 from difusores.outputs import BaseOutput
+from difusores.pipelines.checks import check_count, is_pair
 from difusores.pipelines.images import to_images
 from difusores.pipelines.latent import CallState, Conditions
 from difusores.pipelines.prompted import PromptedPipeline, Texts
-from difusores.pipelines.prompts import as_list, check_count, check_prompts, check_texts, encode_texts_inside
+from difusores.pipelines.prompts import as_list, check_prompts, check_texts, encode_texts_inside
 from difusores.sampling import Generators
 
 Size = tuple[int, int]
@@ -263,7 +264,7 @@ class StableDiffusionXLBase(PromptedPipeline[StableDiffusionXLPipelineOutput | t
             prompt,
             prompt_2,
             None,
-            check_count(num_images_per_prompt),
+            check_count(num_images_per_prompt, "num_images_per_prompt"),
             guided,
             lora_scale=(self._cross_attention_kwargs or {}).get("scale"),
             clip_skip=self._clip_skip,
@@ -336,8 +337,8 @@ def sizes(
     Raises:
         ValueError: one is not two numbers.
     """
-    told = original or default, crops, target or default
+    told = default if original is None else original, crops, default if target is None else target
     for pair in told:
-        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+        if not is_pair(pair):
             raise ValueError(f"a size or the coordinates of a crop are two numbers, got {pair!r}")
     return told

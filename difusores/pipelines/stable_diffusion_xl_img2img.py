@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difusores.pipelines.latent import Conditions, StepCallback, check_finite
+from difusores.pipelines.checks import check_finite
+from difusores.pipelines.latent import Conditions, StepCallback
 from difusores.pipelines.prompted import Texts
 from difusores.pipelines.stable_diffusion_xl_base import (
     Size,

@@ -9,6 +9,7 @@ import torch
 
 from difusores.models.conditioning import Conditioning
 from difusores.models.unet_2d import UNet2DModel
+from difusores.pipelines.checks import check_count, check_numbers, check_steps
 from difusores.pipelines.guidance import GuidedPipeline
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
 from difusores.pipelines.pipeline import follows_plan, step_accepts_generator
@@ -45,6 +46,10 @@ class UNetPipeline(GuidedPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """options: of the scheduler's `plan` and `step`. The other arguments are those of `DDPMPipeline`."""
         check_output_type(output_type)
+        check_steps(num_inference_steps)
+        check_numbers(guidance_scale=guidance_scale)
+        check_numbers(0, eta=options.get("eta"))
+        batch_size = check_count(batch_size, "batch_size")
         scheduler, plan = self.scheduler, None
         takes_generator = step_accepts_generator(scheduler)
         if follows_plan(scheduler):

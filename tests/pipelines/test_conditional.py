@@ -195,6 +195,11 @@ def test_output_batches_and_callbacks() -> None:
         ({"semantic_map": torch.full((1, 16, 16), 5)}, "classes from 5 to 5; the UNet takes 5, from 0 to 4"),
         ({"semantic_map": torch.zeros(1, 16, 20).long()}, "16 and 20; both have to be divisible by 8"),
         ({"semantic_map": torch.zeros(1, 16, 16)}, "needed are integers"),
+        ({"semantic_map": torch.zeros(0, 16, 16).long()}, r"int64 \[0, 16, 16\]; needed are integers"),
+        (
+            {"semantic_map": torch.full((1, 5, 16, 16), torch.nan)},
+            "semantic_map: 1280 of 1280 numbers are NaN",
+        ),
         ({"semantic_map": torch.zeros(1, 5, 16, 16).long()}, r"int64 \[1, 5, 16, 16\]; needed are integers"),
         (
             {"semantic_map": torch.zeros(1, 3, 16, 16)},
@@ -205,6 +210,10 @@ def test_output_batches_and_callbacks() -> None:
             r"latents have shape \[1, 4, 8, 8\]; needed is \[2,",
         ),
         ({"semantic_map": [Image.new("L", (16, 16)), Image.new("L", (8, 16))]}, "need one mode and size"),
+        ({"audio": "a.wav", "sampling_rate": 800}, "audio is 'a.wav'; needed are samples"),
+        ({"audio": [], "sampling_rate": 800}, r"audio is \[\]; needed are samples"),
+        ({"audio": tones(60), "sampling_rate": 800, "num_images_per_audio": 0}, "num_images_per_audio is 0"),
+        ({"audio": tones(60), "sampling_rate": 800, "guidance_scale": "2"}, "guidance_scale is '2'"),
         ({"audio": tones(60), "sampling_rate": 16000}, "16000 samples a second, .* made for 800"),
         (
             {"audio": [torch.zeros(20), torch.zeros(30)], "sampling_rate": 800},

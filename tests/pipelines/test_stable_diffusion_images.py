@@ -125,6 +125,16 @@ BAD: list[tuple[str, int, dict[str, Any], type[Exception], str]] = [
         r"strength 0\.1 leaves none of 4 steps; needed is at least 0\.25",
     ),
     (CHANGE, 4, {"image": None}, ValueError, "image is a NoneType; needed is a PIL image"),
+    (
+        CHANGE,
+        4,
+        {"image": IMAGE[..., :1]},
+        ValueError,
+        "an image is 16x1 pixels; needed are 2 each way or more",
+    ),
+    (CHANGE, 4, {"image": Image.new("RGB", (1, 9))}, ValueError, "an image is 9x1 pixels; needed are 2"),
+    (FILL, 4, {"mask_image": MASK * torch.nan}, ValueError, "mask_image has NaN"),
+    (EDIT, 8, {"image_guidance_scale": torch.nan}, ValueError, "image_guidance_scale is nan"),
     (CHANGE, 4, {"image": 255 * IMAGE}, ValueError, "numbers from 0 to 255; needed are 0 to 1"),
     (CHANGE, 4, {"image": NAN}, ValueError, "image: 256 of 256 numbers are NaN"),
     (

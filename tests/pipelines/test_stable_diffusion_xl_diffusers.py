@@ -113,6 +113,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     (TEXT, {"denoising_end": 0.6, "output_type": "latent"}),
     (TEXT, {"denoising_end": 0.499, "output_type": "latent"}),  # at a step's own time, 501 of 1000
     (TEXT, {"timesteps": [900, 500, 100]}),
+    (CHANGE, {"original_size": (40, 20)}),  # of the negative prompts, too
     (CHANGE, {"original_size": (40, 20), "negative_original_size": (4, 2), "negative_target_size": (9, 7)}),
     (CHANGE, {"crops_coords_top_left": (3, 5), "negative_original_size": (4, 2), "target_size": (9, 7)}),
     (CHANGE, {"image": LATENTS, "strength": 0.3, "denoising_start": 0.5, "num_inference_steps": 8}),

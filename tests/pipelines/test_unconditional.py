@@ -340,6 +340,10 @@ class TestClasses:
             ({"class_labels": [0, -1]}, "integers from 0 to 3"),
             ({"class_labels": [0.5, 1.0]}, "integers from 0 to 3"),
             ({"class_labels": [0, 1, 2]}, "batch_size is 2, and there are 3"),
+            ({"class_labels": 1, "batch_size": 0}, "batch_size is 0; it has to be a whole number"),
+            ({"class_labels": 1, "guidance_scale": float("nan")}, "guidance_scale is nan"),
+            ({"class_labels": 1, "num_inference_steps": 2.5}, "num_inference_steps is 2.5"),
+            ({"class_labels": 1, "eta": -1.0}, "eta is -1.0; it has to be a finite number, 0 or more"),
             ({"guidance_scale": 2.0}, "guidance_scale needs class_labels"),
             ({}, "needs class_labels"),
         ):
