@@ -137,6 +137,11 @@ def test_heun_in_the_middle(save: Any, kind: str) -> None:
     assert difference(save(kind), kind, "heun", **options) < 2e-3
 
 
+@pytest.mark.parametrize("kind", [TEXT, CHANGE, FILL])
+def test_noise_of_the_steps(save: Any, kind: str) -> None:
+    assert difference(save(kind), kind, "ddim", eta=0.5) < 2e-3
+
+
 @pytest.mark.parametrize("kind", [CHANGE, FILL])
 def test_heun_by_strength(save: Any, kind: str) -> None:
     assert difference(save(kind), kind, "heun", strength=0.6) < 2e-3
