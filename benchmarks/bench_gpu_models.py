@@ -1,6 +1,7 @@
 """Whole networks and whole sampling loops on an NVIDIA GPU, in fp16, beside diffusers and torch.compile.
 
     python benchmarks/bench_gpu_models.py [--model NAME ...] [--loop NAME ...] [--compile] [--json FILE]
+    python benchmarks/bench_gpu_models.py --table FILE
 
 Public configurations and random weights, the same for all; nothing is downloaded. The oracle is diffusers in
 fp32, without TF32, with the weights and inputs that fp16 has: a contestant may be twice as far from it as
@@ -372,6 +373,41 @@ def table(name: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+COLUMNS = (
+    "diffusers",
+    "diffusers channels_last",
+    "diffusers graph",
+    "diffusers channels_last graph",
+    "difusores accelerated",
+    "difusores accelerated graph",
+    "diffusers accelerated graph",
+)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Milliseconds as a table, from what `--json` wrote."""
+    found = results["machine"]
+    names = [
+        f"{key} {found[key]}" for key in ("gpu", "torch", "cuda", "cudnn", "triton", "diffusers", "date")
+    ]
+    every = {**results["models"], **results["loops"]}
+    columns = list(COLUMNS)
+    for result in every.values():
+        columns += [name for name in result["contestants"] if "compile" in name and name not in columns]
+    lines = [
+        f"{', '.join(names)}; ms:",
+        "",
+        f"| | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name, result in every.items():
+        rows = [result["contestants"].get(column, {}) for column in columns]
+        lines.append(
+            f"| {name} | {' | '.join(format(row['ms'], '.2f') if 'ms' in row else '' for row in rows)} |"
+        )
+    return "\n".join(lines)
+
+
 def machine() -> dict[str, Any]:
     import triton
 
@@ -394,7 +430,11 @@ def main() -> None:
         "--seconds", type=float, default=4.0, help="time of the rounds of one network or loop"
     )
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument("--table", type=Path, help="print the figures of such a file as Markdown")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(markdown(json.loads(arguments.table.read_text())))
+        return
     if not torch.cuda.is_available():
         raise SystemExit("bench_gpu_models.py: no CUDA device was found")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

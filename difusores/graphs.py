@@ -33,7 +33,8 @@ KEPT = 8
 """How many graphs of a model are kept."""
 
 _capturing: ContextVar[object | None] = ContextVar("difusores_capturing", default=None)
-_one_at_a_time = threading.Lock()  # PyTorch captures on one stream, whoever asks
+_one_at_a_time = threading.Lock()  # there is one stream for captures
+_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def capturing() -> object | None:
@@ -64,11 +65,14 @@ class Recorder:
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """What replays the function's launches, and what it returned, whose memory a replay writes."""
         graph = torch.cuda.CUDAGraph()
-        capture = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), _one_at_a_time:
             stream = torch.cuda.current_stream()
+            if self.device not in _streams:
+                _streams[self.device] = torch.cuda.Stream()
+            side = _streams[self.device]
+            capture = torch.cuda.graph(graph, self.pool, side, capture_error_mode="thread_local")
             try:
-                with _one_at_a_time, capture:
+                with capture:
                     result = function()
             except RuntimeError:  # after which PyTorch stays on its stream, and in this pool
                 torch.cuda.set_stream(stream)

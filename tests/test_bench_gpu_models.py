@@ -56,6 +56,10 @@ def test_networks_agree_and_are_timed(workload: Workload) -> None:
         else:
             assert row.get("ms", 0) > 0 and row["distance"] < 1e-5 and row["rounds"] >= 7, (name, row)
     assert rows["diffusers"]["times_diffusers"] == 1 and result["tflop"] >= 0
+    found = dict.fromkeys(("gpu", "torch", "cuda", "cudnn", "triton", "diffusers", "date"), "one")
+    lines = bench.markdown({"machine": found, "models": {"small": result}, "loops": {}}).splitlines()
+    assert len(lines) == 5 and f"| {rows['diffusers']['ms']:.2f} |" in lines[4]
+    assert len({line.count("|") for line in lines[2:]}) == 1
     text = bench.table("small", result)
     assert len(text.splitlines()) == len(rows) + 1 and "TFLOP/s" in text
 
