@@ -169,6 +169,19 @@ def test_bfloat16() -> None:
 
 
 @torch.no_grad()
+def test_bfloat16_of_the_classifier() -> None:
+    """Likewise."""
+    tensors, metadata = stored()
+    classifier = fill(ADMClassifier(**json.loads(metadata["classifier"]))).eval().to(torch.bfloat16)
+    inputs = tensors["sample"].bfloat16(), tensors["timestep"]
+    output = classifier(*inputs)
+    with use_backend("reference"):
+        plain = classifier(*inputs)
+    assert output.dtype is torch.bfloat16
+    assert relative_l2(output, tensors["logits"]) <= 2 * relative_l2(plain, tensors["logits"]) < 0.1
+
+
+@torch.no_grad()
 def test_one_graph() -> None:
     model, inputs, expected = build("class_conditional")
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -29,6 +29,17 @@ FOUR = {
     "block_out_channels": [8, 16, 16, 16],
     "layers_per_block": 2,
 }
+
+
+def deep(levels: int) -> dict[str, Any]:
+    """One block at each of so many resolutions."""
+    return {
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": [8] * levels,
+    }
+
+
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "f2": ("AutoencoderKL", {}),
     "f8, Stable Diffusion": ("AutoencoderKL", FOUR),
@@ -57,7 +68,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "block_out_channels": [16],
         },
     ),
+    "f4": ("AutoencoderKL", deep(3)),
+    "f16": ("AutoencoderKL", deep(5)),
+    "f32": ("AutoencoderKL", deep(6)),
     "VQ f2": ("VQModel", {"num_vq_embeddings": 50}),
+    "VQ f4": ("VQModel", {**deep(3), "num_vq_embeddings": 50}),
+    "VQ f16": ("VQModel", {**deep(5), "num_vq_embeddings": 50}),
     "VQ f8": ("VQModel", {**FOUR, "num_vq_embeddings": 20, "vq_embed_dim": 5, "latent_channels": 4}),
 }
 CLASSES: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
@@ -81,7 +97,11 @@ def test_same_output_from_the_same_folder(name: str, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     ours = CLASSES[kind].from_pretrained(tmp_path / "theirs")
     assert list(ours.state_dict()) == list(theirs.state_dict())
-    for batch, height, width in ((1, 16, 24), (3, 21, 13)):
+    f = 2 ** (len(ours.config.block_out_channels) - 1)
+    for batch, height, width in (
+        (1, max(16, 2 * f), max(24, 2 * f)),
+        (3, max(21, 2 * f + 9), 13 if f < 8 else 2 * f + 3),
+    ):
         x = torch.randn(batch, 3, height, width)
         if kind == "VQModel":
             z, expected = ours.encode(x).latents, theirs.encode(x).latents

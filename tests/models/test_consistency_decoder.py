@@ -57,6 +57,31 @@ def test_same_output_from_the_same_folder(tmp_path: Path) -> None:
     assert torch.equal(back.decode(latents, seeded()).sample, theirs.decode(latents, seeded()).sample)
 
 
+@torch.no_grad()
+def test_bfloat16_error_is_at_most_twice_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of decoding with one and the same noise, which a seed draws otherwise in another dtype."""
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.models.autoencoders import consistency_decoder_vae as theirs_vae
+    from diffusers.schedulers import scheduling_consistency_decoder as theirs_scheduler
+
+    known = torch.randn(2, 3, 12, 20).bfloat16()
+
+    def draw(shape: Any, generator: Any, device: Any, dtype: torch.dtype, out: Any = None) -> torch.Tensor:
+        return known.to(dtype) if out is None else out.copy_(known)
+
+    for module in (theirs_vae, theirs_scheduler):
+        monkeypatch.setattr(module, "randn_tensor", lambda shape, dtype, **options: known.to(dtype))
+    for module in ("difusores.sampling", "difusores.models.consistency_decoder"):
+        monkeypatch.setattr(f"{module}.draw_noise", draw)
+    theirs = fill(diffusers.ConsistencyDecoderVAE(**CONFIG)).eval()
+    ours = ConsistencyDecoderVAE(**CONFIG).eval()
+    ours.load_state_dict(theirs.state_dict())
+    latents = torch.randn(2, 4, 6, 10).bfloat16()
+    expected = theirs.double().decode(latents.double()).sample
+    limit = relative_l2(theirs.bfloat16().decode(latents).sample, expected)
+    assert relative_l2(ours.bfloat16().decode(latents).sample, expected) <= 2 * limit < 0.1
+
+
 def test_a_decoder_of_pipelines(tmp_path: Path) -> None:
     shape = {"sample_size": 8, "block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1}
     kinds = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}

@@ -74,6 +74,20 @@ def test_the_image_is_felt(pipeline: Any) -> None:
     assert np.array_equal(free, sample(pipeline, image=picture(5), controlnet_conditioning_scale=0.0))
 
 
+def test_the_prompt_is_felt(pipeline: Any) -> None:
+    """Two that change places swap the images, guidance of 1 is none, and callbacks see each step."""
+    noise = torch.randn(1, 4, 8, 12).repeat(2, 1, 1, 1)
+    pair = sample(pipeline, prompt=["a cat", "a dog"], latents=noise)
+    swapped = sample(pipeline, prompt=["a dog", "a cat"], latents=noise)
+    assert np.abs(pair - swapped[::-1]).max() < 1e-5 < 1e-2 < np.abs(pair[0] - pair[1]).max()
+    alone = sample(pipeline, guidance_scale=1.0)
+    assert np.abs(sample(pipeline, guidance_scale=1 + 1e-6) - alone).max() < 1e-4
+    assert np.abs(sample(pipeline) - alone).max() > 1e-2
+    seen: list[int] = []
+    sample(pipeline, callback_on_step_end=lambda pipe, step, time, tensors: seen.append(step))
+    assert seen == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

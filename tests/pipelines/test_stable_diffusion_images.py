@@ -67,6 +67,28 @@ def test_conditions_are_felt(make: Any, kind: str, channels: int, options: Any, 
     assert differ(sample(pipeline, **{**options, **change}), first) > 1e-3
 
 
+@pytest.mark.parametrize(("kind", "channels"), [(CHANGE, 4), (FILL, 4), (FILL, 9), (EDIT, 8)])
+def test_prompts_that_change_places(make: Any, kind: str, channels: int) -> None:
+    """With them the images do, too; and guidance of 1 is none."""
+    pipeline = make(kind, channels)
+
+    def pair(*prompts: str, **options: Any) -> Tensor:
+        seeds = [torch.Generator().manual_seed(1) for _ in prompts]
+        # an image for each prompt, so each generator encodes one
+        image = IMAGE.repeat(len(prompts), 1, 1, 1)
+        given = {"image": image, "num_inference_steps": 2, "output_type": "pt", **options}
+        if kind == FILL:
+            given["mask_image"] = MASK
+        images: Tensor = pipeline(list(prompts), generator=seeds, **given).images
+        return images
+
+    both = pair("a cat", "a dog")
+    assert differ(both[0], both[1]) > 1e-3 and differ(pair("a dog", "a cat").flip(0), both) < 1e-5
+    weights = {"image_guidance_scale": 1.0} if kind == EDIT else {}
+    alone = pair("a cat", guidance_scale=1.0)
+    assert differ(pair("a cat", guidance_scale=1 + 1e-6, **weights), alone) < 1e-4 < differ(both[:1], alone)
+
+
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
 def test_a_zero_mask_leaves_the_image(make: Any, scheduler: str) -> None:
     pipeline = make(FILL)

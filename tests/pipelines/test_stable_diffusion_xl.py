@@ -105,6 +105,27 @@ def test_guidance_of_one_is_none(make: Any) -> None:
     assert differ(sample(pipeline, guidance_interval=(0.5, 0.5)), alone) < 1e-5
 
 
+@pytest.mark.parametrize("kind", [TEXT, CHANGE, FILL])
+def test_guidance_in_an_interval(make: Any, kind: str) -> None:
+    pipeline, rows = make(kind), []
+    pipeline.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    whole = {} if kind == TEXT else {"strength": 1.0}
+    sample(pipeline, num_inference_steps=4, guidance_interval=(0.25, 0.75), **whole)
+    assert rows == [1, 2, 2, 1]
+
+
+@pytest.mark.parametrize("kind", [CHANGE, FILL])
+def test_prompts_that_change_places(make: Any, kind: str) -> None:
+    """With them the images do, too; and guidance of 1 is none."""
+    pipeline = make(kind)
+    twice = {"image": IMAGE.repeat(2, 1, 1, 1)}  # so each generator encodes one
+    pair = sample(pipeline, ["a cat", "a dog"], (1, 1), **twice)
+    assert differ(pair[0], pair[1]) > 1e-3
+    assert differ(sample(pipeline, ["a dog", "a cat"], (1, 1), **twice).flip(0), pair) < 1e-5
+    alone = sample(pipeline, guidance_scale=1.0)
+    assert differ(sample(pipeline, guidance_scale=1 + 1e-6), alone) < 1e-4 < differ(pair[:1], alone)
+
+
 SIZES: list[tuple[str, dict[str, Any]]] = [
     (TEXT, {"original_size": (90, 30)}),
     (TEXT, {"crops_coords_top_left": (5, 9)}),
