@@ -37,9 +37,15 @@ class Graphed:
         self.of_model = decisions(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.launch(self.model, args, kwargs)
+        return self.launch(self.model, self.of_model, args, kwargs)
 
-    def launch(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def launch(
+        self,
+        call: Callable[..., Any],
+        of_model: tuple[object, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """`call`, which is the model or stands for it, as a graph among the model's."""
         if torch.is_grad_enabled() or capturing() is not None:
             return call(*args, **kwargs)
@@ -57,12 +63,12 @@ class Graphed:
         graphs = graphs_of(self.model)
         of_call = ("call", kind, settings())
         with graphs.lock:
-            graph = graphs.find((of_call, self.of_model))
+            graph = graphs.find((of_call, of_model))
             if graph is not None:
                 return graph.replay(tensors)
             graph = Graph(function, tensors, graphs.recorder(device))
-            self.of_model = decisions(self.model)  # parameters may move at their first use
-            graphs.keep((of_call, self.of_model), graph)
+            self.of_model = of_model = decisions(self.model)  # parameters may move at their first use
+            graphs.keep((of_call, of_model), graph)
             result, graph.result = graph.result, None
             return result
 
@@ -80,8 +86,7 @@ class GraphedCall(Graphed):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self.model
-        self.of_model = decisions(module)
-        return self.launch(self.before or module._call_impl, args, kwargs)
+        return self.launch(self.before or module._call_impl, decisions(module), args, kwargs)
 
 
 def enable_cuda_graph(model_or_pipe: Any) -> None:

@@ -56,7 +56,7 @@ def sample(
     table[:, G1 : G1 + len(weights)] = torch.tensor(weights, dtype=torch.float64, device="cpu")
     run = _Run(plan, weights=len(weights), model_dtype=model_dtype, generator=generator)
     with torch.no_grad():
-        if graph:
+        if graph and graphs.capturing() is None:
             reason = graphs.refusal(x.device) or why_not_captured(x, keys, model_dtype)
             if reason is not None:
                 raise ValueError(f"graph=True: {reason}")
@@ -155,10 +155,10 @@ class _FixedNoise:
 
         return sampler
 
-    def again(self, draw: NoiseSampler) -> None:
+    def again(self, draw: Callable[[Noise, torch.dtype, Tensor], Tensor]) -> None:
         """For a replay: other numbers in the same memory."""
         for noise, dtype, z in self.drawn:
-            z.copy_(draw(noise, dtype))
+            draw(noise, dtype, z)
 
 
 def _replay(
@@ -171,10 +171,12 @@ def _replay(
 ) -> Tensor:
     """The whole run as one graph: `carry_out` captured, and replayed where it was."""
 
-    def draw(noise: Noise, dtype: torch.dtype) -> Tensor:
+    def draw(noise: Noise, dtype: torch.dtype, z: Tensor | None = None) -> Tensor:
         if noise_sampler is not None:
-            return noise_sampler(noise, dtype)
-        z = torch.empty(x.shape, dtype=dtype, device=x.device)
+            made = noise_sampler(noise, dtype)
+            return made if z is None else z.copy_(made)
+        if z is None:
+            z = torch.empty(x.shape, dtype=dtype, device=x.device)
         for _ in range(noise.draws):
             draw_noise(z.shape, run.generator, z.device, dtype, out=z)
         return z

@@ -226,6 +226,19 @@ def test_closures_and_methods(captures: Callable[[], int]) -> None:
     assert captures() == 3
 
 
+def test_a_run_within_a_capture_is_part_of_it(captures: Callable[[], int]) -> None:
+    plan, network, x = PLANS["ddim"](), Network(), noise(1)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return plan.run(network, x, graph=True) / 2
+
+    for seed in (1, 2, 3):
+        x = noise(seed)
+        want = plan.run(lambda x, t: plan.run(network, x) / 2, x)
+        assert torch.equal(plan.run(model, x, graph=True), want)
+    assert captures() == 2  # of the run within before the capture, and of all
+
+
 def test_two_methods_of_an_object(captures: Callable[[], int]) -> None:
     class Two:
         def plus(self, x: Tensor, t: Tensor) -> Tensor:
