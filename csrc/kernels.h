@@ -94,6 +94,24 @@ struct BiasResidualArgs {
     float scale;
 };
 
+// The gradients of group_norm_silu; see cuda/group_norm_silu_backward.cuh. ptr == nullptr: not wanted.
+struct GroupNormSiluGrads {
+    const void* y;            // given: of y, like x
+    const void* sum;          // given: of the sum, like x, or nullptr
+    void* x;                  // of x and of the residual, like x
+    Param weight, bias;       // written: [C]
+    Param scale, shift, add;  // written: [N, C]
+};
+
+// CUDA: the tiles of the kernels backward, and how many floats they have between them. Channels first a row of `chunk`
+// accesses, one of `chunks` of a channel, belongs to `lanes` threads.
+struct GroupNormBackwardPlan {
+    GroupNormPlan tiles;
+    unsigned lanes, threads;
+    int64_t chunk, chunks;
+    int64_t floats;
+};
+
 // One operand of a step: [B, inner], any batch stride. ptr == nullptr: absent.
 struct Operand {
     const void* ptr = nullptr;

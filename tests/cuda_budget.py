@@ -70,7 +70,7 @@ def short_name(symbol: str) -> str:
         whole.replace("(difusores::DType)", "")
         .replace("difusores::cuda::", "")
         .split("(")[0]
-        .split(" ", 1)[1]
+        .removeprefix("void ")
     )
 
 

@@ -47,6 +47,12 @@ def norm(
     return (x, 32, meta(c), meta(c), 1e-5, True, *around)
 
 
+def norm_grads(shape: tuple[int, ...], last: bool = False) -> tuple[Any, ...]:
+    """Arguments of group_norm_silu_backward, with add, residual and the gradient of the sum."""
+    x, *call, scale, shift, add, residual, _ = norm(shape, last, block=True)
+    return (x, residual, x, *call, scale, shift, add, residual)
+
+
 def biased(shape: tuple[int, ...], last: bool = False) -> tuple[Any, ...]:
     """Arguments of bias_residual, all that there are."""
     x, residual = meta(*shape), meta(*shape)
@@ -106,6 +112,11 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "group_norm_silu 2x1280x8x8 block channels_last": (
         "group_norm_silu",
         norm((2, 1280, 8, 8), last=True, block=True),
+    ),
+    "group_norm_silu_backward 2x320x64x64": ("group_norm_silu_backward", norm_grads((2, 320, 64, 64))),
+    "group_norm_silu_backward 2x320x64x64 channels_last": (
+        "group_norm_silu_backward",
+        norm_grads((2, 320, 64, 64), last=True),
     ),
     "bias_residual 2x320x64x64 channels_last": ("bias_residual", biased((2, 320, 64, 64), last=True)),
     "bias_residual 2x1280x8x8": ("bias_residual", biased((2, 1280, 8, 8))),

@@ -197,6 +197,19 @@ __device__ __forceinline__ float2 block_sum(float a, float b, float2* parts) {
     return total;
 }
 
+// Sums over the threads of a row, the same bits in each. Where a row has more than a warp its block has nothing else;
+// `parts` holds a float2 for every warp and is not in use.
+__device__ __forceinline__ float2 row_sum(float a, float b, unsigned lanes, float2* parts) {
+    if (lanes > kWarp) return block_sum(a, b, parts);
+#pragma unroll
+    for (unsigned other = kWarp / 2; other; other /= 2) {
+        if (other >= lanes) continue;  // all threads go the same way
+        a += __shfl_xor_sync(kAllLanes, a, static_cast<int>(other));
+        b += __shfl_xor_sync(kAllLanes, b, static_cast<int>(other));
+    }
+    return make_float2(a, b);
+}
+
 // Quotients of numbers below 2^31 by a divisor below 2^31, without a division (Granlund and Montgomery 1994).
 struct Divisor {
     unsigned factor = 0, shift = 0;

@@ -23,6 +23,12 @@ cudaError_t bias_residual(const BiasResidualArgs& args, bool channels_last, cuda
 
 cudaError_t geglu(const GegluArgs& args, cudaStream_t stream);
 
+// tiles.threads == 0: the kernels do not count that far. scratch: plan.floats floats.
+GroupNormBackwardPlan group_norm_silu_backward_plan(const GroupNormSiluArgs& args, const GroupNormSiluGrads& grads,
+                                                    bool channels_last);
+cudaError_t group_norm_silu_backward(const GroupNormSiluArgs& args, const GroupNormSiluGrads& grads,
+                                     const GroupNormBackwardPlan& plan, void* scratch, cudaStream_t stream);
+
 // lanes == 0: the kernel does not take rows that long.
 LayerNormPlan layer_norm_plan(const LayerNormArgs& args);
 cudaError_t layer_norm(const LayerNormArgs& args, const LayerNormPlan& plan, cudaStream_t stream);

@@ -17,19 +17,6 @@ constexpr unsigned kLayerNormThreads = 128;
 // Threads of a row at most: what keeps 16384 elements, and leaves each thread registers enough.
 constexpr __host__ __device__ unsigned most_lanes(int vec) { return vec == 8 ? 512 : 1024; }
 
-// Sums over the threads of a row, the same bits in each. Where a row has more than a warp its block has nothing else;
-// `parts` holds a float2 for every warp and is not in use.
-__device__ __forceinline__ float2 row_sum(float a, float b, unsigned lanes, float2* parts) {
-    if (lanes > kWarp) return block_sum(a, b, parts);
-#pragma unroll
-    for (unsigned other = kWarp / 2; other; other /= 2) {
-        if (other >= lanes) continue;  // all threads go the same way
-        a += __shfl_xor_sync(kAllLanes, a, static_cast<int>(other));
-        b += __shfl_xor_sync(kAllLanes, b, static_cast<int>(other));
-    }
-    return make_float2(a, b);
-}
-
 template <int kVec, int kPer>
 __global__ void __launch_bounds__(most_lanes(kVec), 1)
     layer_norm_kernel(const __grid_constant__ LayerNormArgs args, const __grid_constant__ LayerNormPlan plan) {

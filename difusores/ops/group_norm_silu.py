@@ -32,6 +32,14 @@ _SIGNATURE = (
 LIBRARY.define("group_norm_silu" + _SIGNATURE)
 _TRITON_OP = register_triton("group_norm_silu", _SIGNATURE)
 register("group_norm_silu", "cuda", "triton", "cpu")
+_BACKWARD_SIGNATURE = (
+    "(Tensor grad_y, Tensor? grad_sum, Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, "
+    "bool silu, Tensor? scale, Tensor? shift, Tensor? add, Tensor? residual)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define("group_norm_silu_backward" + _BACKWARD_SIGNATURE)
+_TRITON_BACKWARD_OP = register_triton("group_norm_silu_backward", _BACKWARD_SIGNATURE)
+register("group_norm_silu_backward", "cuda", "triton")
 
 
 def _per_channel(t: Tensor, x: Tensor) -> Tensor:
@@ -125,11 +133,24 @@ def _differentiable_backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tupl
     return dx, None, dw, db, None, None, dscale, dshift, dadd, dresidual, None
 
 
-def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
-    """The normalised tensor again, then the chain rule through act, scale-shift, norm; in fp32 or wider."""
-    if torch.is_grad_enabled():
-        return _differentiable_backward(ctx, grad_y, grad_sum)
-    x, weight, bias, scale, shift, add, residual = ctx.saved_tensors
+def backward_reference(
+    grad_y: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Gradients of x (and residual), weight, bias, scale, shift and add; empty where those are None.
+
+    The normalised tensor again, then the chain rule through act, scale-shift, norm; in fp32 or wider.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
 
     def widened(t: Tensor | None) -> Tensor | None:
@@ -144,19 +165,19 @@ def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None
     if residual is not None:
         h = h + residual.to(wide)
     n, c, spatial = x.shape[0], x.shape[1], list(range(2, x.ndim))
-    size = (n, c, x.shape[2:].numel(), ctx.num_groups)
+    size = (n, c, x.shape[2:].numel(), num_groups)
     gamma = h.new_ones(c) if weight is None and bias is not None else widened(weight)  # torch wants both
     layout = memory_format(h)  # the backward kernel of torch takes it that all tensors have one layout
     h = h.contiguous(memory_format=layout)
-    normed, mean, rstd = torch.ops.aten.native_group_norm(h, gamma, widened(bias), *size, ctx.eps)
+    normed, mean, rstd = torch.ops.aten.native_group_norm(h, gamma, widened(bias), *size, eps)
     grad = grad_y.to(wide)
-    if ctx.silu:
+    if silu:
         pre = normed if scale is None else normed * (1 + channels(scale))
         if shift is not None:
             pre = pre + channels(shift)
         grad = torch.ops.aten.silu_backward(grad, pre)
-    grad_shift = grad.sum(spatial).to(shift.dtype) if shift is not None else None
-    grad_scale = None
+    grad_shift = x.new_empty(0) if shift is None else grad.sum(spatial).to(shift.dtype)
+    grad_scale = x.new_empty(0)
     if scale is not None:
         grad_scale = (grad * normed).sum(spatial).to(scale.dtype)
         grad = grad * (1 + channels(scale))
@@ -164,22 +185,57 @@ def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None
     grad_h, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
         grad.contiguous(memory_format=layout), h, mean, rstd, gamma, *size, mask
     )
-    if ctx.return_sum:
+    if grad_sum is not None:
         grad_h = grad_h + grad_sum
-    grad_x = grad_h.to(x.dtype)
     return (
-        grad_x,
-        None,
-        None if weight is None else grad_weight.to(weight.dtype),
-        None if bias is None else grad_bias.to(bias.dtype),
-        None,
-        None,
+        grad_h.to(x.dtype).contiguous(memory_format=memory_format(x)),
+        x.new_empty(0) if weight is None else grad_weight.to(weight.dtype),
+        x.new_empty(0) if bias is None else grad_bias.to(bias.dtype),
         grad_scale,
         grad_shift,
-        None if add is None else grad_h.sum(spatial).to(add.dtype),
-        None if residual is None else grad_x,
-        None,
+        x.new_empty(0) if add is None else grad_h.sum(spatial).to(add.dtype),
     )
+
+
+LIBRARY.impl("group_norm_silu_backward", backward_reference, "CompositeExplicitAutograd")
+_BACKWARD_OP = torch.ops.difusores.group_norm_silu_backward.default
+
+
+@torch.library.register_fake("difusores::group_norm_silu_backward", lib=LIBRARY)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("difusores::group_norm_silu_backward_triton", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _backward_fake(
+    grad_y: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, ...]:
+    grad_x = torch.empty_like(x, memory_format=memory_format(x))
+    params = (weight, bias, scale, shift, add)
+    return (grad_x, *(x.new_empty(0) if p is None else p.new_empty(p.shape) for p in params))
+
+
+def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        return _differentiable_backward(ctx, grad_y, grad_sum)
+    x, *params, residual = ctx.saved_tensors
+    weight, bias, scale, shift, add = params
+    layout = memory_format(x)
+    grad_y = grad_y.contiguous(memory_format=layout)
+    of_sum = grad_sum.contiguous(memory_format=layout) if ctx.return_sum else None
+    call = (grad_y, of_sum, x, ctx.num_groups, weight, bias, ctx.eps, ctx.silu, scale, shift, add, residual)
+    backend = choose("group_norm_silu_backward", x.device.type, supports, x, *params, residual)
+    op = {"reference": backward_reference, "triton": _TRITON_BACKWARD_OP}.get(backend, _BACKWARD_OP)
+    grad_x, *found = op(*call)
+    dw, db, dscale, dshift, dadd = (None if p is None else g for p, g in zip(params, found, strict=True))
+    return grad_x, None, dw, db, None, None, dscale, dshift, dadd, None if residual is None else grad_x, None
 
 
 for _name in ("group_norm_silu", "group_norm_silu_triton"):

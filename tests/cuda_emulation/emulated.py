@@ -54,9 +54,9 @@ def library(op: str, change: tuple[str, str] | None = None) -> ctypes.CDLL:
     flags += ["-O0", "-DDIFUSORES_FAULTY"] if change else ["-O1"]
     texts = {path.relative_to(ROOT / "csrc"): path.read_text(encoding="utf-8") for path in sources}
     if change is not None:
-        changed = Path("cuda", f"{op}.cuh")
-        assert texts[changed].count(change[0]) == 1, f"{change[0]!r} must stand once in {changed}"
-        texts[changed] = texts[changed].replace(*change)
+        found = [path for path, text in texts.items() if path.name.startswith(op) and change[0] in text]
+        assert len(found) == 1 and texts[found[0]].count(change[0]) == 1, f"{change[0]!r} must stand once"
+        texts[found[0]] = texts[found[0]].replace(*change)
     key = "\n".join([*flags, *texts.values(), *(path.read_text(encoding="utf-8") for path in ours)])
     folder = ROOT / "build" / "cuda_emulation" / hashlib.sha256(key.encode()).hexdigest()[:16]
     target = folder / f"{op}.so"
@@ -303,6 +303,78 @@ def group_norm_silu(
         [y, total] if return_sum else [y],
     )
     return y, total
+
+
+class GroupNormSiluGrads(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("y", "sum", "x")),
+        *((name, Param) for name in ("weight", "bias", "scale", "shift", "add")),
+    )
+
+
+class GroupNormBackwardPlan(ctypes.Structure):
+    _fields_ = (
+        ("tiles", GroupNormPlan),
+        *((name, ctypes.c_uint32) for name in ("lanes", "threads")),
+        *((name, ctypes.c_int64) for name in ("chunk", "chunks", "floats")),
+    )
+
+
+def group_norm_silu_backward(
+    grad_y: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+    *,
+    change: tuple[str, str] | None = None,
+    plan: GroupNormBackwardPlan | None = None,
+) -> tuple[Tensor, ...]:
+    """The registered op `group_norm_silu_backward`, carried out by the CUDA kernels."""
+    for t in (grad_y, grad_sum, residual):
+        assert t is None or t.is_contiguous() is x.is_contiguous(), "gradients must have x's layout"
+    n, c = x.shape[:2]
+    grad_x = torch.empty_like(x)
+    params = {"weight": weight, "bias": bias, "scale": scale, "shift": shift, "add": add}
+    of_params = {name: x.new_empty(0) if p is None else p.new_empty(p.shape) for name, p in params.items()}
+    if x.numel() == 0:
+        return (grad_x, *(t.zero_() for t in of_params.values()))
+    args = GroupNormSiluArgs(
+        x=x.data_ptr(),
+        residual=None if residual is None else residual.data_ptr(),
+        dtype=DTYPES[x.dtype],
+        n=n,
+        c=c,
+        s=x.numel() // (n * c),
+        groups=num_groups,
+        eps=eps,
+        silu=silu,
+        **{name: _param(p) for name, p in params.items()},
+    )
+    grads = GroupNormSiluGrads(
+        y=grad_y.data_ptr(),
+        sum=None if grad_sum is None else grad_sum.data_ptr(),
+        x=grad_x.data_ptr(),
+        **{name: _param(of_params[name]) for name, p in params.items() if p is not None},
+    )
+    function = library("group_norm_silu", change).group_norm_silu_backward
+    function.restype = ctypes.c_char_p
+    found = GroupNormBackwardPlan() if plan is None else plan
+    last = not x.is_contiguous()
+    under_all_schedules(
+        lambda schedule: function(
+            ctypes.byref(args), ctypes.byref(grads), last, schedule, ctypes.byref(found)
+        ),
+        [grad_x, *of_params.values()],
+    )
+    return (grad_x, *of_params.values())
 
 
 # --- geglu, layer_norm ---

@@ -172,3 +172,53 @@ def test_of_layer_norm(change: Change) -> None:
     exact = [torch.nn.functional.layer_norm(t.double(), t.shape[1:]) for t in (x, wide)]
     errors = [(a - b).abs().max() for a, b in zip((narrow, got), exact, strict=True)]
     caught(bool(errors[0] > 2e-5 or errors[1] > 1e-5), change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,
+        ("v - turn * period_size", "v - turn * (period_size - 1)"),
+        ("params<kVec>(args.add, n, c,", "params<kVec>(args.add, 0, c,"),
+    ],
+    ids=str,
+)
+def test_of_bias_residual(change: Change) -> None:
+    """A neighbour's channels, the first image's time embedding."""
+    x = torch.randn(2, 16, 5, 3).to(memory_format=torch.channels_last)
+    bias, add = torch.randn(16), torch.randn(2, 16)
+    got = emulated.bias_residual(x, bias, add, None, 1.0, change=change)
+    want = x + bias[:, None, None] + add[:, :, None, None]
+    caught(not torch.allclose(got, want, atol=1e-6), change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,
+        ("fmaf(-rest, total.x, total.y)", "total.y"),
+        (
+            "        __syncthreads();\n        for (int c = threadIdx.x; c < tile.width",
+            "        for (int c = threadIdx.x; c < tile.width",
+        ),
+        ("        __syncthreads();\n    };\n    join(first", "    };\n    join(first"),
+        ("n < args.n; ++n", "n < args.n - 1; ++n"),
+        ("k < chunks; k += kWarp", "k < chunks - 1; k += kWarp"),
+    ],
+    ids=str,
+)
+def test_of_the_gradients_of_group_norm(change: Change) -> None:
+    """A mean that fp32 cannot hold, missing barriers, an image or a tile that is left out."""
+    x = (torch.randn(2, 8, 16, 16) / 64 + 1e3).to(memory_format=torch.channels_last)
+    weight, grad = torch.randn(8), torch.randn_like(x)
+    leaves = [t.double().requires_grad_() for t in (x, weight)]
+    y = torch.nn.functional.group_norm(leaves[0], 2, leaves[1])
+    exact = torch.autograd.grad(y, leaves, grad.double())
+    try:
+        got = emulated.group_norm_silu_backward(
+            *(grad, None, x, 2, weight, None, 1e-5, False, None, None, None, None), change=change
+        )
+    except AssertionError:
+        return caught(True, change)
+    errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got[:2], exact, strict=True)]
+    caught(not max(errors) < 2e-5, change)

@@ -197,6 +197,85 @@ class TestGroupNormSilu:
             assert torch.equal(one, two) and torch.equal(one[1:2], three)
 
 
+class TestGroupNormSiluBackward(UnderItsOwnName):
+    @pytest.fixture(autouse=True)
+    def _kernels(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = importlib.import_module("difusores.ops.group_norm_silu")
+        monkeypatch.setattr(module, "_BACKWARD_OP", emulated.group_norm_silu_backward)
+        monkeypatch.setattr(module, "_OP", torch.ops.difusores.group_norm_silu.default)  # has a gradient
+
+    test_gradients = staticmethod(NORM.test_gradients)
+    test_gradients_of_layouts = staticmethod(NORM.test_gradients_of_layouts)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("case", range(len(NORM.CASES)), ids=lambda k: str(NORM.CASES[k]))
+    def test_against_the_oracle(self, case: int, layout: str, check: Any) -> None:
+        shape, groups = NORM.CASES[case]
+        if layout == "channels_last" and len(shape) == 3:
+            layout = "contiguous"
+        for number, dtype in enumerate(NORM.DTYPES):
+            names = list(NORM.OPTIONS)
+            options = NORM.OPTIONS[names[(case + number) % len(names)]]
+            self.compare(shape, groups, layout, dtype, options, (case + number) % 3 > 0, check)
+
+    @pytest.mark.parametrize(
+        ("shape", "groups", "layout", "plan"),
+        [
+            ((2, 4, 160, 112), 2, "contiguous", {"chunk": 2048, "chunks": 2, "lanes": 256, "threads": 256}),
+            ((1, 20, 64, 64), 2, "contiguous", {"chunk": 512, "chunks": 1, "lanes": 128, "threads": 128}),
+            ((2, 40, 64, 64), 4, "channels_last", {"chunks": 10}),
+            ((1, 5000, 3, 2), 1, "channels_last", {"chunks": 1}),  # a group wider than a block
+        ],
+        ids=str,
+    )
+    def test_how_it_is_cut(
+        self, shape: Any, groups: int, layout: str, plan: dict[str, int], check: Any
+    ) -> None:
+        found = self.compare(shape, groups, layout, torch.float16, NORM.OPTIONS["all"], True, check)
+        assert {name: getattr(found, name) for name in plan} == plan
+
+    @staticmethod
+    def compare(
+        shape: Any, groups: int, layout: str, dtype: torch.dtype, options: Any, silu: bool, check: Any
+    ) -> Any:
+        """Each gradient by the tolerance rule; an image has the same bits alone."""
+        call = NORM.make(shape, dtype, layout, options)
+        grad_y, grad_sum = torch.randn_like(call["x"]), torch.randn_like(call["x"])
+        params = ("weight", "bias", "scale", "shift", "add")
+
+        def kernels(call: dict[str, Any], grad_y: Any, grad_sum: Any, plan: Any = None) -> tuple[Any, ...]:
+            (x, *values, residual) = (call.get(name) for name in ("x", *params, "residual"))
+            of_sum = grad_sum if "return_sum" in call else None
+            return emulated.group_norm_silu_backward(
+                *(grad_y, of_sum, x, groups, *values[:2], 1e-5, silu, *values[2:], residual), plan=plan
+            )
+
+        def by_autograd(call: dict[str, Any], to: torch.dtype | None) -> tuple[Any, ...]:
+            leaves = {
+                name: t.to(to or t.dtype).detach().requires_grad_() if isinstance(t, torch.Tensor) else t
+                for name, t in call.items()
+            }
+            outputs = [t for t in NORM.run("reference", leaves, groups, silu) if t is not None]
+            wanted = [leaves[name] for name in ("x", *params) if name in leaves]
+            return torch.autograd.grad(
+                outputs, wanted, [g.to(outputs[0]) for g in (grad_y, grad_sum)][: len(outputs)]
+            )
+
+        plan = emulated.GroupNormBackwardPlan()
+        grads = kernels(call, grad_y, grad_sum, plan)
+        given = [g for g in grads if g.numel()]
+        eager, oracle = by_autograd(call, None), by_autograd(call, torch.float64)
+        for ours, theirs, exact in zip(given, eager, oracle, strict=True):
+            # Of parameters in fp32 too: their gradients are as good as the images that they are sums over.
+            check(ours.to(dtype), theirs.to(dtype), exact)
+        per_image = ("x", "scale", "shift", "add", "residual")
+        last = {name: t[-1:] if name in per_image else t for name, t in call.items()}
+        alone = kernels(last, grad_y[-1:], grad_sum[-1:])
+        for k in (0, 3, 4, 5):
+            assert torch.equal(alone[k], grads[k][-1:]), "other bits in a batch"
+        return plan
+
+
 @pytest.mark.parametrize(
     ("shape", "groups", "layout", "limit", "plan"),
     [

@@ -294,6 +294,33 @@ def test_gradients(options: str, check: Any) -> None:
         torch.testing.assert_close(formula[places[name]], exact, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("options", ["plain", "all"])
+def test_gradients_of_backends(backend: str, options: str, layout: str, check: Any) -> None:
+    """Every gradient by the tolerance rule, forward and backward by one backend; the same bits twice."""
+    for dtype in (torch.float32, torch.float16):
+        call = make((2, 24, 9, 8), dtype, layout, OPTIONS[options])
+        names = [name for name, t in call.items() if isinstance(t, Tensor)]
+        outside = [torch.randn_like(call["x"]) for _ in range(2)]
+
+        def differentiate(
+            by: str, to: torch.dtype | None, call: Any = call, names: Any = names, outside: Any = outside
+        ) -> Any:
+            leaves = {
+                k: v.to(to or v.dtype).detach().requires_grad_() if k in names else v for k, v in call.items()
+            }
+            with ops.use_backend(by):
+                outputs = [t for t in run(None, leaves, 4) if t is not None]
+                grads = [g.to(outputs[0]) for g in outside[: len(outputs)]]
+                return torch.autograd.grad(outputs, [leaves[name] for name in names], grads)
+
+        ours, again = differentiate(backend, None), differentiate(backend, None)
+        eager, oracle = differentiate("reference", None), differentiate("reference", torch.float64)
+        for name, got, same, theirs, exact in zip(names, ours, again, eager, oracle, strict=True):
+            assert torch.equal(got, same), name
+            check(got.to(dtype), theirs.to(dtype), exact)
+
+
 @pytest.mark.parametrize("of_grad", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("of_x", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(2, 8, 5, 4), (2, 8, 3, 5, 4)], ids=str)
@@ -381,6 +408,15 @@ def test_opcheck(options: str, layout: str) -> None:
             *(get("scale"), get("shift"), get("add"), get("residual"), get("return_sum", False)),
         ),
     )
+
+
+def test_opcheck_of_the_gradients() -> None:
+    call = make((2, 8, 4, 4), torch.float32, "channels_last", OPTIONS["all"])
+    x, weight, bias, scale, shift, add = (call[k] for k in ("x", "weight", "bias", "scale", "shift", "add"))
+    op = torch.ops.difusores.group_norm_silu_backward.default
+    for more in ((scale, shift, add, call["residual"]), (None, None, None, None)):
+        torch.library.opcheck(op, (x + 1, x - 1, x, 4, weight, bias, 1e-5, True, *more))
+    torch.library.opcheck(op, (x + 1, None, x, 4, None, None, 1e-5, False, None, None, None, None))
 
 
 def test_compiles_without_a_break(backend: str) -> None:

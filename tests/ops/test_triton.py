@@ -33,15 +33,15 @@ def passes(*arguments: str, **environment: str) -> None:
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
     # Of the scheduler step's own tests what is not tested there, with the fullest row at the small shapes.
-    steps = "triton and not (oracle or philox or compiles) or triton-everything and not 64"
-    files = [str(FOLDER / f"test_{op}.py") for op in ("scheduler_step", "bias_residual")]
+    ops = {
+        "triton_kernels": "",
+        "test_scheduler_step": "and triton and (everything and not 64 or not (oracle or philox or compiles))",
+        "test_bias_residual": "and triton and not (33 or compiles)",
+        "test_group_norm_silu": "and gradients_of_backends and triton and channels_last",
+    }
     passes(
-        *(
-            str(KERNELS),
-            *files,
-            "-k",
-            f"triton_kernels or {steps} or bias_residual and triton and not (33 or compiles)",
-        ),
+        *(str(FOLDER / f"{name}.py") for name in ops),
+        *("-k", " or ".join(f"{name} {of}" for name, of in ops.items())),
         TRITON_INTERPRET="1",
         OMP_NUM_THREADS="1",
     )

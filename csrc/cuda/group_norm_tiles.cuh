@@ -1,0 +1,292 @@
+// Group norm's moments, tiles and plan, for the kernels forward and backward (group_norm_silu.cuh has the formula).
+#pragma once
+#include "cuda/common.cuh"
+
+namespace difusores {
+namespace cuda {
+
+constexpr unsigned kNormThreads = 512;
+constexpr int kAhead = 4;     // vectors that a thread asks for before it uses the first, channels last
+constexpr int kAheadRun = 3;  // the same, channels first
+
+// Of n elements: mean + delta, and the squared deviations from that.
+struct Moments {
+    float mean, delta, m2;
+};
+
+// The moments of all from a part per call of `part(k)`: count, mean, delta, m2. `sum` adds over those who take part.
+template <class Part, class Sum>
+__device__ __forceinline__ Moments join(float count, int first, int step, int parts, const Part& part, const Sum& sum) {
+    float total = 0.0f;
+    for (int k = first; k < parts; k += step) {
+        const float4 p = part(k);
+        total = fmaf(p.x, p.y, total);
+    }
+    const float mean = sum(total, 0.0f, 0).x / count;
+    float deviation = 0.0f, squares = 0.0f;
+    for (int k = first; k < parts; k += step) {
+        const float4 p = part(k);
+        const float d = p.y - mean + p.z;
+        deviation = fmaf(p.x, d, deviation);
+        squares += fmaf(p.x * d, d, p.w);
+    }
+    const float2 both = sum(deviation, squares, 1);
+    const float delta = both.x / count, m2 = fmaf(-both.x, delta, both.y);
+    return {mean, delta, m2 < 0.0f ? 0.0f : m2};
+}
+
+// A group's k-th tile as `join` takes it, from what the kernels of tiles wrote: its count, mean, delta and m2.
+template <bool kLast>
+__device__ __forceinline__ float4 part_of(const GroupNormSiluArgs& args, const GroupNormPlan& plan,
+                                          const float4* of_group, int k) {
+    const int64_t per_group = args.c / args.groups, run = per_group * args.s;
+    int64_t count;
+    if constexpr (kLast) {
+        const int64_t chunk = k / plan.parts, rows = args.s - chunk * plan.chunk;
+        const int64_t width = per_group - (k - chunk * plan.parts) * plan.span;
+        count = (rows < plan.chunk ? rows : plan.chunk) * (plan.parts == 1     ? per_group
+                                                           : width < plan.span ? width
+                                                                               : plan.span);
+    } else {
+        count = run - k * plan.chunk < plan.chunk ? run - k * plan.chunk : plan.chunk;
+    }
+    return float4{static_cast<float>(count), of_group[k].x, of_group[k].y, of_group[k].z};
+}
+
+// y = act((h - center) * a + b) for one channel. What fp32 loses of mean + delta - add is `rest`, and goes into b:
+// (h - mean) * rstd = (h - center - rest) * rstd.
+struct Affine {
+    float center, a, b, rest;
+};
+
+__device__ __forceinline__ Affine affine(const GroupNormSiluArgs& args, int64_t n, int64_t c, float add, float mean,
+                                         float delta, float rstd) {
+    const float scale = 1.0f + param(args.scale, n, c, 0.0f), a = rstd * param(args.weight, 0, c, 1.0f) * scale;
+    const float center = mean - add, back = center - mean;
+    const float lost = (mean - (center - back)) - (add + back);  // exactly mean - add - center
+    const float offset = fmaf(param(args.bias, 0, c, 0.0f), scale, param(args.shift, n, c, 0.0f));
+    const float rest = lost + delta;
+    return {center, a, fmaf(-rest, a, offset), rest};
+}
+
+__device__ __forceinline__ float rstd_of(const Moments& moments, float count, double eps) {
+    return 1.0f / sqrtf(moments.m2 / count + static_cast<float>(eps));
+}
+
+// Whether add is part of h before it is rounded, and not added as it is read.
+__device__ __forceinline__ bool rounds(const GroupNormSiluArgs& args) { return args.residual || args.sum; }
+
+// h of the elements at i, without add where that comes later.
+template <int kVec>
+__device__ __forceinline__ Packed<kVec> whole_h(const GroupNormSiluArgs& args, const Packed<kVec>& x,
+                                                const Packed<kVec>& r, const float (&add)[kVec], int64_t i) {
+    if (!rounds(args)) return x;
+    float h[kVec], other[kVec] = {};
+    unpack<kVec>(x, args.dtype, h);
+    if (args.residual) unpack<kVec>(r, args.dtype, other);
+#pragma unroll
+    for (int k = 0; k < kVec; ++k) h[k] = h[k] + add[k] + other[k];
+    const Packed<kVec> packed = pack<kVec>(args.dtype, h);
+    if (args.sum) put<kVec>(args.sum, i, args.dtype, packed);
+    return packed;
+}
+
+// --- channels first ---
+
+// A tile of a group: elements [begin, begin + count) of its run, from the channel c0 of the group on.
+struct RunTile {
+    int64_t n, group, chunk, begin, at, channel;
+    int vectors, channels;
+    unsigned offset;  // of the tile in its first channel, in vectors
+    float count;
+    template <int kVec>
+    static __device__ __forceinline__ RunTile of(const GroupNormSiluArgs& args, const GroupNormPlan& plan) {
+        RunTile t;
+        const int64_t per_group = args.c / args.groups, run = per_group * args.s;
+        const int64_t index = blockIdx.x / plan.chunks;
+        t.chunk = blockIdx.x - index * plan.chunks;
+        t.n = index / args.groups, t.group = index - t.n * args.groups;
+        t.begin = t.chunk * plan.chunk, t.at = index * run + t.begin;
+        const int64_t count = run - t.begin < plan.chunk ? run - t.begin : plan.chunk;
+        const int64_t c0 = t.begin / args.s;
+        t.offset = static_cast<unsigned>((t.begin - c0 * args.s) / kVec);
+        t.channel = t.group * per_group + c0;
+        t.channels = static_cast<int>((t.begin + count - 1) / args.s - c0) + 1;
+        t.vectors = static_cast<int>(count / kVec);
+        t.count = static_cast<float>(count);
+        return t;
+    }
+};
+
+// use(v, packed x, packed residual) for each of the thread's vectors, kAheadRun of which are under way together.
+template <int kVec, class Use>
+__device__ __forceinline__ void each_vector(const GroupNormSiluArgs& args, const void* x, const void* residual,
+                                            const RunTile& tile, const Use& use) {
+    for (int first = threadIdx.x; first < tile.vectors; first += kAheadRun * blockDim.x) {
+        Packed<kVec> from_x[kAheadRun], from_r[kAheadRun];
+#pragma unroll
+        for (int k = 0; k < kAheadRun; ++k) {
+            const int v = first + k * static_cast<int>(blockDim.x);
+            if (v >= tile.vectors) continue;
+            from_x[k] = get<kVec>(x, tile.at + int64_t{v} * kVec, args.dtype);
+            if (residual) from_r[k] = get<kVec>(residual, tile.at + int64_t{v} * kVec, args.dtype);
+        }
+#pragma unroll
+        for (int k = 0; k < kAheadRun; ++k) {
+            const int v = first + k * static_cast<int>(blockDim.x);
+            if (v < tile.vectors) use(v, from_x[k], from_r[k]);
+        }
+    }
+}
+
+// --- channels last ---
+
+// A tile: rows [begin, begin + rows) of `width` channels from `channel` on, and the thread's place in it.
+struct RowTile {
+    int64_t n, chunk, begin, at, channel, group;
+    int rows, width, groups, per_group, part;
+    int column, row, step;  // of the thread: its first channel and row; rows of the block at once
+    bool active;
+    template <int kVec>
+    static __device__ __forceinline__ RowTile of(const GroupNormSiluArgs& args, const GroupNormPlan& plan) {
+        RowTile t;
+        const int64_t index = blockIdx.x / plan.chunks, of_group = args.c / args.groups;
+        t.chunk = blockIdx.x - index * plan.chunks;
+        t.n = index / plan.spans;
+        const int64_t span = index - t.n * plan.spans, width_left = of_group - span % plan.parts * plan.span;
+        t.part = static_cast<int>(span % plan.parts);
+        t.group = plan.parts > 1 ? span / plan.parts : span * plan.groups_in_span;
+        t.channel = t.group * of_group + t.part * plan.span;
+        t.width = static_cast<int>(plan.parts > 1 && width_left < plan.span ? width_left : plan.span);
+        t.groups = static_cast<int>(plan.groups_in_span);
+        t.per_group = t.width / t.groups;
+        t.begin = t.chunk * plan.chunk;
+        t.rows = static_cast<int>(args.s - t.begin < plan.chunk ? args.s - t.begin : plan.chunk);
+        t.at = (t.n * args.s + t.begin) * args.c + t.channel;
+        const int vectors = t.width / kVec, thread = static_cast<int>(threadIdx.x);
+        t.step = static_cast<int>(blockDim.x) / vectors;
+        t.row = thread / vectors;
+        t.column = (thread - t.row * vectors) * kVec;
+        t.active = t.row < t.step;
+        return t;
+    }
+    // Rows that a thread of row r has.
+    __device__ __forceinline__ int rows_of(int r) const { return r < rows ? (rows - r + step - 1) / step : 0; }
+};
+
+// use(kCount rows as packed x and residual, the first row) for the rows of the thread.
+template <int kVec, class Use>
+__device__ __forceinline__ void each_rows(const GroupNormSiluArgs& args, const void* x, const void* residual,
+                                          const RowTile& tile, const Use& use) {
+    if (!tile.active) return;
+    for (int row = tile.row; row < tile.rows; row += kAhead * tile.step) {
+        Packed<kVec> from_x[kAhead], from_r[kAhead];
+        int count = 0;
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) {
+            if (row + k * tile.step >= tile.rows) continue;
+            const int64_t i = tile.at + (row + int64_t{k} * tile.step) * args.c + tile.column;
+            from_x[k] = get<kVec>(x, i, args.dtype);
+            if (residual) from_r[k] = get<kVec>(residual, i, args.dtype);
+            count = k + 1;
+        }
+        use(from_x, from_r, row, count);
+    }
+}
+
+// --- the choice of tiles and instances ---
+
+constexpr int64_t kTileBytes = 32 << 10;  // of a tile that is not a whole group, at least
+constexpr int64_t kSpanBytes = 64;        // of a row of a tile, channels last, at least, if the channels allow it
+constexpr int64_t kTableChannels = 1024;  // of a tile, channels first, about, where it is not a whole group
+constexpr int64_t kMapThreads = 256;      // channels first, tiles that are not a whole group
+constexpr int64_t kStaticShared = 512;    // bytes that the kernels declare, rounded up
+
+inline __host__ int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline __host__ int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+inline __host__ int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The least tile, in elements of a run of `run`, whose share of the second kernel's reading of moments, 16 bytes for
+// each tile of its group, is an eighth.
+inline __host__ int64_t least_tile(int64_t run, int64_t size) {
+    int64_t tile = 1;
+    while (tile * tile * size < 128 * run) tile += tile / 16 + 1;
+    return tile;
+}
+
+inline __host__ void plan_runs(const GroupNormSiluArgs& args, int64_t shared_limit, GroupNormPlan& plan) {
+    const int64_t per_group = args.c / args.groups, run = per_group * args.s, size = bytes_of(args.dtype);
+    if (args.s % plan.vec) plan.vec = 1;
+    plan.spans = args.groups, plan.groups_in_span = plan.parts = 1;
+    plan.table = up(per_group, 4) * 4;
+    plan.shared_bytes = 4 * plan.table * 4 + run * size;
+    plan.whole = per_group <= 2 * kTableChannels && plan.shared_bytes + kStaticShared <= shared_limit;
+    plan.chunk = run;
+    plan.threads = static_cast<unsigned>(at_most(up(run / plan.vec, kWarp) * kWarp, kNormThreads));
+    if (!plan.whole) {
+        plan.chunk = at_most(at_least(kTileBytes / size, least_tile(run, size)), kTableChannels * args.s);
+        plan.chunk = at_most(plan.chunk / plan.vec * plan.vec, run);
+        plan.table = up(at_most(per_group, (plan.chunk - 1) / args.s + 2), 4) * 4;
+        plan.shared_bytes = 4 * plan.table * 4;
+        plan.threads = kMapThreads;
+    }
+    plan.chunks = up(run, plan.chunk);
+}
+
+// How many whole groups make a row of a tile: the fewest that fill `bytes` and whole accesses; 0 if none do.
+inline __host__ int64_t groups_of_span(const GroupNormSiluArgs& args, int64_t vec, int64_t bytes) {
+    const int64_t per_group = args.c / args.groups;
+    int64_t found = 0;
+    for (int64_t k = 1; k <= args.groups && k * per_group <= int64_t{kNormThreads} * vec; ++k) {
+        if (args.groups % k || k * per_group % vec) continue;
+        found = k;
+        if (k * per_group * bytes_of(args.dtype) >= bytes) break;
+    }
+    return found;
+}
+
+inline __host__ void plan_rows(const GroupNormSiluArgs& args, int64_t shared_limit, GroupNormPlan& plan) {
+    const int64_t per_group = args.c / args.groups, size = bytes_of(args.dtype);
+    const auto set = [&](int64_t bytes) {
+        const int64_t k = groups_of_span(args, plan.vec, bytes);
+        plan.parts = k ? 1 : up(per_group, int64_t{kNormThreads} * plan.vec);
+        plan.groups_in_span = k ? k : 1;
+        plan.span = k ? k * per_group : up(up(per_group, plan.parts), plan.vec) * plan.vec;
+        plan.spans = k ? args.groups / k : args.groups * plan.parts;
+        const int64_t vectors = plan.span / plan.vec, rows = at_most(at_least(kNormThreads / vectors, 1), args.s);
+        plan.threads = static_cast<unsigned>(up(vectors * rows, kWarp) * kWarp);
+        plan.shared_bytes = plan.threads * plan.vec * 8 + up(plan.groups_in_span, 4) * 48;
+    };
+    if (args.c % plan.vec || (!groups_of_span(args, plan.vec, kSpanBytes) && per_group % plan.vec)) plan.vec = 1;
+    set(kSpanBytes);
+    const int64_t kept = args.s * plan.span * size;
+    plan.whole = plan.parts == 1 && plan.shared_bytes + kept + kStaticShared <= shared_limit;
+    plan.chunk = args.s;
+    if (plan.whole) {
+        plan.shared_bytes += kept;
+    } else {
+        set(2 * kSpanBytes);
+        plan.chunk = at_least(up(kTileBytes, plan.span * size), least_tile(args.s * per_group, size) / per_group);
+        plan.chunk = at_most(plan.chunk, args.s);
+    }
+    plan.chunks = up(args.s, plan.chunk);
+}
+
+// shared_limit: bytes of shared memory that a block may have. threads == 0: beyond what the kernels count.
+inline __host__ GroupNormPlan plan_group_norm_silu(const GroupNormSiluArgs& args, bool channels_last,
+                                                   int64_t shared_limit) {
+    GroupNormPlan plan{};
+    plan.channels_last = channels_last;
+    plan.vec = 16 / bytes_of(args.dtype);
+    for (const void* p : {args.x, args.residual, static_cast<const void*>(args.y), static_cast<const void*>(args.sum)})
+        if (!aligned(p, 0, args.dtype, 16)) plan.vec = 1;
+    if (channels_last) plan_rows(args, shared_limit, plan);
+    else plan_runs(args, shared_limit, plan);
+    plan.partials = plan.whole ? 0 : args.n * args.groups * plan.chunks * plan.parts;
+    constexpr int64_t kLimit = int64_t{1} << 30;
+    if (args.n * plan.spans * plan.chunks > kLimit || args.s > kLimit) plan.threads = 0;
+    return plan;
+}
+
+}  // namespace cuda
+}  // namespace difusores
