@@ -89,7 +89,9 @@ def find_kind(checkpoint: Checkpoint) -> Kind:
 
 
 def make_scheduler(kind: Kind, prediction_type: str) -> Any:
-    """As in the published folder of a kind."""
+    """As in the published folder that diffusers reads for a kind: that of 1.5, of its inpainting or of
+    InstructPix2Pix; for all of 2.x that of 2.1, though its base's has PNDM; for all of XL that of XL base.
+    """
     options = {**BETAS, "steps_offset": 1, "prediction_type": prediction_type}
     if kind.channels == EDITING:
         return EulerAncestralDiscreteScheduler(**options)

@@ -449,6 +449,10 @@ def test_schedulers_of_the_published_folders() -> None:
         scheduler = make_scheduler(kind, "epsilon")
         assert type(scheduler).__name__ == name and scheduler.config.steps_offset == 1
         assert (scheduler.config.beta_start, scheduler.config.beta_end) == (0.00085, 0.012)
+        told = {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True}
+        assert {k: scheduler.config[k] for k in told if k in scheduler.config}.items() <= told.items()
+        spacing = "leading" if name != "EulerAncestralDiscreteScheduler" else "linspace"
+        assert scheduler.config.timestep_spacing == spacing
 
 
 def test_all_that_does_not_fit_is_named(build: Any) -> None:

@@ -107,11 +107,24 @@ def test_guidance_of_one_is_none(make: Any) -> None:
 
 @pytest.mark.parametrize("kind", [TEXT, CHANGE, FILL])
 def test_guidance_in_an_interval(make: Any, kind: str) -> None:
-    pipeline, rows = make(kind), []
+    pipeline, rows, seen = make(kind), [], []
     pipeline.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    whole = {} if kind == TEXT else {"strength": 1.0}
+    whole: dict[str, Any] = {} if kind == TEXT else {"strength": 1.0}
+    whole["callback_on_step_end"] = lambda pipe, step, time, tensors: seen.append(step)
     sample(pipeline, num_inference_steps=4, guidance_interval=(0.25, 0.75), **whole)
-    assert rows == [1, 2, 2, 1]
+    assert rows == [1, 2, 2, 1] and seen == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", [TEXT, CHANGE, FILL])
+def test_the_models_own_scheduler_is_believed(make: Any, kind: str) -> None:
+    pipeline = make(kind)
+    pipeline._trained_with = pipeline.scheduler
+    pipeline.scheduler = difusores.DDIMScheduler.from_config(
+        pipeline.scheduler.config, prediction_type="v_prediction"
+    )
+    with pytest.raises(ValueError, match=r"'v_prediction'.*'epsilon'"):
+        sample(pipeline)
+    assert torch.isfinite(sample(pipeline, strict=False)).all()
 
 
 @pytest.mark.parametrize("kind", [CHANGE, FILL])

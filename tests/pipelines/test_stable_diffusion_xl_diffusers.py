@@ -112,6 +112,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     (TEXT, {"negative_original_size": (4, 2), "negative_target_size": (9, 7)}),
     (TEXT, {"denoising_end": 0.6, "output_type": "latent"}),
     (TEXT, {"denoising_end": 0.499, "output_type": "latent"}),  # at a step's own time, 501 of 1000
+    (TEXT, {"sigmas": [12.0, 4.0, 1.0, 0.0]}),
     (TEXT, {"timesteps": [900, 500, 100]}),
     (CHANGE, {"image": IMAGE[..., :8]}),  # what is told is its size, height first
     (CHANGE, {"original_size": (40, 20)}),  # of the negative prompts, too
@@ -119,10 +120,12 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     (CHANGE, {"crops_coords_top_left": (3, 5), "negative_original_size": (4, 2), "target_size": (9, 7)}),
     (CHANGE, {"image": LATENTS, "strength": 0.3, "denoising_start": 0.5, "num_inference_steps": 8}),
     (CHANGE, {"denoising_start": 0.3, "denoising_end": 0.8, "num_inference_steps": 8, "strength": 0.3}),
+    (CHANGE, {"sigmas": [12.0, 4.0, 1.0, 0.0], "strength": 1.0}),
     (CHANGE, {"timesteps": [900, 500, 100], "strength": 1.0}),
     (CHANGE, {"seeds": (1, 2), "num_images_per_prompt": 2, "guidance_rescale": 0.5}),
     (FILL, {"strength": 1.0, "seeds": (1, 2), "num_images_per_prompt": 2}),
     (FILL, {"image": LATENTS, "denoising_start": 0.3, "denoising_end": 0.8, "num_inference_steps": 8}),
+    (FILL, {"sigmas": [12.0, 4.0, 1.0, 0.0]}),
     (FILL, {"height": 24, "width": 8, "timesteps": [900, 500, 100]}),
     (FILL, {"latents": LATENTS, "height": 16, "width": 16, "guidance_rescale": 0.5}),
 ]
