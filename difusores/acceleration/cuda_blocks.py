@@ -144,7 +144,7 @@ class CudaResnetForward(ResnetForward):
     def _modulation(self, temb: Tensor | None, with_bias: bool, batch: int) -> dict[str, Tensor]:
         """What the second normalisation is given; with the first convolution's bias if that left it out."""
         bias = self.module.conv1.bias
-        if temb is not None and with_bias and self.takes_part(temb):
+        if temb is not None and with_bias:
             row = self.session.times.row(self, temb)
             if row is not None:
                 return {"add": row}

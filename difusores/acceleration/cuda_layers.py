@@ -53,7 +53,11 @@ def why_not(weight: Tensor, x: Tensor, session: Session) -> str | None:
 
 def linear(x: Tensor, layer: Any, residual: Tensor | None = None) -> Tensor:
     """x [..., in] times the layer's weight [out, in] or [out, in, 1, 1], plus its bias and the residual."""
-    return linear_op(x, layer.weight.flatten(1), layer.bias, residual=residual)
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    weight = weight if weight.ndim == 2 else weight.flatten(1)
+    if residual is None:
+        return F.linear(x, weight, bias)
+    return linear_op(x, weight, bias, residual=residual)
 
 
 def adds_residual(layer: Any, rows: Tensor, residual: Tensor) -> bool:

@@ -329,11 +329,12 @@ def adds_for_free(layer: nn.Module, x: Tensor) -> bool:
 
 def direct(layer: nn.Module) -> bool:
     """Whether a block may compute this linear layer, or 1x1 convolution on rows, from its weight itself."""
-    forward = layer.__dict__.get("forward")
+    state = layer.__dict__  # a module's own lookup of a parameter takes longer than everything here
+    forward = state.get("forward")
     return (
         isinstance(forward, LinearForward | ConvForward)
         and not hooked(layer)
-        and why_not_weight(layer.weight, forward.session) is None
+        and why_not_weight(state["_parameters"]["weight"], forward.session) is None
     )
 
 

@@ -31,7 +31,7 @@ class Merged:
 
     def get(self, layers: Sequence[nn.Module]) -> Tensor | None:
         """The rows of all layers; None where they do not fit together, or a graph is captured just now."""
-        parameters = [getattr(layer, self.name) for layer in layers]
+        parameters: list[Any] = [layer._parameters[self.name] for layer in layers]
         rows = self._rows
         if rows is not None and self._lie_in(rows, parameters):
             return rows

@@ -45,61 +45,61 @@ class AttentionForward(Forward):
         self, tokens: Tensor, states: Tensor | None, mask: Tensor | None, residual: Tensor | None = None
     ) -> Tensor:
         """[N, L, C], with [N, S, D] or themselves, to [N, L, C], plus the residual."""
-        m = self.module
-        projected = self._itself(tokens) if states is None else self._prompt(tokens, states)
-        q, k, v = (t.unflatten(-1, (m.heads, -1)).transpose(1, 2) for t in projected)
+        heads, parts = self.module.heads, self.module._modules  # whose own lookup takes a microsecond each
+        projected = self._itself(parts, tokens) if states is None else self._prompt(parts, tokens, states)
+        q, k, v = (t.view(*t.shape[:2], heads, -1).transpose(1, 2) for t in projected)
         if k.dtype is not q.dtype or v.dtype is not q.dtype:  # an adapter gave one of them another dtype
             k, v = k.to(q.dtype), v.to(q.dtype)
         mixed = attention(q, k, v, mask=mask if mask is None else mask.to(q.dtype))
-        rest = list(m.to_out[1:])
-        if all(type(layer) is nn.Dropout and not hooked(layer) for layer in rest):
-            return apply_linear(m.to_out[0], mixed.transpose(1, 2).flatten(2), residual)
-        out = apply_linear(m.to_out[0], mixed.transpose(1, 2).flatten(2))
+        last, *rest = parts["to_out"]._modules.values()
+        rest = [layer for layer in rest if type(layer) is not nn.Dropout or hooked(layer)]
+        if not rest:
+            return apply_linear(last, mixed.transpose(1, 2).flatten(2), residual)
+        out = apply_linear(last, mixed.transpose(1, 2).flatten(2))
         for layer in rest:
             out = layer(out)
         return out if residual is None else out + residual
 
-    def _itself(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        m = self.module
-        layers = (m.to_q, m.to_k, m.to_v)
-        merged = self._merged(layers)
-        if merged is not None:
-            weight, bias = merged
-            return F.linear(tokens, weight, bias).chunk(3, dim=-1)
+    def _itself(self, parts: Mapping[str, Any], tokens: Tensor) -> tuple[Tensor, ...]:
+        layers = (parts["to_q"], parts["to_k"], parts["to_v"])
+        if self.session.cuda and all(map(direct, layers)):
+            merged = self._merged(layers, layers)
+            if merged is not None:
+                return F.linear(tokens, *merged).chunk(3, dim=-1)
         return tuple(apply_linear(layer, tokens) for layer in layers)
 
-    def _prompt(self, tokens: Tensor, states: Tensor) -> tuple[Tensor, ...]:
-        m = self.module
+    def _prompt(self, parts: Mapping[str, Any], tokens: Tensor, states: Tensor) -> tuple[Tensor, ...]:
+        first, layers = parts["to_q"], (parts["to_k"], parts["to_v"])
+        plain = all(map(direct, layers))
 
         def project() -> tuple[Tensor, ...]:
-            merged = self._merged((m.to_k, m.to_v))
-            if merged is not None:
-                weight, bias = merged
-                return F.linear(states, weight, bias).chunk(2, dim=-1)
-            return apply_linear(m.to_k, states), apply_linear(m.to_v, states)
+            if self.session.cuda and plain:
+                together = direct(first) and first.in_features == layers[0].in_features
+                merged = self._merged((first, *layers) if together else layers, layers)
+                if merged is not None:
+                    return F.linear(states, *merged).chunk(2, dim=-1)
+            return tuple(apply_linear(layer, states) for layer in layers)
 
-        q = apply_linear(m.to_q, tokens)
-        if not (direct(m.to_k) and direct(m.to_v)):  # an adapter's matrices may change unseen
+        q = apply_linear(first, tokens)
+        if not plain:  # an adapter's matrices may change unseen
             return q, *project()
-        own = [p for layer in (m.to_k, m.to_v) for p in (layer.weight, layer.bias) if p is not None]
+        own = [p for layer in layers for p in layer._parameters.values() if p is not None]
         return q, *self.prompts.get(states, own, project)
 
-    def _merged(self, layers: tuple[Any, ...]) -> tuple[Tensor, Tensor | None] | None:
-        """Weight and bias of these layers as one; None on a CPU, or where they are not plain layers."""
-        m = self.module
-        if not self.session.cuda or not all(map(direct, layers)):
+    def _merged(
+        self, gathered: tuple[Any, ...], wanted: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of the last of these layers as one; None where they do not fit together."""
+        with_bias = sum(layer._parameters["bias"] is not None for layer in gathered)
+        if with_bias not in (0, len(gathered)):
             return None
-        every: tuple[Any, ...] = (m.to_q, m.to_k, m.to_v)
-        if not direct(m.to_q) or m.to_q.in_features != m.to_k.in_features:
-            every = every[1:]
-        with_bias = sum(layer.bias is not None for layer in every)
-        if with_bias not in (0, len(every)):
-            return None
-        weight = self.weights.get(every)
-        bias = self.biases.get(every) if with_bias else None
+        weight = self.weights.get(gathered)
+        bias = self.biases.get(gathered) if with_bias else None
         if weight is None or (bias is None and with_bias):
             return None
-        skipped = 0 if len(layers) == len(every) else m.to_q.out_features
+        if len(gathered) == len(wanted):
+            return weight, bias
+        skipped = gathered[0].out_features
         return weight[skipped:], bias if bias is None else bias[skipped:]
 
 

@@ -32,6 +32,7 @@ It stands before `triton` because no GPU has timed our Triton attention against 
 _DEVICES: dict[str, tuple[str, ...]] = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
 _TRITON = (3, 3)  # the oldest version that the kernels are written for
 _OPS: dict[str, tuple[str, ...]] = {}
+_LAUNCHES: dict[Any, Callable[..., Any]] = {}  # op -> the Python function that implements it
 _wanted: ContextVar[str | None] = ContextVar("difusores_backend", default=None)
 _functorch_level = torch._C._functorch.maybe_current_level  # finding it takes as long as asking
 
@@ -61,7 +62,9 @@ def register_triton(op: str, signature: str, *, in_place: bool = False) -> Any:
         return (module.launch_in_place if in_place else module.launch)(*call)
 
     LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
-    return getattr(torch.ops.difusores, name).default
+    declared = getattr(torch.ops.difusores, name).default
+    _LAUNCHES[declared] = launch
+    return declared
 
 
 def interpreted() -> bool:
@@ -207,6 +210,15 @@ def below_autograd(op: Callable[..., Any], *call: Any) -> Any:
     """Call a registered op without its autograd layer, which costs time even where it records nothing."""
     if torch.compiler.is_compiling():  # a graph has no such layer, and Dynamo cannot trace the guard
         return op(*call)
+    launch = _LAUNCHES.get(op)
+    if (
+        launch is not None  # through the dispatcher and back to Python takes as long as the launch
+        and call[0].is_cuda
+        and type(call[0]) in (torch.Tensor, torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()  # modes want to see the op
+        and not torch._C._len_torch_function_stack()
+    ):
+        return launch(*call)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*call)
 

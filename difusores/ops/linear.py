@@ -146,7 +146,7 @@ def linear(
         return out
     if records:
         return reference(*call)
-    out = F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+    out = F.linear(x, weight, bias)
     if geglu:
         out = geglu_op(out)
     return out if residual is None else out.add_(residual)

@@ -27,7 +27,8 @@ def run(kernel: Any, programs: int, like: Tensor, *args: Any, **constants: Any) 
     """
     if programs == 0:
         return
-    with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
+    elsewhere = like.is_cuda and like.get_device() != torch.cuda.current_device()
+    with torch.cuda.device(like.device) if elsewhere else nullcontext():
         kernel[(programs,)](*args, **constants, enable_fp_fusion=True)
 
 
