@@ -22,7 +22,7 @@ Tensor attention(Tensor q, Tensor k, Tensor v, OptionalTensor mask, double scale
         return out;
     }
     if (mask) set_mask(*mask, a);
-    const char* const reason = cuda::attention_refuses(a);
+    const char* const reason = cuda::attention_refuses(a, device.shared_limit());
     STD_TORCH_CHECK(reason == nullptr, "attention: the CUDA kernel takes ", reason);
     OnDevice::check(cuda::attention(a, device.shared_limit(), device.multiprocessors(), device.stream()), "attention");
     return out;

@@ -4,7 +4,9 @@
 namespace difusores {
 namespace cuda {
 
-const char* attention_refuses(const AttentionArgs& args) { return refuses_attention(args); }
+const char* attention_refuses(const AttentionArgs& args, int64_t shared_limit) {
+    return refuses_attention(args, shared_limit);
+}
 
 cudaError_t attention(const AttentionArgs& args, int64_t shared_limit, int multiprocessors, cudaStream_t stream) {
     return launch_attention(args, plan_attention(args, shared_limit, multiprocessors), OnStream{stream});

@@ -26,38 +26,11 @@
 // Layouts: rows of q, k, v at any distance that is a multiple of 16 bytes, elements of a row side by side. The mask is
 // read by its strides, where it is broadcast with stride 0.
 #pragma once
-#include "cuda/mma.cuh"
+#include "cuda/attention_wide.cuh"
 
 namespace difusores {
 namespace cuda {
 
-constexpr int kChunkKeys = 32;  // keys that a warp has scores of
-constexpr int kTileStages = 3;
-constexpr int kQueryWarps = 4;
-constexpr int kWidest = 160;
-constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kNoTop = -3.402823466e38f;  // of a row without scores yet
-constexpr float kSmallest = 1.175494351e-38f;
-constexpr float kSlack = 8.0f;        // powers of two by which a score may pass the top
-constexpr float kHuge = 16777216.0f;  // above it, s c - top is no longer exact enough in one operation
-
-template <int kValue>
-struct Constant {
-    static constexpr int value = kValue;
-};
-
-// How a call is cut. `groups` and `tile_keys` decide the bits of the result; `warps` does not.
-struct AttentionPlan {
-    int width;      // of the instance
-    int warps;      // along the queries
-    int groups;     // of warps along the keys: 1 or 2
-    int tile_keys;  // keys of a tile in shared memory
-    int rows;       // queries of a block
-    unsigned blocks, threads;
-    int64_t shared_bytes;
-};
-
-constexpr __host__ __device__ int row_bytes(int width) { return (width / 8 | 1) * 16; }
 constexpr __host__ __device__ int tiles_of(int width) { return width <= 80 ? 2 : 1; }
 // Threads whose registers fill a multiprocessor: what the compiler may use for one. sm_75 and sm_120 spill at less.
 constexpr __host__ __device__ int threads_at_once(int width, bool mask) {
@@ -68,29 +41,6 @@ constexpr __host__ __device__ int threads_at_once(int width, bool mask) {
     return mask || width > 64 ? 256 : 384;
 #endif
     return mask || width > 64 ? 256 : width > 40 ? 384 : 512;
-}
-
-__device__ __forceinline__ float quad_max(float v) {
-    v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, 1));
-    return fmaxf(v, __shfl_xor_sync(kAllLanes, v, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float v) {
-    v += __shfl_xor_sync(kAllLanes, v, 1);
-    return v + __shfl_xor_sync(kAllLanes, v, 2);
-}
-
-// Rows [first, first + count) of [rows, d] to shared memory; zeros beyond both.
-template <int kWidth>
-__device__ __forceinline__ void copy_rows(unsigned char* tile, const unsigned short* from, int64_t stride, int first,
-                                          int count, int rows, int d) {
-    constexpr int kPieces = kWidth / 8;
-    for (int i = threadIdx.x; i < count * kPieces; i += blockDim.x) {
-        const int row = i / kPieces, piece = i - row * kPieces;
-        const bool real = first + row < rows && piece * 8 < d;
-        copy_16(tile + row * row_bytes(kWidth) + piece * 16, real ? from + (first + row) * stride + piece * 8 : from,
-                real);
-    }
 }
 
 // The scores of a warp's queries and 32 keys, element [m][n][e] as a product leaves it: query 16 m + g + 8 (e / 2), key
@@ -159,20 +109,6 @@ struct Queries {
     }
 };
 
-// Where a warp's queries and keys are in the mask.
-struct MaskView {
-    const void* at;
-    int64_t query_stride, key_stride;
-    DType dtype;
-    bool is_bool;
-    __device__ __forceinline__ float apply(float score, int query, int key) const {
-        const int64_t i = query * query_stride + key * key_stride;
-        if (is_bool) return static_cast<const bool*>(at)[i] ? score : -INFINITY;
-        const float v = load_one(at, dtype, i);
-        return score + (v == -INFINITY ? v : fmaxf(v, 0.5f * kNoTop));  // the lowest number is not minus infinity
-    }
-};
-
 // What a warp has of its queries' result: the sums of weights, and of weights times v, where a weight is 2^(s c - top).
 template <DType T, int kWidth, int kTiles>
 struct Running {
@@ -204,11 +140,7 @@ struct Running {
         for (int m = 0; m < kTiles; ++m)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float high = -INFINITY;
-#pragma unroll
-                for (int n = 0; n < kChunkKeys / 8; ++n)
-                    high = fmaxf(high, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-                highest[m][half] = high * c;
+                highest[m][half] = row_max(s[m], half) * c;
                 above = above || highest[m][half] > top[m][half] + kSlack;
             }
         if (!__any_sync(kAllLanes, above)) return;
@@ -223,40 +155,6 @@ struct Running {
                     top[m][half] = higher;
                 }
             }
-    }
-
-    // From scores to weights.
-    __device__ __forceinline__ void weigh(Scores<kTiles>& s, float c) {
-        bool huge = false;
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m) huge = huge || fabsf(top[m][0]) >= kHuge || fabsf(top[m][1]) >= kHuge;
-        if (huge) {  // weights of scores that were rounded: the highest is 1, which a fused operation would miss
-#pragma unroll
-            for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-                for (int n = 0; n < kChunkKeys / 8; ++n)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        const float t = top[m][e / 2];
-                        s[m][n][e] = fabsf(t) >= kHuge ? __fmul_rn(s[m][n][e], c) - t : fmaf(s[m][n][e], c, -t);
-                    }
-        } else {
-#pragma unroll
-            for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-                for (int n = 0; n < kChunkKeys / 8; ++n)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) s[m][n][e] = fmaf(s[m][n][e], c, -top[m][e / 2]);
-        }
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-            for (int n = 0; n < kChunkKeys / 8; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    s[m][n][e] = exp2_fast(s[m][n][e]);
-                    total[m][e / 2] += s[m][n][e];
-                }
     }
 
     // out += p v for the 32 keys whose rows in shared memory begin at `values`.
@@ -314,23 +212,14 @@ struct Running {
             }
     }
 
-    __device__ __forceinline__ void store(const AttentionArgs& args, unsigned batch, unsigned head, int first) {
-        const int lane = threadIdx.x % kWarp;
-        unsigned short* const to = static_cast<unsigned short*>(args.out) + batch * args.out_stride[0] +
-                                   head * args.out_stride[1] + lane % 4 * 2;
+    __device__ __forceinline__ void store(const AttentionArgs& args, unsigned short* to, int first) {
 #pragma unroll
         for (int m = 0; m < kTiles; ++m)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float sum = quad_sum(total[m][half]), inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-                const int row = first + 16 * m + 8 * half + lane / 4;
-                if (row >= args.l) continue;
-#pragma unroll
-                for (int c = 0; c < kWidth / 8; ++c)
-                    if (8 * c < args.dv)
-                        *reinterpret_cast<unsigned*>(to + row * args.out_stride[2] + 8 * c) =
-                            pack_2<T>(out[m][c][2 * half] * inverse, out[m][c][2 * half + 1] * inverse);
-            }
+            for (int half = 0; half < 2; ++half)
+                store_row<T>(out[m], half, quad_sum(total[m][half]), to, args.out_stride[2],
+                             first + 16 * m + 8 * half + static_cast<int>(threadIdx.x) % kWarp / 4,
+                             static_cast<int>(args.l), 0, static_cast<int>(args.dv));
     }
 };
 
@@ -339,16 +228,11 @@ __global__ void __launch_bounds__(threads_at_once(kWidth, kMask), 1)
     attention_forward(const __grid_constant__ AttentionArgs args, const __grid_constant__ AttentionPlan plan) {
     constexpr int kTiles = tiles_of(kWidth);
     DIFUSORES_DYNAMIC_SHARED(shared);
-    const unsigned heads = static_cast<unsigned>(args.h);
-    const unsigned index = blockIdx.x / plan.blocks, batch = index / heads, head = index - batch * heads;
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, group = warp >= plan.warps;
-    const int first = static_cast<int>(blockIdx.x - index * plan.blocks) * plan.rows +
-                      (group ? warp - plan.warps : warp) * 16 * kTiles;
+    const BlockOf block(args, plan);
+    const int warp = threadIdx.x / kWarp, group = warp >= plan.warps;
+    const int first = block.first + (group ? warp - plan.warps : warp) * 16 * kTiles;
     const int keys = static_cast<int>(args.s), d = static_cast<int>(args.d), dv = static_cast<int>(args.dv);
-    const auto rows_of = [&](const Heads& t) {
-        return static_cast<const unsigned short*>(t.ptr) + batch * t.stride[0] + head * t.stride[1];
-    };
-    const unsigned short *const k = rows_of(args.k), *const v = rows_of(args.v);
+    const unsigned short *const k = block.rows_of(args.k), *const v = block.rows_of(args.v);
     const int half_stage = plan.tile_keys * row_bytes(kWidth);
     const int tiles = (keys + plan.tile_keys - 1) / plan.tile_keys;
     const auto copy_tile = [&](int tile) {
@@ -367,14 +251,9 @@ __global__ void __launch_bounds__(threads_at_once(kWidth, kMask), 1)
     // the minus infinity of keys which are not there what it is.
     const float scale = fabsf(args.scale), c = kMask ? kLog2E : fmaxf(scale * kLog2E, kSmallest);
     Queries<T, kWidth, kTiles> q;
-    q.load(rows_of(args.q), args.q.stride[2], first, static_cast<int>(args.l), d, args.scale < 0.0f);
+    q.load(block.rows_of(args.q), args.q.stride[2], first, static_cast<int>(args.l), d, args.scale < 0.0f);
     Running<T, kWidth, kTiles> running;
-    MaskView mask{};
-    if constexpr (kMask) {
-        const int64_t at = batch * args.mask.stride[0] + head * args.mask.stride[1];
-        mask = {static_cast<const char*>(args.mask.ptr) + at * (args.mask_is_bool ? 1 : bytes_of(args.mask_dtype)),
-                args.mask.stride[2], args.mask.stride[3], args.mask_dtype, args.mask_is_bool};
-    }
+    const MaskView mask = kMask ? block.mask(args) : MaskView{};
 
     for (int tile = 0; tile < tiles; ++tile) {
         copies_done<kTileStages - 2>();
@@ -386,33 +265,25 @@ __global__ void __launch_bounds__(threads_at_once(kWidth, kMask), 1)
             if (key0 >= keys) break;
             float s[kTiles][kChunkKeys / 8][4];
             q.times_keys(s, at + part * row_bytes(kWidth));
-            if (kMask || key0 + kChunkKeys > keys) {
-#pragma unroll
-                for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-                    for (int n = 0; n < kChunkKeys / 8; ++n)
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) {
-                            const int query = first + 16 * m + 8 * (e / 2) + lane / 4;
-                            const int key = key0 + 8 * n + lane % 4 * 2 + e % 2;
-                            if (key >= keys) s[m][n][e] = -INFINITY;
-                            else if (kMask && query < args.l) s[m][n][e] = mask.apply(s[m][n][e] * scale, query, key);
-                        }
-            }
+            if (kMask || key0 + kChunkKeys > keys)
+                hide_keys<kMask>(s, mask, scale, first, static_cast<int>(args.l), key0, keys);
             running.raise_tops(s, c);
-            running.weigh(s, c);
+            weigh(s, running.top, running.total, c);
             running.add_values(s, at + half_stage + part * row_bytes(kWidth));
         }
     }
     if (plan.groups > 1) running.join(reinterpret_cast<float*>(shared), plan.warps * kWarp);
-    if (!group) running.store(args, batch, head, first);
+    if (!group) running.store(args, block.out(args), first);
 }
 
 // nullptr, or what the kernel takes and this is not.
-inline __host__ const char* refuses_attention(const AttentionArgs& args) {
+inline __host__ const char* refuses_attention(const AttentionArgs& args, int64_t shared_limit) {
     if (args.dtype == DType::f32) return "float16 and bfloat16";
     if (args.d % 8 || args.dv % 8) return "heads of a multiple of 8 elements";
-    if (args.d > kWidest || args.dv > kWidest) return "heads of at most 160 elements";
+    if (args.d > kWidest || args.dv > kWidest) return "heads of at most 512 elements";
+    const int wide = args.d > 256 || args.dv > 256 ? 512 : 256;
+    if ((args.d > kWidestOfWarp || args.dv > kWidestOfWarp) && wide_shared_bytes(wide) > shared_limit)
+        return "heads of at most 160 elements on this GPU, whose shared memory is too small for more";
     for (const Heads* t : {&args.q, &args.k, &args.v}) {
         const int64_t sizes[] = {args.b, args.h, t == &args.q ? args.l : args.s};
         bool fits = aligned(t->ptr, 0, args.dtype, 16) && t->stride[3] == 1;
@@ -428,7 +299,7 @@ inline __host__ const char* refuses_attention(const AttentionArgs& args) {
 
 // shared_limit: bytes of shared memory that a block may have.
 inline __host__ AttentionPlan plan_attention(const AttentionArgs& args, int64_t shared_limit, int multiprocessors) {
-    constexpr int kWidths[] = {40, 64, 80, 96, 128, 160};
+    constexpr int kWidths[] = {40, 64, 80, 96, 128, 160, 256, 512};
     const int64_t wanted = args.d > args.dv ? args.d : args.dv;
     AttentionPlan plan{};
     for (const int width : kWidths)
@@ -436,6 +307,13 @@ inline __host__ AttentionPlan plan_attention(const AttentionArgs& args, int64_t 
             plan.width = width;
             break;
         }
+    if (plan.width > kWidestOfWarp) {
+        plan.rows = kWideRows, plan.tile_keys = kWideKeys, plan.threads = kWideThreads;
+        plan.warps = kWideThreads / kWarp / kKeyWarps, plan.groups = 1;
+        plan.blocks = static_cast<unsigned>((args.l + plan.rows - 1) / plan.rows);
+        plan.shared_bytes = wide_shared_bytes(plan.width);
+        return plan;
+    }
     const auto bytes = [&](int64_t keys) { return kTileStages * 2 * keys * row_bytes(plan.width); };
     plan.tile_keys = bytes(64) <= shared_limit ? 64 : 32;
     plan.shared_bytes = bytes(plan.tile_keys);
@@ -457,7 +335,15 @@ __host__ auto launch_attention(const AttentionArgs& args, const AttentionPlan& p
     const auto go = [&](auto kernel) {
         return launch(kernel, grid, plan.threads, static_cast<size_t>(plan.shared_bytes), args, plan);
     };
-    const auto of_type = [&](auto width) {
+    const auto wide = [&](auto width) {
+        constexpr int kWidth = decltype(width)::value;
+        if (args.dtype == DType::f16)
+            return args.mask.ptr ? go(attention_wide<DType::f16, kWidth, true>)
+                                 : go(attention_wide<DType::f16, kWidth, false>);
+        return args.mask.ptr ? go(attention_wide<DType::bf16, kWidth, true>)
+                             : go(attention_wide<DType::bf16, kWidth, false>);
+    };
+    const auto of_warp = [&](auto width) {
         constexpr int kWidth = decltype(width)::value;
         if (args.dtype == DType::f16)
             return args.mask.ptr ? go(attention_forward<DType::f16, kWidth, true>)
@@ -466,12 +352,14 @@ __host__ auto launch_attention(const AttentionArgs& args, const AttentionPlan& p
                              : go(attention_forward<DType::bf16, kWidth, false>);
     };
     switch (plan.width) {
-        case 40: return of_type(Constant<40>{});
-        case 64: return of_type(Constant<64>{});
-        case 80: return of_type(Constant<80>{});
-        case 96: return of_type(Constant<96>{});
-        case 128: return of_type(Constant<128>{});
-        default: return of_type(Constant<160>{});
+        case 40: return of_warp(Constant<40>{});
+        case 64: return of_warp(Constant<64>{});
+        case 80: return of_warp(Constant<80>{});
+        case 96: return of_warp(Constant<96>{});
+        case 128: return of_warp(Constant<128>{});
+        case 160: return of_warp(Constant<160>{});
+        case 256: return wide(Constant<256>{});
+        default: return wide(Constant<512>{});
     }
 }
 

@@ -14,7 +14,7 @@ cudaError_t group_norm_silu(const GroupNormSiluArgs& args, const GroupNormPlan& 
                             cudaStream_t stream);
 
 // nullptr, or what the kernel takes and this is not. Keys there must be.
-const char* attention_refuses(const AttentionArgs& args);
+const char* attention_refuses(const AttentionArgs& args, int64_t shared_limit);
 cudaError_t attention(const AttentionArgs& args, int64_t shared_limit, int multiprocessors, cudaStream_t stream);
 
 // Whether the kernel counts as far as these sizes.

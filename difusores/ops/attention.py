@@ -111,23 +111,30 @@ def _broadcasts(mask: Tensor, shape: tuple[int, ...]) -> bool:
     )
 
 
-_WIDEST = {"triton": 512, "cuda": 160}  # heads that fit the registers of a kernel
+_WIDEST = 512  # head that fits the registers of a kernel
+_SHARED_BYTES = {256: 111616, 512: 209920}  # that a block of the CUDA kernel has, for heads of 168 and more
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _device(device: torch.device) -> tuple[bool, int]:
+    """Whether a GPU multiplies bf16, and the bytes of shared memory that a block may have."""
+    found = torch.cuda.get_device_properties(device)
+    return found.major >= 8, found.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
-_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _in_steps_of_16_bytes(t: Tensor) -> bool:
-    """Whether rows begin at multiples of 16 bytes, their elements side by side."""
-    step = 16 // t.element_size()
-    if t.stride(3) != 1 or any(t.stride(dim) % step for dim in range(3) if t.shape[dim] > 1):
+    """Whether 16-bit rows begin at multiples of 16 bytes, their elements side by side."""
+    batch, head, row, element = t.stride()
+    if element != 1:
         return False
-    return torch.compiler.is_compiling() or t.storage_offset() % step == 0  # Dynamo cannot trace the offset
+    if (batch | head | row) % 8 and any(
+        step % 8 for step, size in zip((batch, head, row), t.shape, strict=False) if size > 1
+    ):
+        return False
+    return torch.compiler.is_compiling() or t.storage_offset() % 8 == 0  # Dynamo cannot trace the offset
 
 
 def supports(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
@@ -138,28 +145,36 @@ def supports(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None)
     if q.dtype not in dtypes:
         *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"the kernel takes {', '.join(names)} and {last}, not {q.dtype}"
-    width = max(q.shape[3], v.shape[3])
-    if width > _WIDEST.get(backend, width):
-        return f"the kernel takes heads of at most {_WIDEST[backend]} elements, not {width}"
-    if backend in ("cpu", "cuda") and mask is not None and mask.dtype not in (torch.bool, *KERNEL_DTYPES):
+    depth, width = q.shape[3], v.shape[3]
+    if backend != "cpu" and (depth > _WIDEST or width > _WIDEST):
+        return f"the kernel takes heads of at most {_WIDEST} elements, not {max(depth, width)}"
+    if backend == "triton":
+        return None
+    if mask is not None and mask.dtype not in (torch.bool, *KERNEL_DTYPES):
         return f"the kernel takes a mask of bool, float32, bfloat16 or float16, not {mask.dtype}"
-    if backend in ("cpu", "cuda") and q.shape[3] == 0:
+    if depth == 0:
         return "the kernel needs D of at least 1"
-    return _refused_by_cuda(q, k, v) if backend == "cuda" else None
+    return _refused_by_cuda(q, k, v, depth, width) if backend == "cuda" else None
 
 
-def _refused_by_cuda(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    for t in (q, v):
-        if t.shape[3] % 8:
-            return f"the kernel takes heads of a multiple of 8 elements, not {t.shape[3]}"
+def _refused_by_cuda(q: Tensor, k: Tensor, v: Tensor, depth: int, width: int) -> str | None:
+    if depth % 8 or width % 8:
+        return f"the kernel takes heads of a multiple of 8 elements, not {depth if depth % 8 else width}"
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.numel() and not _in_steps_of_16_bytes(t):
+        if not _in_steps_of_16_bytes(t):
             return (
                 "the kernel takes rows at multiples of 16 bytes with their elements side by side, not "
                 f"{name} with strides {t.stride()}"
             )
-    if q.dtype is torch.bfloat16 and _capability(q.device) < (8, 0):
+    widest = max(depth, width)
+    if q.dtype is not torch.bfloat16 and widest <= 160:
+        return None
+    multiplies_bf16, shared_bytes = _device(q.device)
+    if q.dtype is torch.bfloat16 and not multiplies_bf16:
         return "the kernel takes bfloat16 only from sm_80 on: older GPUs have no products of it"
+    needed = 0 if widest <= 160 else _SHARED_BYTES[256 if widest <= 256 else 512]
+    if needed > shared_bytes:
+        return f"heads of {widest} elements need {needed} bytes of shared memory, this GPU has {shared_bytes}"
     return None
 
 

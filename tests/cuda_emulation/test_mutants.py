@@ -36,9 +36,9 @@ def caught(found: bool, change: Change) -> None:
     assert found is (change is not None)
 
 
-def attend(length: int, keys: int, change: Change) -> tuple[Tensor, Tensor]:
+def attend(length: int, keys: int, width: int, change: Change) -> tuple[Tensor, Tensor]:
     """The kernel's result for numbers that differ in every element, and what it should be."""
-    q, k, v = (torch.randn(1, 2, n, 40, dtype=torch.float16) for n in (length, keys, keys))
+    q, k, v = (torch.randn(1, 2, n, width, dtype=torch.float16) for n in (length, keys, keys))
     out = emulated.attention(q, k, v, None, 0.3, change=change)
     return out.double(), attention_reference(q.double(), k.double(), v.double(), None, 0.3)
 
@@ -79,6 +79,10 @@ ATTENTION: dict[str, Change] = {
     "a missing barrier": ("__syncthreads();  // this tile is there", "// this tile is there"),
     "another tile's copies": ("copies_done<kTileStages - 2>", "copies_done<kTileStages - 1>"),
     "a rise that is not carried over": ("total[m][half] *= factor;", ""),
+    "wide: nothing": None,
+    "wide: highest scores too early": ("__syncthreads();  // the highest scores are there", "//"),
+    "wide: weights too early": ("__syncthreads();  // v and the weights are there", ""),
+    "wide: the next keys too late": ("key0 + kWideKeys < keys)", "key0 + kWideKeys < keys - 16)"),
     "one group's sums": ("fmaf(at[threads], factor, total[m][half])", "total[m][half]"),
 }
 
@@ -88,7 +92,7 @@ def test_faults_of_attention(fault: str) -> None:
     """77 keys: the last chunk is not full, and the second group of warps has the fewer keys."""
     change = ATTENTION[fault]
     try:
-        got, right = attend(40, 77, change)
+        got, right = attend(40, 77, 256 if fault.startswith("wide") else 40, change)
     except AssertionError:
         return caught(True, change)
     caught(not torch.allclose(got, right, atol=3e-3), change)

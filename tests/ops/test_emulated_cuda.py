@@ -323,6 +323,8 @@ SHAPES = [
     (1, 2, 20, 64, 128, 128, 4),
     (1, 1, 70, 100, 160, 160, 2),
     (1, 1, 1100, 40, 40, 40, 1),
+    (1, 2, 65, 70, 256, 168, 132),
+    (1, 1, 33, 129, 512, 512, 132),
 ]
 
 
@@ -361,12 +363,14 @@ class TestAttention:
         monkeypatch.setattr(ATTENTION, "some_dtype", lambda backend: torch.float16)
         ATTENTION.test_scale("cpu", scale, check)
 
-    def test_scores_that_climb(self, check: Any) -> None:
-        """Every step over the keys passes the highest score so far, for some rows by little and some by much."""
-        q, v = torch.ones(1, 1, 40, 8).half(), torch.randn(1, 1, 300, 8).half()
+    @pytest.mark.parametrize("width", [8, 168])
+    def test_scores_that_climb(self, width: int, check: Any) -> None:
+        """Every step over the keys passes the highest score so far, in some rows by little, in some by much."""
+        q, v = torch.ones(1, 1, 40, width).half(), torch.randn(1, 1, 300, width).half()
         q *= torch.linspace(0.01, 4, 40).half()[:, None]
-        k = torch.linspace(-8, 8, 300).half()[:, None].expand(1, 1, 300, 8).contiguous()
-        ATTENTION.compare("cpu", check, q, k, v, None)
+        k = torch.linspace(-8, 8, 300).half()[:, None].expand(1, 1, 300, width).contiguous()
+        for scale in (8**0.5 / width, -(8**0.5) / width):
+            ATTENTION.compare("cpu", check, q, k, v, None, scale=scale)
 
     def test_nan_and_infinity_stay_where_they_belong(self) -> None:
         ATTENTION.test_nan_and_infinity_stay_where_they_belong("cpu", torch.bfloat16)
@@ -387,6 +391,10 @@ class TestAttention:
         together = ops.attention(q, k, v)
         assert torch.equal(together[1:2, 1:], ops.attention(*(t[1:2, 1:] for t in (q, k, v))))
         assert torch.equal(together[:, :, 70:90], ops.attention(q[:, :, 70:90], k, v))
+        wide = [ATTENTION.heads(2, 1, n, 264, torch.float16) for n in (70, 20, 20)]
+        assert torch.equal(
+            ops.attention(*wide)[1:, :, 40:], ops.attention(wide[0][1:, :, 40:], *(t[1:] for t in wide[1:]))
+        )
         monkeypatch.setattr(emulated, "MULTIPROCESSORS", 1)
         assert torch.equal(together, ops.attention(q, k, v))
 
@@ -406,6 +414,8 @@ class TestAttention:
         (256, 256, 160, 64, {"tile_keys": 32, "rows": 32}),
         (64, 64, 160, 227, {"warps": 1, "groups": 2, "rows": 16, "blocks": 4}),
         (4096, 77, 48, 227, {"width": 64}),
+        (4096, 4096, 512, 227, {"width": 512, "rows": 64, "blocks": 64, "shared_bytes": 209920}),
+        (256, 256, 256, 227, {"width": 256, "threads": 256, "shared_bytes": 111616}),
     ],
     ids=str,
 )

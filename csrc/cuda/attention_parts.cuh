@@ -1,0 +1,177 @@
+// What the kernels of attention share: how a call is cut, rows to shared memory, masks, the softmax of a warp's scores,
+// rows of the result. Elements [m][n][e] of a warp's scores or results lie as a product leaves them: query
+// 16 m + g + 8 (e / 2), key or column 8 n + 2 t + e % 2, with g = lane / 4, t = lane % 4.
+#pragma once
+#include "cuda/mma.cuh"
+
+namespace difusores {
+namespace cuda {
+
+constexpr int kChunkKeys = 32;  // keys that a warp has scores of
+constexpr int kTileStages = 3;
+constexpr int kQueryWarps = 4;
+constexpr int kWidestOfWarp = 160;  // heads whose results a warp holds
+constexpr int kWidest = 512;
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kNoTop = -3.402823466e38f;  // of a row without scores yet
+constexpr float kSmallest = 1.175494351e-38f;
+constexpr float kSlack = 8.0f;        // powers of two by which a score may pass the top
+constexpr float kHuge = 16777216.0f;  // above it, s c - top is no longer exact enough in one operation
+
+template <int kValue>
+struct Constant {
+    static constexpr int value = kValue;
+};
+
+// How a call is cut. `groups` and `tile_keys` decide the bits of the result; `warps` does not.
+struct AttentionPlan {
+    int width;      // of the instance
+    int warps;      // along the queries
+    int groups;     // of warps along the keys: 1 or 2
+    int tile_keys;  // keys of a tile in shared memory
+    int rows;       // queries of a block
+    unsigned blocks, threads;
+    int64_t shared_bytes;
+};
+
+constexpr __host__ __device__ int row_bytes(int width) { return (width / 8 | 1) * 16; }
+
+__device__ __forceinline__ float quad_max(float v) {
+    v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, 1));
+    return fmaxf(v, __shfl_xor_sync(kAllLanes, v, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float v) {
+    v += __shfl_xor_sync(kAllLanes, v, 1);
+    return v + __shfl_xor_sync(kAllLanes, v, 2);
+}
+
+// Rows [first, first + count) of [rows, d] to shared memory; zeros beyond both.
+template <int kWidth>
+__device__ __forceinline__ void copy_rows(unsigned char* tile, const unsigned short* from, int64_t stride, int first,
+                                          int count, int rows, int d) {
+    constexpr int kPieces = kWidth / 8;
+    for (int i = threadIdx.x; i < count * kPieces; i += blockDim.x) {
+        const int row = i / kPieces, piece = i - row * kPieces;
+        const bool real = first + row < rows && piece * 8 < d;
+        copy_16(tile + row * row_bytes(kWidth) + piece * 16, real ? from + (first + row) * stride + piece * 8 : from,
+                real);
+    }
+}
+
+// Where a warp's queries and keys are in the mask.
+struct MaskView {
+    const void* at;
+    int64_t query_stride, key_stride;
+    DType dtype;
+    bool is_bool;
+    __device__ __forceinline__ float apply(float score, int query, int key) const {
+        const int64_t i = query * query_stride + key * key_stride;
+        if (is_bool) return static_cast<const bool*>(at)[i] ? score : -INFINITY;
+        const float v = load_one(at, dtype, i);
+        return score + (v == -INFINITY ? v : fmaxf(v, 0.5f * kNoTop));  // the lowest number is not minus infinity
+    }
+};
+
+// Scores of keys that are not there become minus infinity; scores under a mask are scaled and get theirs.
+template <bool kMask, int kTiles, int kCount>
+__device__ __forceinline__ void hide_keys(float (&s)[kTiles][kCount][4], const MaskView& mask, float scale, int query0,
+                                          int queries, int key0, int keys) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < kCount; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int query = query0 + 16 * m + 8 * (e / 2) + lane / 4;
+                const int key = key0 + 8 * n + lane % 4 * 2 + e % 2;
+                if (key >= keys) s[m][n][e] = -INFINITY;
+                else if (kMask && query < queries) s[m][n][e] = mask.apply(s[m][n][e] * scale, query, key);
+            }
+}
+
+// The lane's highest score of row g + 8 half.
+template <int kCount>
+__device__ __forceinline__ float row_max(const float (&s)[kCount][4], int half) {
+    float high = -INFINITY;
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) high = fmaxf(high, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+    return high;
+}
+
+// From scores to weights, 2^(s c - top), and their sums by row.
+template <int kTiles, int kCount>
+__device__ __forceinline__ void weigh(float (&s)[kTiles][kCount][4], const float (&top)[kTiles][2],
+                                      float (&total)[kTiles][2], float c) {
+    bool huge = false;
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) huge = huge || fabsf(top[m][0]) >= kHuge || fabsf(top[m][1]) >= kHuge;
+    if (huge) {  // weights of scores that were rounded: the highest is 1, which a fused operation would miss
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+            for (int n = 0; n < kCount; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const float t = top[m][e / 2];
+                    s[m][n][e] = fabsf(t) >= kHuge ? __fmul_rn(s[m][n][e], c) - t : fmaf(s[m][n][e], c, -t);
+                }
+    } else {
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+            for (int n = 0; n < kCount; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) s[m][n][e] = fmaf(s[m][n][e], c, -top[m][e / 2]);
+    }
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < kCount; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                s[m][n][e] = exp2_fast(s[m][n][e]);
+                total[m][e / 2] += s[m][n][e];
+            }
+}
+
+// The head and the queries of a block of threads.
+struct BlockOf {
+    unsigned batch, head;
+    int first;
+    __device__ __forceinline__ BlockOf(const AttentionArgs& args, const AttentionPlan& plan) {
+        const unsigned heads = static_cast<unsigned>(args.h), index = blockIdx.x / plan.blocks;
+        batch = index / heads, head = index - batch * heads;
+        first = static_cast<int>(blockIdx.x - index * plan.blocks) * plan.rows;
+    }
+    __device__ __forceinline__ const unsigned short* rows_of(const Heads& t) const {
+        return static_cast<const unsigned short*>(t.ptr) + batch * t.stride[0] + head * t.stride[1];
+    }
+    __device__ __forceinline__ unsigned short* out(const AttentionArgs& args) const {
+        return static_cast<unsigned short*>(args.out) + batch * args.out_stride[0] + head * args.out_stride[1];
+    }
+    __device__ __forceinline__ MaskView mask(const AttentionArgs& args) const {
+        const int64_t at = batch * args.mask.stride[0] + head * args.mask.stride[1];
+        return {static_cast<const char*>(args.mask.ptr) + at * (args.mask_is_bool ? 1 : bytes_of(args.mask_dtype)),
+                args.mask.stride[2], args.mask.stride[3], args.mask_dtype, args.mask_is_bool};
+    }
+};
+
+// Columns [first, first + 8 kCount) of a query's result, its sums of weights times v over that of the weights; zeros
+// for a query whose keys are all masked.
+template <DType T, int kCount>
+__device__ __forceinline__ void store_row(const float (&out)[kCount][4], int half, float sum, unsigned short* to,
+                                          int64_t stride, int row, int rows, int first, int dv) {
+    if (row >= rows) return;
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    unsigned short* const at = to + row * stride + first + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kCount; ++n)
+        if (first + 8 * n < dv)
+            *reinterpret_cast<unsigned*>(at + 8 * n) =
+                pack_2<T>(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse);
+}
+
+}  // namespace cuda
+}  // namespace difusores
