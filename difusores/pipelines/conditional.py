@@ -14,46 +14,16 @@ from torch import Tensor
 from difusores.models.audio_encoder import AudioEncoder
 from difusores.models.conditioning import Conditioning
 from difusores.pipelines.checks import check_count, check_finite, check_numbers
-from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
-from difusores.pipelines.latent import Conditions, LatentPipeline, StepCallback
-from difusores.pipelines.runs import Run
+from difusores.pipelines.images import ImagePipelineOutput, check_output_type
+from difusores.pipelines.latent import StepCallback
+from difusores.pipelines.latent_diffusion import ConditionedPipeline
 from difusores.sampling import Generators
 
 SemanticMap = Tensor | Image.Image | Sequence[Image.Image]
 Audio = Tensor | np.ndarray[Any, Any] | Sequence[Any]
 
 
-class _ConditionalPipeline(LatentPipeline):
-    """What the two pipelines below share."""
-
-    def _sample(
-        self,
-        conditioning: Conditioning,
-        shape: tuple[int, ...],
-        run: Run,
-        latents: Tensor | None,
-        generator: Generators,
-        output_type: str,
-        return_dict: bool,
-        callback: StepCallback | None,
-        weights: tuple[float, ...] = (1.0,),
-    ) -> ImagePipelineOutput | tuple[Any]:
-        latents = self._denoise(
-            run,
-            self._latents(shape, latents, generator, run),
-            lambda x, time: self._call_unet(conditioning, x, time, shape[0]),
-            Conditions(),
-            generator=generator,
-            weights=weights,
-            callback=callback,
-        )
-        images = (
-            latents if output_type == "latent" else to_images(self._decode(latents, generator), output_type)
-        )
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-
-class SemanticToImagePipeline(_ConditionalPipeline):
+class SemanticToImagePipeline(ConditionedPipeline):
     """Images of a layout: a map is joined to the channels of the latents ("concat", Rombach et al. 2022).
 
     Args:
@@ -108,12 +78,13 @@ class SemanticToImagePipeline(_ConditionalPipeline):
         conditioning.check(self.unet, channels)
         run = self._begin_run(num_inference_steps, eta=eta, strict=strict)
         shape = (len(image), channels, *size)
+        noise = self._latents(shape, latents, generator, run)
         return self._sample(
-            conditioning, shape, run, latents, generator, output_type, return_dict, callback_on_step_end
+            run, noise, conditioning, generator, output_type, return_dict, callback_on_step_end
         )
 
 
-class AudioToImagePipeline(_ConditionalPipeline):
+class AudioToImagePipeline(ConditionedPipeline):
     """Images of a sound, whose tokens the UNet attends to ("crossattn").
 
     Args:
@@ -179,16 +150,16 @@ class AudioToImagePipeline(_ConditionalPipeline):
         conditioning.check(self.unet, channels)
         run = self._begin_run(num_inference_steps, eta=eta, strict=strict)
         factor = self.vae_scale_factor
+        shape = (count, channels, height // factor, width // factor)
         return self._sample(
-            conditioning,
-            (count, channels, height // factor, width // factor),
             run,
-            latents,
+            self._latents(shape, latents, generator, run),
+            conditioning,
             generator,
             output_type,
             return_dict,
             callback_on_step_end,
-            weights,
+            weights=weights,
         )
 
 

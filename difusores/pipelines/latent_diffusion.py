@@ -34,15 +34,8 @@ SMALL_IMAGE_UNIT = 32
 """The super-resolution pipeline makes the sides of pictures multiples of this."""
 
 
-class _VQPipeline(LatentPipeline):
-    """What the pipelines below share: the autoencoder is called `vqvae`."""
-
-    vqvae: Any
-
-    @property
-    def vae(self) -> Any:
-        """The autoencoder under the name that other pipelines have for it."""
-        return self.vqvae
+class ConditionedPipeline(LatentPipeline):
+    """Base of pipelines whose condition is made once and stays as it is."""
 
     def _sample(
         self,
@@ -71,6 +64,17 @@ class _VQPipeline(LatentPipeline):
             latents if output_type == "latent" else to_images(self._decode(latents, generator), output_type)
         )
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+class _VQPipeline(ConditionedPipeline):
+    """What the pipelines below share: the autoencoder is called `vqvae`."""
+
+    vqvae: Any
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder under the name that other pipelines have for it."""
+        return self.vqvae
 
 
 class LDMPipeline(_VQPipeline):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import runpy
@@ -80,6 +81,17 @@ def test_images_of_guided_diffusion(models, name: str, scheduler: Any, scale: fl
     if scale:
         torch.manual_seed(0)
         assert (pipeline(class_labels=[3, 1], **options).images[0] - IMAGES[name][0]).abs().max() > 0.01
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
+@pytest.mark.parametrize("name", ["ancestral_guided", "ddim_guided"])
+def test_on_a_gpu(models, name: str) -> None:
+    scheduler, scale = (DDIMScheduler(), 20.0) if name == "ddim_guided" else (DDPMScheduler(**LINEAR), 300.0)
+    pipeline = quiet(ADMPipeline(copy.deepcopy(models[0]), scheduler, copy.deepcopy(models[1]))).to("cuda")
+    options: dict[str, Any] = {"num_inference_steps": 5, "output_type": "latent", "classifier_scale": scale}
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        found = pipeline(class_labels=[4, 1], generator=torch.Generator().manual_seed(0), **options).images
+    assert (found.cpu() - IMAGES[name]).abs().max() < 2e-3
 
 
 class Fixed(ADMUNet):

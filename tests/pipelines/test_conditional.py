@@ -114,6 +114,16 @@ def test_separate_guidance() -> None:
     assert rows == [2] * 8 and np.abs(apart - together).max() < 1e-5
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
+def test_on_a_gpu() -> None:
+    for pipeline, given in ((semantic(), (maps(),)), (audible(), (tones(60, 300), 800))):
+        options = {"guidance_scale": 3.0} if len(given) == 2 else {}
+        expected = images(pipeline, *given, latents=NOISE, **options)
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            found = images(pipeline.to("cuda"), *given, latents=NOISE, **options)
+        assert np.abs(found - expected).max() < 2e-3
+
+
 def test_the_loop_by_hand() -> None:
     """What the pipelines make is what their parts make."""
     layout = torch.randint(0, 5, (2, 16, 16))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import difusores
@@ -69,6 +70,18 @@ def test_separate_guidance(name: str, parts: int, tmp_path: Path) -> None:
     found = pipelines["images"](name, difusores, tmp_path, separately)
     steps = 2 if name.startswith("xl") else 4  # of a strength
     assert rows == [1] * (parts * steps) and (found - STORED[name]).abs().max() < 2e-4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
+@pytest.mark.filterwarnings("ignore:the autoencoder has a factor of 2")
+@pytest.mark.parametrize("name", pipelines["CASES"])
+def test_on_a_gpu(name: str, tmp_path: Path) -> None:
+    def there(library: Any, folder: Path) -> Any:
+        return pipelines["CASES"][name][0](library, folder).to("cuda")
+
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        found = pipelines["images"](name, difusores, tmp_path, there)
+    assert (found - STORED[name]).abs().max() < 2e-3
 
 
 def test_nothing_needs_diffusers() -> None:
