@@ -15,7 +15,12 @@ from difusores.models.transformer import CrossAttention
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 pytest.importorskip("triton", reason="triton is not installed")
 
+import diffusers
 import gpu_model
+
+import difusores
+
+LEAST_OF_SD15 = 4.423e9  # what gpu_model counts of diffusers' modules
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, module: nn.Module, *shape: int) -> gpu_model.Count:
@@ -68,3 +73,15 @@ def test_a_whole_decoder() -> None:
     assert ours["launches"] < eager["launches"] and ours["gigabytes"] < eager["gigabytes"]
     assert 1 < result["ours_over_least"] < result["eager_over_least"]
     assert ours["floor_ms"] < eager["floor_ms"]
+    for name in ("accelerated", "diffusers_accelerated"):
+        assert result[name]["launches"] < ours["launches"]
+        assert 1 < result[f"{name}_over_least"] < result["ours_over_least"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", [difusores, diffusers], ids=lambda library: str(library.__name__))
+def test_an_accelerated_unet_within_its_budget(library: Any) -> None:
+    """A step of Stable Diffusion 1.5; diffusers' UNet has its last activation in a launch of its own."""
+    count = gpu_model.trace(library, "sd15", accelerated=True)
+    assert count.launches.total() <= 411
+    assert count.bytes.total() <= 1.08 * LEAST_OF_SD15
