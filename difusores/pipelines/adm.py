@@ -109,13 +109,13 @@ class ADMPipeline(GuidedPipeline):
             return self._call_unet(conditioning, x, time, batch_size, **options, return_dict=False)
 
         model, mean = predict, None
-        guidance = weights if len(weights) > 1 else None
+        guidance: tuple[float, ...] | None = weights if len(weights) > 1 else None
         if guide is not None and isinstance(self.scheduler, DDPMScheduler):
             mean = MeanShift(guide, plan, self.scheduler, predict, len(weights))
             model = mean.model
         elif guide is not None:
-            model = NoiseShift(guide, plan, self.scheduler, predict, weights, clip).model
-            guidance = None  # mixed before the shift
+            shift = NoiseShift(guide, plan, self.scheduler, predict, weights, clip)
+            model, guidance = shift.model, shift.weights
         side = self.unet.config["image_size"]
         shape = (batch_size, self.unet.config["in_channels"], side, side)
         noise = draw_noise(shape, generator, self.device, self.unet.dtype) * plan.init_noise_sigma

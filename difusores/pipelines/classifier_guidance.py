@@ -108,7 +108,8 @@ class MeanShift:
 class NoiseShift:
     """Guidance of other samplers: s · √(1 − ᾱ) · gradient is taken from the predicted noise (algorithm 2).
 
-    An object serves one run of the plan: `model` in the model's place.
+    An object serves one run of the plan: `model` in the model's place, with `weights`. The shift is linear: the
+    fused step adds it as one part of guidance more, except where x0 is clamped before.
 
     Args:
         guide: gives the gradient.
@@ -137,6 +138,7 @@ class NoiseShift:
             )
         self._guide, self._model, self._weights, self._clip = guide, model, weights, clip
         self._kind = plan.prediction_type
+        self.weights: tuple[float, ...] | None = (*weights, 1.0) if clip is None else None
         # where samples are x0 + sigma * noise, the model is given them times c_in, which is then alpha
         self._alphas = [
             stage.c_in if stage.c_in != 1 else math.sqrt(float(scheduler.alphas_cumprod[int(stage.time)]))
@@ -151,10 +153,25 @@ class NoiseShift:
         self._calls = 0
 
     def model(self, x: Tensor, time: Tensor) -> Tensor:
-        """What the network gives, mixed and shifted; a learned variance stays as it is."""
+        """What the network gives, and the shift as one part more; or mixed and shifted, where x0 is clamped.
+        A learned variance stays as it is.
+        """
         alpha = self._alphas[self._calls]
         sigma = math.sqrt(1 - alpha * alpha)
         self._calls += 1
+        if self._clip is not None:
+            return self._clamped(x, time, alpha, sigma, self._clip)
+        batch = x[: len(x) // (len(self._weights) + 1)]
+        output = self._model(x[: len(x) - len(batch)], time)
+        factor = {"epsilon": -sigma, "sample": sigma * sigma / alpha, "v_prediction": -sigma / alpha}[
+            self._kind
+        ]
+        shift = torch.zeros_like(output[: len(batch)])  # of a learned variance there is none
+        shift[:, : x.shape[1]] = factor * self._guide(batch, time)
+        return torch.cat((output, shift))
+
+    def _clamped(self, x: Tensor, time: Tensor, alpha: float, sigma: float, clip: float) -> Tensor:
+        """Mixed, x0 clamped, and shifted."""
         copies = len(self._weights)
         output = self._model(torch.cat((x,) * copies) if copies > 1 else x, time)
         parts, _ = split_output(output, x.shape, False, copies)
@@ -164,9 +181,7 @@ class NoiseShift:
             x0 = (wide - sigma * e) / alpha
         else:
             x0 = e if self._kind == "sample" else alpha * wide - sigma * e
-        if self._clip is not None:
-            x0 = x0.clamp(-self._clip, self._clip)
-        x0 = x0 + sigma * sigma / alpha * self._guide(x, time)
+        x0 = x0.clamp(-clip, clip) + sigma * sigma / alpha * self._guide(x, time)
         if self._kind != "sample":
             noise = (wide - alpha * x0) / sigma
             x0 = noise if self._kind == "epsilon" else alpha * noise - sigma * x0

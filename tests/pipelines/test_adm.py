@@ -26,6 +26,7 @@ from difusores import (
     FlowMatchEulerDiscreteScheduler,
 )
 from difusores.pipelines.classifier_guidance import log_gradient
+from difusores.plan import Plan
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 fill = runpy.run_path(str(FIXTURES / "make.py"))["fill"]
@@ -229,6 +230,18 @@ def test_shift_of_the_noise_by_hand() -> None:
     e[0, 0, 0, 0] -= math.sqrt(1 - a) * 3 * (1 - x[0, 0, 0, 0].sigmoid())
     x0 = (x - math.sqrt(1 - a) * e) / math.sqrt(a)
     torch.testing.assert_close(states[1], math.sqrt(before) * x0 + math.sqrt(1 - before) * e)
+
+
+@pytest.mark.parametrize(("clip", "weights"), [(False, (2.0, -1.0, 1.0)), (True, None)])
+def test_the_step_adds_the_shift_where_it_is_linear(
+    models, clip: bool, weights: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    plain = Plan.run
+    monkeypatch.setattr(Plan, "run", lambda *a, **given: told.append(given["guidance"]) or plain(*a, **given))
+    pipeline = quiet(ADMPipeline(models[0], DDIMScheduler(clip_sample=clip), models[1]))
+    pipeline(class_labels=[4], guidance_scale=2.0, null_label=0, num_inference_steps=2, output_type="pt")
+    assert told == [weights]
 
 
 @pytest.mark.parametrize("kind", ["sample", "v_prediction"])
