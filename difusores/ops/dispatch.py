@@ -99,7 +99,7 @@ def availability() -> dict[str, dict[str, str | None]]:
     table: dict[str, dict[str, str | None]] = {}
     for op, backends in _OPS.items():
         table[op] = {
-            name: status(name)
+            name: status(name) or _left_out(op, name)
             if name in backends
             else status(name) or f"{op} has no {name} kernel in this version"
             for name in BACKENDS
@@ -177,14 +177,18 @@ def choose(op: str, device: str, supports: Callable[..., str | None], *call: Any
     backends = _OPS[op]
     if name is not None and name in backends:
         by_name = "cuda" if name == "triton" and interpreted() else device
-        reason = _refusal(name, by_name) or (None if name == "reference" else supports(name, *call))
+        reason = _refusal(name, by_name) or _left_out(op, name)
+        if reason is None and name != "reference":
+            reason = supports(name, *call)
         if reason is not None:
             raise BackendUnavailable(f"{op}: backend {name!r} was asked for, but {reason}")
         return name
     for candidate in backends:
         if candidate == "reference":
             break
-        if _refusal(candidate, device) is None and supports(candidate, *call) is None:
+        if _refusal(candidate, device) or _left_out(op, candidate):
+            continue
+        if supports(candidate, *call) is None:
             return candidate
     return "reference"
 
@@ -198,7 +202,21 @@ def _refusal(backend: str, device: str) -> str | None:
     return status(backend)
 
 
-_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+@functools.cache
+def _left_out(op: str, backend: str) -> str | None:
+    """Why the compiled module of a backend has no kernel of an op that it should have, or None.
+
+    The reference, which is registered for every device, would answer in its place without a word.
+    """
+    module = native.MODULES.get(backend)
+    key = backend.upper()
+    if module is None or torch._C._dispatch_has_kernel_for_dispatch_key(f"difusores::{op}", key):
+        return None
+    return f"difusores.{module} was built without {op}"
+
+
+for _constant in (_refusal, _left_out):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def transformed() -> bool:
