@@ -108,8 +108,8 @@ class MeanShift:
 class NoiseShift:
     """Guidance of other samplers: s · √(1 − ᾱ) · gradient is taken from the predicted noise (algorithm 2).
 
-    An object serves one run of the plan: `model` in the model's place, with `weights`. The shift is linear: the
-    fused step adds it as one part of guidance more, except where x0 is clamped before.
+    An object serves one run of the plan: `model` in the model's place, with `weights`. The shift is linear,
+    and the fused step adds it as one part of guidance more, except where x0 is clamped before.
 
     Args:
         guide: gives the gradient.

@@ -327,7 +327,7 @@ def test_output_types(make: Any) -> None:
         decoded = pipeline.vae.decode(latents / 0.13025).sample
     assert torch.equal((decoded / 2 + 0.5).clamp(0, 1), images)
     result = pipeline("a cat", num_inference_steps=1, output_type="pt", return_dict=False)
-    assert len(result) == 1 and result[0].shape == images.shape
+    assert type(result) is tuple and len(result) == 1 and result[0].shape == images.shape
 
 
 def test_the_autoencoder_of_float16(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
