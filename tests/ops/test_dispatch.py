@@ -36,11 +36,7 @@ def test_availability_names_every_op_and_backend() -> None:
     table = ops.availability()
     assert set(table) == {
         *("group_norm_silu", "group_norm_affine", "attention", "scheduler_step", "geglu", "layer_norm"),
-<<<<<<< HEAD
-        *("winograd_conv", "bias_residual", "linear"),
-=======
-        *("winograd_conv", "bias_residual", "group_norm_silu_backward"),
->>>>>>> 8a3f41b (group_norm_silu_backward: kernels in CUDA and Triton; tiles and plan of group norm in a file of their own)
+        *("winograd_conv", "bias_residual", "linear", "group_norm_silu_backward"),
     }
     for backends in table.values():
         assert set(backends) == set(dispatch.BACKENDS)
