@@ -37,7 +37,7 @@ def check() -> Check:
 
 @pytest.fixture(autouse=True)
 def _device(request: pytest.FixtureRequest) -> Generator[None, None, None]:
-    """Where the backend is for a GPU, the tests' tensors are there; Triton's interpreter has them on the CPU."""
+    """Where the backend is for a GPU, the tests' tensors are there; the interpreter has them on the CPU."""
     call = getattr(request.node, "callspec", None)
     on_gpu = call is not None and call.params.get("backend") in ("cuda", "triton")
     if not on_gpu or interpreted():
