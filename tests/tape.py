@@ -39,6 +39,8 @@ class Tape(TorchDispatchMode):
         return out
 
     def replay(self) -> None:
+        if torch._C._len_torch_dispatch_stack():
+            raise RuntimeError("a graph is launched within a capture")
         for func, args, kwargs, written in self.calls:
             for place, new in zip(written, tensors_of(func(*args, **kwargs)), strict=True):
                 if place.data_ptr() != new.data_ptr():
@@ -59,6 +61,8 @@ class TapeRecorder:
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         TapeRecorder.captures += 1
+        if torch._C._len_torch_dispatch_stack():
+            raise RuntimeError("a capture is under way")
         with Tape() as tape:
             result = function()
         # a capture runs nothing: what the results hold comes from replays alone

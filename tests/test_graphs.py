@@ -237,6 +237,33 @@ def test_a_run_within_a_capture_is_part_of_it(captures: Callable[[], int]) -> No
         want = plan.run(lambda x, t: plan.run(network, x) / 2, x)
         assert torch.equal(plan.run(model, x, graph=True), want)
     assert captures() == 2  # of the run within before the capture, and of all
+    other = Network()
+    difusores.enable_cuda_graph(other)
+    for seed in (1, 2, 3):
+        assert torch.equal(plan.run(other, noise(seed), graph=True), plan.run(other, noise(seed)))
+    assert captures() == 4  # of a call before the capture, and of the run
+
+
+def test_parameters_that_move_at_their_first_use(captures: Callable[[], int]) -> None:
+    class Moves(Network):
+        moved = False
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            if not self.moved:
+                self.conv.weight.data = self.conv.weight.data.clone()
+                self.moved = True
+            return super().forward(x, t)
+
+    plan, network = PLANS["ddim"](), Moves()
+    for seed in (1, 2, 3):
+        assert torch.equal(plan.run(network, noise(seed), graph=True), plan.run(network, noise(seed)))
+    assert captures() == 1
+    network.moved = False
+    with torch.no_grad():
+        for seed in (1, 2, 3):
+            x, t = noise(seed), torch.tensor(seed)
+            assert torch.equal(Graphed(network)(x, t), network(x, t))
+    assert captures() == 2
 
 
 def test_two_methods_of_an_object(captures: Callable[[], int]) -> None:
