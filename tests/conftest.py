@@ -33,6 +33,7 @@ def pytest_configure() -> None:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:  # they share the cores
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which determinism asks for on a GPU
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     if native.status("cpu") is None:
