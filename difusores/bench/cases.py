@@ -80,7 +80,7 @@ GROUP_NORM = (
 )
 TOKENS = ((2, 4096, 320), (2, 1024, 640), (2, 256, 1280), (2, 4096, 640), (2, 1024, 1280))
 LATENTS = ((1, 4, 64, 64), (2, 4, 128, 128), (8, 3, 512, 512))
-OPS = ("attention", "group_norm_silu", "layer_norm", "geglu", "bias_residual", "scheduler_step")
+OPS = ("attention", "group_norm_silu", "layer_norm", "geglu", "linear", "bias_residual", "scheduler_step")
 
 
 def cases(op: str, dtype: torch.dtype, device: torch.device, quick: bool = False) -> Iterator[Case]:
@@ -90,6 +90,7 @@ def cases(op: str, dtype: torch.dtype, device: torch.device, quick: bool = False
         "group_norm_silu": (group_norm_silu, GROUP_NORM),
         "layer_norm": (layer_norm, TOKENS),
         "geglu": (geglu, TOKENS),
+        "linear": (linear, TOKENS),
         "bias_residual": (bias_residual, GROUP_NORM),
         "scheduler_step": (scheduler_step, LATENTS),
     }
@@ -217,6 +218,38 @@ def geglu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> I
         ours=lambda: ops.geglu(both),
         oracle=lambda: eager(both.double()),
         bytes=size(both) * 3 // 2,
+    )
+
+
+def linear(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """A feed-forward's first product with GEGLU; its last one, and an attention's, with the residual."""
+    width = shape[-1]
+    for depth, out, geglu in ((width, 4 * width, True), (4 * width, width, False), (width, width, False)):
+        x = torch.randn(*shape[:-1], depth, device=device, dtype=dtype)
+        weight = torch.randn(out * (1 + geglu), depth, device=device, dtype=dtype) / depth**0.5
+        bias = torch.randn(len(weight), device=device, dtype=dtype)
+        yield linear_case(x, weight, bias, torch.randn(*shape[:-1], out, device=device, dtype=dtype), geglu)
+
+
+def linear_case(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, geglu: bool) -> Case:
+    def eager(x: Tensor = x, w: Tensor = weight, b: Tensor = bias, r: Tensor = residual) -> Tensor:
+        both = F.linear(x, w, b)
+        if not geglu:
+            return both + r
+        value, gate = both.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+    added = None if geglu else residual
+    two = {"F.linear, our geglu": lambda: ops.geglu(F.linear(x, weight, bias))} if geglu else {}
+    return Case(
+        "linear",
+        f"{shape_of(tuple(x.shape))} to {residual.shape[-1]} {'geglu' if geglu else '+ residual'}",
+        eager=eager,
+        ours=lambda: ops.linear(x, weight, bias, residual=added, geglu=geglu),
+        oracle=lambda: eager(*(t.double() for t in (x, weight, bias, residual))),
+        peers=two,
+        bytes=size(x, weight, bias, residual) + (0 if geglu else size(residual)),
+        flops=2 * x.numel() * len(weight),
     )
 
 
