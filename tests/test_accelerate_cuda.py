@@ -348,6 +348,18 @@ def test_gradients_training_and_backends(model: nn.Module) -> None:
         assert reasons[reason], reason
 
 
+def test_compiles_without_the_replacements(model: nn.Module) -> None:
+    """What torch.compile traces are the classes' own forwards."""
+    module = model.get_submodule("time_proj")
+    times = torch.tensor([3, 7])
+    want = module(times)
+    accelerate(model)
+    torch.compiler.reset()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(times), want)
+    torch.testing.assert_close(module(times), want, rtol=0, atol=1e-6)
+
+
 def test_copies_and_pickles(model: nn.Module) -> None:
     case = inputs("latents")
     accelerate(model)
@@ -391,6 +403,12 @@ def test_on_a_gpu(library: str, variant: str, dtype: torch.dtype, monkeypatch: p
     difusores.restore(model)
     for case, old in zip(cases, before, strict=True):
         assert distance(run(model, *case).cpu(), old.double().cpu()) <= 1e-3
+
+
+@GPU
+def test_the_dtype_is_the_parameters() -> None:
+    with pytest.raises(ValueError, match=r"dtype is torch\.bfloat16, and UNet2DModel is on a GPU"):
+        difusores.accelerate(make("difusores", "pixels").cuda(), dtype="bfloat16")
 
 
 @GPU

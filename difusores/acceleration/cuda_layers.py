@@ -29,6 +29,7 @@ from difusores.graphs import capturing
 from difusores.models.transformer import LayerNorm
 from difusores.ops import bias_residual, layer_norm
 from difusores.ops import linear as linear_op
+from difusores.ops.dispatch import transformed
 from difusores.ops.linear import fused
 
 
@@ -174,7 +175,8 @@ class TimestepsForward(Forward):
 
     def _why_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         t = args[0] if args else next(iter(kwargs.values()), None)
-        if type(t) is Tensor and not t.is_floating_point() and t.device.type == self.session.device:
+        watched = torch.compiler.is_compiling() or transformed() or torch._C._is_tracing()
+        if not watched and type(t) is Tensor and t.device.type == self.session.device:
             return None  # the base asks for floating point
         return super()._why_plain(args, kwargs)
 
