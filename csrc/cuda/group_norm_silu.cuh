@@ -137,17 +137,45 @@ __global__ void __launch_bounds__(kNormThreads, 2)
 
 // --- channels last ---
 
+// Shared memory of a block, channels last.
+struct RowShared {
+    float2* columns;    // two numbers of each thread's columns
+    float* table;       // center, a, b of each column, in the place of `columns` when those are done with
+    float2* sums;       // of each group
+    Moments* of_group;  // the same
+    unsigned char* kept;
+    template <int kVec>
+    static __device__ __forceinline__ RowShared of(unsigned char* dynamic, const GroupNormPlan& plan) {
+        RowShared s;
+        const int64_t groups = (plan.groups_in_span + 3) / 4 * 4;
+        s.columns = reinterpret_cast<float2*>(dynamic), s.table = reinterpret_cast<float*>(dynamic);
+        s.sums = reinterpret_cast<float2*>(s.table + blockDim.x * kVec * 3);
+        s.of_group = reinterpret_cast<Moments*>(s.sums + groups);
+        s.kept = reinterpret_cast<unsigned char*>(s.of_group + groups);
+        return s;
+    }
+};
+
 template <int kVec>
 struct Columns {
     float add[kVec], center[kVec], a[kVec], b[kVec];
-    __device__ __forceinline__ void fill(const GroupNormSiluArgs& args, const RowTile& tile, const Moments* of_group,
+    // Of all threads together: each column's coefficients once, from its group's moments.
+    __device__ __forceinline__ void fill(const GroupNormSiluArgs& args, const RowTile& tile, const RowShared& shared,
                                          float count) {
+        float* const of_a = shared.table + tile.width;
+        float* const of_b = of_a + tile.width;
+        for (int c = static_cast<int>(threadIdx.x); c < tile.width; c += static_cast<int>(blockDim.x)) {
+            const Moments m = shared.of_group[c / tile.per_group];
+            const float later = rounds(args) ? 0.0f : param(args.add, tile.n, tile.channel + c, 0.0f);
+            const Affine v =
+                affine(args, tile.n, tile.channel + c, later, m.mean, m.delta, rstd_of(m, count, args.eps));
+            shared.table[c] = v.center, of_a[c] = v.a, of_b[c] = v.b;
+        }
+        __syncthreads();
+        if (!tile.active) return;
 #pragma unroll
         for (int k = 0; k < kVec; ++k) {
-            const Moments m = of_group[(tile.column + k) / tile.per_group];
-            const Affine v = affine(args, tile.n, tile.channel + tile.column + k, rounds(args) ? 0.0f : add[k], m.mean,
-                                    m.delta, rstd_of(m, count, args.eps));
-            center[k] = v.center, a[k] = v.a, b[k] = v.b;
+            center[k] = shared.table[tile.column + k], a[k] = of_a[tile.column + k], b[k] = of_b[tile.column + k];
         }
     }
     __device__ __forceinline__ void fill_add(const GroupNormSiluArgs& args, const RowTile& tile) {
@@ -181,40 +209,79 @@ __device__ __forceinline__ void join_rows(const float (*h)[kVec], float count, f
     }
 }
 
-// The moments of a tile's groups into `of_group`, from those of each thread's columns, a warp for each group.
+// Sums of `own` of each thread's columns over a tile's groups, into shared.sums: first rows of a column that are
+// `segments` apart, by all threads, then a group's columns and segments by a warp.
 template <int kVec>
-__device__ __forceinline__ void join_columns(const RowTile& tile, const float (&mean)[kVec], const float (&m2)[kVec],
-                                             float2* columns, Moments* of_group) {
+__device__ __forceinline__ void group_sums(const RowTile& tile, const float2 (&own)[kVec], const RowShared& shared) {
+    float2* const columns = shared.columns;
     if (tile.active) {
 #pragma unroll
-        for (int k = 0; k < kVec; ++k) columns[tile.row * tile.width + tile.column + k] = make_float2(mean[k], m2[k]);
+        for (int k = 0; k < kVec; ++k) columns[tile.row * tile.width + tile.column + k] = own[k];
     }
     __syncthreads();
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    const auto sum = [](float a, float b, int) { return make_float2(warp_sum(a), warp_sum(b)); };
-    for (int g = static_cast<int>(threadIdx.x) / kWarp; g < tile.groups; g += static_cast<int>(blockDim.x) / kWarp) {
-        const auto part = [&](int k) {
-            const int row = k / tile.per_group;
-            const float2 v = columns[row * tile.width + g * tile.per_group + k - row * tile.per_group];
-            return float4{static_cast<float>(tile.rows_of(row)), v.x, 0.0f, v.y};
-        };
-        const float count = static_cast<float>(int64_t{tile.rows} * tile.per_group);
-        const Moments moments = join(count, lane, kWarp, tile.step * tile.per_group, part, sum);
-        if (lane == 0) of_group[g] = moments;
+    const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+    const int fit = threads / tile.width, segments = fit < 1 ? 1 : fit < tile.step ? fit : tile.step;
+    const int segment = fit < 1 ? 0 : thread / tile.width;
+    for (int c = thread - segment * tile.width; c < tile.width && segment < segments;
+         c += fit < 1 ? threads : tile.width) {
+        float2 total = columns[segment * tile.width + c];
+        for (int row = segment + segments; row < tile.step; row += segments) {
+            const float2 v = columns[row * tile.width + c];
+            total.x += v.x, total.y += v.y;
+        }
+        columns[segment * tile.width + c] = total;
+    }
+    __syncthreads();
+    for (int g = thread / kWarp; g < tile.groups; g += threads / kWarp) {
+        float2 total = make_float2(0.0f, 0.0f);
+        for (int c = thread % kWarp; c < tile.per_group; c += kWarp) {
+            for (int row = 0; row < segments; ++row) {
+                const float2 v = columns[row * tile.width + g * tile.per_group + c];
+                total.x += v.x, total.y += v.y;
+            }
+        }
+        total = make_float2(warp_sum(total.x), warp_sum(total.y));
+        if (thread % kWarp == 0) shared.sums[g] = total;
+    }
+    __syncthreads();
+}
+
+// The moments of a tile's groups into shared.of_group, from those of each thread's columns of `count` elements: the
+// mean, then the deviations from it.
+template <int kVec>
+__device__ __forceinline__ void join_columns(const RowTile& tile, float count, const float (&mean)[kVec],
+                                             const float (&m2)[kVec], const RowShared& shared) {
+    const float total = static_cast<float>(int64_t{tile.rows} * tile.per_group);
+    float2 own[kVec];
+#pragma unroll
+    for (int k = 0; k < kVec; ++k) own[k] = make_float2(count * mean[k], 0.0f);
+    group_sums<kVec>(tile, own, shared);
+    int group = tile.column / tile.per_group, within = tile.column - group * tile.per_group;
+#pragma unroll
+    for (int k = 0; k < kVec && tile.active; ++k) {
+        const float d = mean[k] - shared.sums[group].x / total;
+        own[k] = make_float2(count * d, fmaf(count * d, d, m2[k]));
+        if (++within == tile.per_group) within = 0, ++group;
+    }
+    for (int g = static_cast<int>(threadIdx.x); g < tile.groups; g += static_cast<int>(blockDim.x))
+        shared.of_group[g].mean = shared.sums[g].x / total;
+    group_sums<kVec>(tile, own, shared);
+    for (int g = static_cast<int>(threadIdx.x); g < tile.groups; g += static_cast<int>(blockDim.x)) {
+        const float2 both = shared.sums[g];
+        const float delta = both.x / total, squares = fmaf(-both.x, delta, both.y);
+        shared.of_group[g].delta = delta, shared.of_group[g].m2 = squares < 0.0f ? 0.0f : squares;
     }
     __syncthreads();
 }
 
 // The moments of a tile's groups, or of its part of one; of whole groups also y.
 template <int kVec>
-__global__ void __launch_bounds__(kNormThreads, 1)
+__global__ void __launch_bounds__(kRowThreads, 3)
     group_norm_last_tile(const __grid_constant__ GroupNormSiluArgs args, const __grid_constant__ GroupNormPlan plan,
                          float4* partial) {
     DIFUSORES_DYNAMIC_SHARED(dynamic);
     const RowTile tile = RowTile::of<kVec>(args, plan);
-    float2* const columns = reinterpret_cast<float2*>(dynamic);
-    Moments* const of_group = reinterpret_cast<Moments*>(columns + blockDim.x * kVec);
-    unsigned char* const kept = reinterpret_cast<unsigned char*>(of_group + (plan.groups_in_span + 3) / 4 * 4);
+    const RowShared shared = RowShared::of<kVec>(dynamic, plan);
     Columns<kVec> own;
     if (tile.active) own.fill_add(args, tile);
     float count = 0.0f, mean[kVec] = {}, m2[kVec] = {};
@@ -224,7 +291,7 @@ __global__ void __launch_bounds__(kNormThreads, 1)
                             const int64_t at = row + int64_t{k} * tile.step;
                             const Packed<kVec> packed =
                                 whole_h<kVec>(args, x[k], r[k], own.add, tile.at + at * args.c + tile.column);
-                            if (plan.whole) put<kVec>(kept, at * tile.width + tile.column, args.dtype, packed);
+                            if (plan.whole) put<kVec>(shared.kept, at * tile.width + tile.column, args.dtype, packed);
                             unpack<kVec>(packed, args.dtype, h);
                             if (!rounds(args)) {
 #pragma unroll
@@ -244,28 +311,29 @@ __global__ void __launch_bounds__(kNormThreads, 1)
                         }
                         count += rows;
                     });
-    join_columns<kVec>(tile, mean, m2, columns, of_group);
+    join_columns<kVec>(tile, count, mean, m2, shared);
     if (!plan.whole) {
         for (int g = threadIdx.x; g < tile.groups; g += blockDim.x) {
             const int64_t at = (tile.n * args.groups + tile.group + g) * plan.chunks + tile.chunk;
-            partial[at * plan.parts + tile.part] = {of_group[g].mean, of_group[g].delta, of_group[g].m2, 0.0f};
+            const Moments m = shared.of_group[g];
+            partial[at * plan.parts + tile.part] = {m.mean, m.delta, m.m2, 0.0f};
         }
         return;
     }
+    own.fill(args, tile, shared, static_cast<float>(int64_t{tile.rows} * tile.per_group));
     if (!tile.active) return;
-    own.fill(args, tile, of_group, static_cast<float>(int64_t{tile.rows} * tile.per_group));
     for (int row = tile.row; row < tile.rows; row += tile.step)
         own.map(args, tile.at + int64_t{row} * args.c + tile.column,
-                get<kVec>(kept, int64_t{row} * tile.width + tile.column, args.dtype));
+                get<kVec>(shared.kept, int64_t{row} * tile.width + tile.column, args.dtype));
 }
 
 template <int kVec>
-__global__ void __launch_bounds__(kNormThreads, 1)
+__global__ void __launch_bounds__(kRowThreads, 3)
     group_norm_last_map(const __grid_constant__ GroupNormSiluArgs args, const __grid_constant__ GroupNormPlan plan,
                         const float4* partial) {
     DIFUSORES_DYNAMIC_SHARED(dynamic);
     const RowTile tile = RowTile::of<kVec>(args, plan);
-    Moments* const of_group = reinterpret_cast<Moments*>(dynamic);
+    const RowShared shared = RowShared::of<kVec>(dynamic, plan);
     const int64_t per_group = args.c / args.groups;
     const int parts = static_cast<int>(plan.chunks * plan.parts), lane = static_cast<int>(threadIdx.x) % kWarp;
     const auto sum = [](float a, float b, int) { return make_float2(warp_sum(a), warp_sum(b)); };
@@ -273,13 +341,13 @@ __global__ void __launch_bounds__(kNormThreads, 1)
         const float4* const own = partial + (tile.n * args.groups + tile.group + g) * parts;
         const auto part = [&](int k) { return part_of<true>(args, plan, own, k); };
         const Moments moments = join(static_cast<float>(args.s * per_group), lane, kWarp, parts, part, sum);
-        if (lane == 0) of_group[g] = moments;
+        if (lane == 0) shared.of_group[g] = moments;
     }
     __syncthreads();
-    if (!tile.active) return;
     Columns<kVec> own;
+    own.fill(args, tile, shared, static_cast<float>(args.s * per_group));
+    if (!tile.active) return;
     own.fill_add(args, tile);
-    own.fill(args, tile, of_group, static_cast<float>(args.s * per_group));
     GroupNormSiluArgs again = args;  // h from the sum, if the first kernel wrote it
     if (args.sum) again.residual = nullptr;
     again.sum = nullptr;
@@ -314,8 +382,8 @@ __host__ auto launch_group_norm_silu_as(const GroupNormSiluArgs& args, const Gro
     if (plan.whole || !Launch::ok(first)) return first;
     const dim3 grid = {static_cast<unsigned>(args.n * plan.spans * plan.chunks), 1, 1};
     if (plan.channels_last) {
-        const size_t moments = static_cast<size_t>(plan.groups_in_span) * sizeof(Moments);
-        return launch(group_norm_last_map<kVec>, grid, plan.threads, moments, args, plan, partial);
+        const size_t table = static_cast<size_t>(row_bytes(plan));
+        return launch(group_norm_last_map<kVec>, grid, plan.threads, table, args, plan, partial);
     }
     const size_t shared = static_cast<size_t>(plan.shared_bytes);
     const Divisor divisor(args.s / kVec);

@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kMostGradLanes, 2)
 
 // kMap: grad_x; else the sums of the tile's columns, of kAdd also those which only grad_add needs.
 template <int kVec, bool kMap, bool kAdd>
-__global__ void __launch_bounds__(kNormThreads, 1)
+__global__ void __launch_bounds__(kRowThreads, 2)
     group_norm_grads_last(const __grid_constant__ GroupNormSiluArgs args,
                           const __grid_constant__ GroupNormSiluGrads grads,
                           const __grid_constant__ GroupNormBackwardPlan plan,

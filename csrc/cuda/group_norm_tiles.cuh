@@ -5,9 +5,10 @@
 namespace difusores {
 namespace cuda {
 
-constexpr unsigned kNormThreads = 512;
-constexpr int kAhead = 4;     // vectors that a thread asks for before it uses the first, channels last
-constexpr int kAheadRun = 3;  // the same, channels first
+constexpr unsigned kNormThreads = 512;  // channels first
+constexpr unsigned kRowThreads = 256;   // channels last: three blocks to a multiprocessor
+constexpr int kAhead = 2;               // vectors that a thread asks for before it uses the first, channels last
+constexpr int kAheadRun = 3;            // the same, channels first
 
 // Of n elements: mean + delta, and the squared deviations from that.
 struct Moments {
@@ -42,9 +43,9 @@ __device__ __forceinline__ float4 part_of(const GroupNormSiluArgs& args, const G
     const int64_t per_group = args.c / args.groups, run = per_group * args.s;
     int64_t count;
     if constexpr (kLast) {
-        const int64_t chunk = k / plan.parts, rows = args.s - chunk * plan.chunk;
-        const int64_t width = per_group - (k - chunk * plan.parts) * plan.span;
-        count = (rows < plan.chunk ? rows : plan.chunk) * (plan.parts == 1     ? per_group
+        const int parts = static_cast<int>(plan.parts), chunk = parts == 1 ? k : k / parts;
+        const int64_t rows = args.s - chunk * plan.chunk, width = per_group - (k - chunk * parts) * plan.span;
+        count = (rows < plan.chunk ? rows : plan.chunk) * (parts == 1          ? per_group
                                                            : width < plan.span ? width
                                                                                : plan.span);
     } else {
@@ -150,14 +151,15 @@ struct RowTile {
     template <int kVec>
     static __device__ __forceinline__ RowTile of(const GroupNormSiluArgs& args, const GroupNormPlan& plan) {
         RowTile t;
-        const int64_t index = blockIdx.x / plan.chunks, of_group = args.c / args.groups;
-        t.chunk = blockIdx.x - index * plan.chunks;
-        t.n = index / plan.spans;
-        const int64_t span = index - t.n * plan.spans, width_left = of_group - span % plan.parts * plan.span;
-        t.part = static_cast<int>(span % plan.parts);
-        t.group = plan.parts > 1 ? span / plan.parts : span * plan.groups_in_span;
-        t.channel = t.group * of_group + t.part * plan.span;
-        t.width = static_cast<int>(plan.parts > 1 && width_left < plan.span ? width_left : plan.span);
+        const auto u = [](int64_t v) { return static_cast<unsigned>(v); };  // the plan keeps all of them below 2^31
+        const unsigned index = blockIdx.x / u(plan.chunks), of_group = u(args.c) / u(args.groups);
+        t.chunk = blockIdx.x - index * u(plan.chunks);
+        const unsigned n = index / u(plan.spans), span = index - n * u(plan.spans), parts = u(plan.parts);
+        const unsigned first = parts > 1 ? span / parts : span * u(plan.groups_in_span);
+        const unsigned part = parts > 1 ? span - first * parts : 0, left = of_group - part * u(plan.span);
+        t.n = n, t.group = first, t.part = static_cast<int>(part);
+        t.channel = int64_t{first} * of_group + part * plan.span;
+        t.width = static_cast<int>(parts > 1 && left < plan.span ? left : plan.span);
         t.groups = static_cast<int>(plan.groups_in_span);
         t.per_group = t.width / t.groups;
         t.begin = t.chunk * plan.chunk;
@@ -196,11 +198,13 @@ __device__ __forceinline__ void each_rows(const GroupNormSiluArgs& args, const v
 
 // --- the choice of tiles and instances ---
 
-constexpr int64_t kTileBytes = 32 << 10;  // of a tile that is not a whole group, at least
-constexpr int64_t kSpanBytes = 64;        // of a row of a tile, channels last, at least, if the channels allow it
-constexpr int64_t kTableChannels = 1024;  // of a tile, channels first, about, where it is not a whole group
-constexpr int64_t kMapThreads = 256;      // channels first, tiles that are not a whole group
-constexpr int64_t kStaticShared = 512;    // bytes that the kernels declare, rounded up
+constexpr int64_t kTileBytes = 32 << 10;     // of a tile that is not a whole group, at least
+constexpr int64_t kSpanBytes = 64;           // of a row of a tile, channels last, at least, if the channels allow it
+constexpr int64_t kRowTileBytes = 16 << 10;  // the same, channels last
+constexpr int64_t kWholeBytes = 48 << 10;    // of a whole group, channels last, at most: one block has all its work
+constexpr int64_t kTableChannels = 1024;     // of a tile, channels first, about, where it is not a whole group
+constexpr int64_t kMapThreads = 256;         // channels first, tiles that are not a whole group
+constexpr int64_t kStaticShared = 512;       // bytes that the kernels declare, rounded up
 
 inline __host__ int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline __host__ int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -237,7 +241,7 @@ inline __host__ void plan_runs(const GroupNormSiluArgs& args, int64_t shared_lim
 inline __host__ int64_t groups_of_span(const GroupNormSiluArgs& args, int64_t vec, int64_t bytes) {
     const int64_t per_group = args.c / args.groups;
     int64_t found = 0;
-    for (int64_t k = 1; k <= args.groups && k * per_group <= int64_t{kNormThreads} * vec; ++k) {
+    for (int64_t k = 1; k <= args.groups && k * per_group <= int64_t{kRowThreads} * vec; ++k) {
         if (args.groups % k || k * per_group % vec) continue;
         found = k;
         if (k * per_group * bytes_of(args.dtype) >= bytes) break;
@@ -245,28 +249,33 @@ inline __host__ int64_t groups_of_span(const GroupNormSiluArgs& args, int64_t ve
     return found;
 }
 
+// Channels last, the shared memory but for what is kept: a thread's columns or the table of all, sums and moments.
+inline __host__ int64_t row_bytes(const GroupNormPlan& plan) {
+    return plan.threads * plan.vec * 12 + up(plan.groups_in_span, 4) * 80;
+}
+
 inline __host__ void plan_rows(const GroupNormSiluArgs& args, int64_t shared_limit, GroupNormPlan& plan) {
     const int64_t per_group = args.c / args.groups, size = bytes_of(args.dtype);
     const auto set = [&](int64_t bytes) {
         const int64_t k = groups_of_span(args, plan.vec, bytes);
-        plan.parts = k ? 1 : up(per_group, int64_t{kNormThreads} * plan.vec);
+        plan.parts = k ? 1 : up(per_group, int64_t{kRowThreads} * plan.vec);
         plan.groups_in_span = k ? k : 1;
         plan.span = k ? k * per_group : up(up(per_group, plan.parts), plan.vec) * plan.vec;
         plan.spans = k ? args.groups / k : args.groups * plan.parts;
-        const int64_t vectors = plan.span / plan.vec, rows = at_most(at_least(kNormThreads / vectors, 1), args.s);
+        const int64_t vectors = plan.span / plan.vec, rows = at_most(at_least(kRowThreads / vectors, 1), args.s);
         plan.threads = static_cast<unsigned>(up(vectors * rows, kWarp) * kWarp);
-        plan.shared_bytes = plan.threads * plan.vec * 8 + up(plan.groups_in_span, 4) * 48;
+        plan.shared_bytes = row_bytes(plan);
     };
     if (args.c % plan.vec || (!groups_of_span(args, plan.vec, kSpanBytes) && per_group % plan.vec)) plan.vec = 1;
     set(kSpanBytes);
     const int64_t kept = args.s * plan.span * size;
-    plan.whole = plan.parts == 1 && plan.shared_bytes + kept + kStaticShared <= shared_limit;
+    plan.whole = plan.parts == 1 && kept <= kWholeBytes && plan.shared_bytes + kept + kStaticShared <= shared_limit;
     plan.chunk = args.s;
     if (plan.whole) {
         plan.shared_bytes += kept;
     } else {
         set(2 * kSpanBytes);
-        plan.chunk = at_least(up(kTileBytes, plan.span * size), least_tile(args.s * per_group, size) / per_group);
+        plan.chunk = at_least(up(kRowTileBytes, plan.span * size), least_tile(args.s * per_group, size) / per_group);
         plan.chunk = at_most(plan.chunk, args.s);
     }
     plan.chunks = up(args.s, plan.chunk);
@@ -284,7 +293,7 @@ inline __host__ GroupNormPlan plan_group_norm_silu(const GroupNormSiluArgs& args
     else plan_runs(args, shared_limit, plan);
     plan.partials = plan.whole ? 0 : args.n * args.groups * plan.chunks * plan.parts;
     constexpr int64_t kLimit = int64_t{1} << 30;
-    if (args.n * plan.spans * plan.chunks > kLimit || args.s > kLimit) plan.threads = 0;
+    if (args.n * plan.spans * plan.chunks > kLimit || args.s > kLimit || args.c > kLimit) plan.threads = 0;
     return plan;
 }
 

@@ -1,8 +1,9 @@
 // h = x + residual;  y = weight * (h - mean) * rstd + bias,  mean and rstd over each row of D elements.
 //
 // Bytes: x and residual once in, y and h once out, in accesses of 128 bits; weight and bias come from the caches. A row
-// belongs to `lanes` threads, a power of two, each of which keeps kPer accesses of it in registers; a block has several
-// rows or, where a row takes more than a warp, one. Layout: contiguous rows.
+// belongs to `lanes` threads, a power of two, each of which keeps kPer accesses of it in registers: few, so that small
+// tensors fill the card, and all asked for at once, the parameters too. A block has several rows or, where a row takes
+// more than a warp, one. Layout: contiguous rows.
 //
 // Statistics: two passes over registers, the mean, then the deviations from it, whose sum also corrects the mean.
 // Nothing cancels when mean >> std. A row's bits depend on the row alone.
@@ -13,9 +14,11 @@ namespace difusores {
 namespace cuda {
 
 constexpr unsigned kLayerNormThreads = 128;
+constexpr unsigned kFewLanes = 256;  // of a row, as long as these do
+constexpr int kMostAhead = 3;        // accesses of a thread whose parameters it asks for together with them
 
 // Threads of a row at most: what keeps 16384 elements, and leaves each thread registers enough.
-constexpr __host__ __device__ unsigned most_lanes(int vec) { return vec == 8 ? 512 : 1024; }
+constexpr __host__ __device__ unsigned most_lanes(int vec) { return vec == 1 ? 1024 : 512; }
 
 template <int kVec, int kPer>
 __global__ void __launch_bounds__(most_lanes(kVec), 1)
@@ -26,12 +29,17 @@ __global__ void __launch_bounds__(most_lanes(kVec), 1)
     const int64_t begin = row * args.columns;
     const auto column = [&](int k) { return (static_cast<int64_t>(lane) + int64_t{k} * plan.lanes) * kVec; };
     const auto inside = [&](int k) { return row < args.rows && column(k) < args.columns; };
-    Packed<kVec> from_x[kPer], from_r[kPer];
+    const bool packed_params = args.weight.ptr && args.bias.ptr && args.weight.dtype == args.dtype &&
+                               args.bias.dtype == args.dtype;  // loaded now, and not when they are needed
+    Packed<kVec> from_x[kPer], from_r[kPer], weight[kPer], bias[kPer];
 #pragma unroll
     for (int k = 0; k < kPer; ++k) {
         if (!inside(k)) continue;
         from_x[k] = get<kVec>(args.x, begin + column(k), args.dtype);
         if (args.residual) from_r[k] = get<kVec>(args.residual, begin + column(k), args.dtype);
+        if (kPer > kMostAhead || !packed_params) continue;
+        weight[k] = get<kVec>(args.weight.ptr, column(k), args.dtype);
+        bias[k] = get<kVec>(args.bias.ptr, column(k), args.dtype);
     }
     float h[kPer][kVec], total = 0.0f;
 #pragma unroll
@@ -67,8 +75,13 @@ __global__ void __launch_bounds__(most_lanes(kVec), 1)
     for (int k = 0; k < kPer; ++k) {
         if (!inside(k)) continue;
         float w[kVec], b[kVec];
-        params<kVec>(args.weight, 0, column(k), 1.0f, w);
-        params<kVec>(args.bias, 0, column(k), 0.0f, b);
+        if (kPer > kMostAhead || !packed_params) {
+            params<kVec>(args.weight, 0, column(k), 1.0f, w);
+            params<kVec>(args.bias, 0, column(k), 0.0f, b);
+        } else {
+            unpack<kVec>(weight[k], args.dtype, w);
+            unpack<kVec>(bias[k], args.dtype, b);
+        }
 #pragma unroll
         for (int j = 0; j < kVec; ++j) h[k][j] = fmaf((h[k][j] - delta) * rstd, w[j], b[j]);
         put<kVec>(args.y, begin + column(k), args.dtype, pack<kVec>(args.dtype, h[k]));
@@ -84,13 +97,12 @@ inline __host__ LayerNormPlan plan_layer_norm(const LayerNormArgs& args) {
         wide = wide && aligned(p, 0, args.dtype, 16);
     if (!wide) plan.vec = 1;
     const int64_t vectors = args.columns / plan.vec;
-    for (const int per : {4, 5, 16}) {  // 5: widths of 320, 640, 1280 leave no lane idle
-        if ((plan.vec == 1) != (per == 16)) continue;
+    for (const int per : {2, 3, 8, 16}) {  // the fewest idle lanes; 3: five in six at 320, 640, 1280, all at 768
+        if ((plan.vec == 1) != (per == 16) || (per == 8 && plan.lanes)) continue;
+        const unsigned most = per > kMostAhead ? most_lanes(plan.vec) : kFewLanes;
         unsigned lanes = 1;
-        while (int64_t{lanes} * per < vectors && lanes <= most_lanes(plan.vec)) lanes *= 2;
-        if (lanes > most_lanes(plan.vec) ||
-            (plan.lanes && plan.lanes * plan.per_lane <= lanes * static_cast<unsigned>(per)))
-            continue;
+        while (int64_t{lanes} * per < vectors && lanes <= most) lanes *= 2;
+        if (lanes > most || (plan.lanes && plan.lanes * plan.per_lane <= lanes * static_cast<unsigned>(per))) continue;
         plan.lanes = lanes, plan.per_lane = per;
     }
     plan.threads = plan.lanes > kWarp ? plan.lanes : kLayerNormThreads;
@@ -102,9 +114,13 @@ template <class Launch>
 __host__ auto launch_layer_norm(const LayerNormArgs& args, const LayerNormPlan& plan, const Launch& launch) {
     const int64_t rows = plan.threads / plan.lanes;
     const dim3 grid = {static_cast<unsigned>((args.rows + rows - 1) / rows), 1, 1};
-    const auto kernel = plan.vec == 1   ? layer_norm_kernel<1, 16>
-                        : plan.vec == 4 ? (plan.per_lane == 4 ? layer_norm_kernel<4, 4> : layer_norm_kernel<4, 5>)
-                                        : (plan.per_lane == 4 ? layer_norm_kernel<8, 4> : layer_norm_kernel<8, 5>);
+    const auto of_vec = [&](auto two, auto three, auto eight) {
+        return plan.per_lane == 2 ? two : plan.per_lane == 3 ? three : eight;
+    };
+    const auto kernel = plan.vec == 1 ? layer_norm_kernel<1, 16>
+                        : plan.vec == 4
+                            ? of_vec(layer_norm_kernel<4, 2>, layer_norm_kernel<4, 3>, layer_norm_kernel<4, 8>)
+                            : of_vec(layer_norm_kernel<8, 2>, layer_norm_kernel<8, 3>, layer_norm_kernel<8, 8>);
     return launch(kernel, grid, plan.threads, 0, args, plan);
 }
 

@@ -16,8 +16,10 @@ namespace difusores {
 namespace cuda {
 
 constexpr unsigned kStepThreads = 128;
-constexpr unsigned kStepBlocks = 5;   // a multiprocessor: what the registers hold without spilling
-constexpr unsigned kStepGrid = 2048;  // blocks that an image is spread over at most
+constexpr unsigned kStepBlocks = 5;  // a multiprocessor: what the registers hold without spilling
+// Blocks at most, about what runs at once: each waits for the counter and then for the row before it reads its first
+// element, so it takes many.
+constexpr int64_t kStepGrid = 640;
 
 enum Position { kG = 0, kR = 3, kPX, kPE, kLo, kHi, kNu0, kNu1, kMode, kCin, kW = 12, kDraw = 39, kRow = 40 };
 constexpr int kColumns = 9;  // x0, xh, e, z*, s0 .. s4
@@ -283,7 +285,8 @@ __host__ auto launch_scheduler_step(const SchedulerStepArgs& args, const StepRow
     for (const Result* r : results) short_elements = short_elements && (!r->ptr || r->dtype != DType::f32);
     const int vec = short_elements && allows(8) ? 8 : 4;
     const int64_t blocks = (args.inner + vec * int64_t{kStepThreads} - 1) / (vec * int64_t{kStepThreads});
-    const dim3 grid = {static_cast<unsigned>(blocks < kStepGrid ? blocks : kStepGrid),
+    const int64_t of_image = args.batch < kStepGrid ? kStepGrid / args.batch : 1;
+    const dim3 grid = {static_cast<unsigned>(blocks < of_image ? blocks : of_image),
                        static_cast<unsigned>(args.batch < 65535 ? args.batch : 65535), 1};
     const auto go = [&](auto kernel) {
         return launch(kernel, grid, kStepThreads, size_t{0}, args, row, vec == 8 || allows(4));

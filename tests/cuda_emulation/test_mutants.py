@@ -46,8 +46,8 @@ def attend(length: int, keys: int, width: int, change: Change) -> tuple[Tensor, 
 BARRIERS = {
     "scheduler_step": ("__syncthreads();\n    const Reads reads", "const Reads reads"),
     "group_norm_silu": (
-        "= moments;\n    }\n    __syncthreads();\n}\n\n// The moments of a tile's",
-        "= moments;\n    }\n}\n\n// The moments of a tile's",
+        "shared.sums[g] = total;\n    }\n    __syncthreads();",
+        "shared.sums[g] = total;\n    }",
     ),
 }
 
@@ -182,7 +182,7 @@ def test_of_layer_norm(change: Change) -> None:
     "change",
     [
         None,
-        ("v - turn * period_size", "v - turn * (period_size - 1)"),
+        ("params<kVec>(args.bias, 0, c,", "params<kVec>(args.bias, 0, c ^ 8,"),
         ("params<kVec>(args.add, n, c,", "params<kVec>(args.add, 0, c,"),
     ],
     ids=str,
@@ -200,7 +200,7 @@ def test_of_bias_residual(change: Change) -> None:
     "change",
     [
         None,
-        ("fmaf(-rest, total.x, total.y)", "total.y"),
+        ("fmaf(-rest, total.x, total.y)", "fmaf(0.0f * rest, total.x, total.y)"),
         (
             "        __syncthreads();\n        for (int c = threadIdx.x; c < tile.width",
             "        for (int c = threadIdx.x; c < tile.width",
@@ -225,4 +225,4 @@ def test_of_the_gradients_of_group_norm(change: Change) -> None:
     except AssertionError:
         return caught(True, change)
     errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got[:2], exact, strict=True)]
-    caught(not max(errors) < 2e-5, change)
+    caught(not max(errors) < 1e-3, change)  # PyTorch's in fp32 are off by several times their size
