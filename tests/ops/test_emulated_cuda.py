@@ -372,7 +372,7 @@ class TestAttention:
 
     @pytest.mark.parametrize("width", [8, 168])
     def test_scores_that_climb(self, width: int, check: Any) -> None:
-        """Every step over the keys passes the highest score so far, in some rows by little, in some by much."""
+        """Every step over the keys passes the highest score so far, by little or by much."""
         q, v = torch.ones(1, 1, 40, width).half(), torch.randn(1, 1, 300, width).half()
         q *= torch.linspace(0.01, 4, 40).half()[:, None]
         k = torch.linspace(-8, 8, 300).half()[:, None].expand(1, 1, 300, width).contiguous()
