@@ -47,7 +47,8 @@ def test_the_budget_covers_every_architecture_and_case() -> None:
         for name, usage in launches.items():
             assert usage["spills"] == SPILLS.get((architecture, name), 0), (architecture, name)
             assert usage["wide_loads"] > 0, (architecture, name)
-            assert usage.get("matrix", 1) > 0, (architecture, name)
+            if "float32" not in name:  # whose products are in fp32, not on matrix units
+                assert usage.get("matrix", 1) > 0, (architecture, name)
 
 
 def test_fewer_matrix_instructions_than_the_budget_are_named() -> None:

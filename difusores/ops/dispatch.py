@@ -202,17 +202,21 @@ def _refusal(backend: str, device: str) -> str | None:
     return status(backend)
 
 
-@functools.cache
+_HAS: dict[tuple[str, str], bool] = {}  # whether a compiled module registered a kernel of an op
+
+
 def _left_out(op: str, backend: str) -> str | None:
     """Why the compiled module of a backend has no kernel of an op that it should have, or None.
 
     The reference, which is registered for every device, would answer in its place without a word.
     """
     module = native.MODULES.get(backend)
-    key = backend.upper()
-    if module is None or torch._C._dispatch_has_kernel_for_dispatch_key(f"difusores::{op}", key):
+    if module is None:
         return None
-    return f"difusores.{module} was built without {op}"
+    if (op, backend) not in _HAS:
+        has = torch._C._dispatch_has_kernel_for_dispatch_key(f"difusores::{op}", backend.upper())
+        _HAS[op, backend] = has
+    return None if _HAS[op, backend] else f"difusores.{module} was built without {op}"
 
 
 for _constant in (_refusal, _left_out):
