@@ -194,6 +194,26 @@ struct AttentionArgs {
     int64_t b, h, l, s, d, dv;  // none is zero but s
     float scale;
     void* packed;  // attention_packed_bytes, aligned to 64, filled by attention_pack; nullptr where that is 0
+    // CUDA: [B, H, padded_l], log2 of each query's sum of exp(score), or nullptr. padded_l: L rounded up to 64.
+    float* log2_sums;
+    int64_t padded_l;
+};
+
+// [B, H, rows, columns], rows without gaps, strides in elements.
+struct Gradient {
+    void* ptr;
+    int64_t stride[3];
+};
+
+// CUDA: the gradients of attention without a mask; see cuda/attention_backward.cuh.
+struct AttentionGradArgs {
+    Heads q, k, v, grad, out;
+    Gradient grad_q, grad_k, grad_v;
+    const float* log2_sums;  // [B, H, padded_l], of the forward pass
+    float* delta;            // like log2_sums, written
+    DType dtype;             // of all the rest
+    int64_t b, h, l, s, d, dv, padded_l;
+    float scale;
 };
 
 constexpr int64_t kAttentionQueries = 64;  // queries of a task

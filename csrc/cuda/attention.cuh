@@ -43,72 +43,6 @@ constexpr __host__ __device__ int threads_at_once(int width, bool mask) {
     return mask || width > 64 ? 256 : width > 40 ? 384 : 512;
 }
 
-// The scores of a warp's queries and 32 keys, element [m][n][e] as a product leaves it: query 16 m + g + 8 (e / 2), key
-// 8 n + 2 t + e % 2.
-template <int kTiles>
-using Scores = float[kTiles][kChunkKeys / 8][4];
-
-template <DType T, int kWidth, int kTiles>
-struct Queries {
-    unsigned words[kTiles][kWidth / 8][2];  // rows g and g + 8, elements 8 c + 2 t and the next
-
-    // Rows first + 16 m + g (+ 8) of [rows, d], zeros beyond both; negated where asked.
-    __device__ __forceinline__ void load(const unsigned short* from, int64_t stride, int first, int rows, int d,
-                                         bool negate) {
-        const int lane = threadIdx.x % kWarp, column = lane % 4 * 2;
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = first + 16 * m + 8 * half + lane / 4;
-                const unsigned short* const at = from + row * stride + column;
-#pragma unroll
-                for (int c = 0; c < kWidth / 8; ++c) {
-                    const bool real = row < rows && 8 * c < d;
-                    words[m][c][half] = real ? *reinterpret_cast<const unsigned*>(at + 8 * c) : 0;
-                    if (negate) words[m][c][half] ^= 0x80008000u;
-                }
-            }
-    }
-
-    // s = q k^T for the 32 keys whose rows in shared memory begin at `keys`.
-    __device__ __forceinline__ void times_keys(Scores<kTiles>& s, const unsigned char* keys) const {
-        const int lane = threadIdx.x % kWarp;
-        // Two tiles of a row's neighbouring columns, then the two of the next eight keys: the words of a product over
-        // 16 come side by side.
-        const unsigned char* const pair = keys + (lane / 16 * 8 + lane % 8) * row_bytes(kWidth) + lane / 8 % 2 * 16;
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-            for (int n = 0; n < kChunkKeys / 8; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) s[m][n][e] = 0.0f;
-#pragma unroll
-        for (int c = 0; c + 1 < kWidth / 8; c += 2)
-#pragma unroll
-            for (int n = 0; n < kChunkKeys / 8; n += 2) {
-                unsigned k[4];
-                ldmatrix(k, pair + n * 8 * row_bytes(kWidth) + c * 16);
-#pragma unroll
-                for (int m = 0; m < kTiles; ++m) {
-                    const auto& a = words[m][c];
-                    const auto& b = words[m][c + 1];
-                    mma_k16<T>(s[m][n], a[0], a[1], b[0], b[1], k[0], k[1]);
-                    mma_k16<T>(s[m][n + 1], a[0], a[1], b[0], b[1], k[2], k[3]);
-                }
-            }
-        if constexpr (kWidth / 8 % 2) {
-            constexpr int kLast = kWidth / 8 - 1;
-            unsigned k[4];
-            ldmatrix(k, keys + lane * row_bytes(kWidth) + kLast * 16);
-#pragma unroll
-            for (int n = 0; n < kChunkKeys / 8; ++n)
-#pragma unroll
-                for (int m = 0; m < kTiles; ++m) mma_k8<T>(s[m][n], words[m][kLast][0], words[m][kLast][1], k[n]);
-        }
-    }
-};
-
 // What a warp has of its queries' result: the sums of weights, and of weights times v, where a weight is 2^(s c - top).
 template <DType T, int kWidth, int kTiles>
 struct Running {
@@ -157,30 +91,6 @@ struct Running {
             }
     }
 
-    // out += p v for the 32 keys whose rows in shared memory begin at `values`.
-    __device__ __forceinline__ void add_values(const Scores<kTiles>& p, const unsigned char* values) {
-        unsigned words[kTiles][kChunkKeys / 8][2];
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-            for (int n = 0; n < kChunkKeys / 8; ++n)
-#pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    words[m][n][half] = pack_2<T>(p[m][n][2 * half], p[m][n][2 * half + 1]);
-        const unsigned char* const row = values + threadIdx.x % kWarp * row_bytes(kWidth);
-#pragma unroll
-        for (int c = 0; c < kWidth / 8; ++c) {
-            unsigned v[4];
-            ldmatrix_transposed(v, row + c * 16);
-#pragma unroll
-            for (int n = 0; n < kChunkKeys / 8; n += 2)
-#pragma unroll
-                for (int m = 0; m < kTiles; ++m)
-                    mma_k16<T>(out[m][c], words[m][n][0], words[m][n][1], words[m][n + 1][0], words[m][n + 1][1], v[n],
-                               v[n + 1]);
-        }
-    }
-
     // What the second group of warps has of the same queries, into the first group's. `memory` is not in use.
     __device__ __forceinline__ void join(float* memory, int threads) {
         const int self = threadIdx.x;
@@ -205,6 +115,7 @@ struct Running {
             for (int half = 0; half < 2; ++half) {
                 const float theirs = at[0], higher = fmaxf(top[m][half], theirs), factor = exp2_fast(theirs - higher);
                 scale_row(m, half, exp2_fast(top[m][half] - higher));
+                top[m][half] = higher;
                 total[m][half] = fmaf(at[threads], factor, total[m][half]), at += 2 * threads;
 #pragma unroll
                 for (int k = 0; k < kWidth / 4; ++k, at += threads)
@@ -212,14 +123,20 @@ struct Running {
             }
     }
 
-    __device__ __forceinline__ void store(const AttentionArgs& args, unsigned short* to, int first) {
+    __device__ __forceinline__ void store(const AttentionArgs& args, const BlockOf& block, int first) {
+        const int lane = threadIdx.x % kWarp;
 #pragma unroll
         for (int m = 0; m < kTiles; ++m)
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-                store_row<T>(out[m], half, quad_sum(total[m][half]), to, args.out_stride[2],
-                             first + 16 * m + 8 * half + static_cast<int>(threadIdx.x) % kWarp / 4,
+            for (int half = 0; half < 2; ++half) {
+                const int row = first + 16 * m + 8 * half + lane / 4;
+                const float sum = quad_sum(total[m][half]);
+                store_row<T>(out[m], half, inverse_of(sum), block.out(args), args.out_stride[2], row,
                              static_cast<int>(args.l), 0, static_cast<int>(args.dv));
+                if (args.log2_sums && row < args.l && lane % 4 == 0)
+                    args.log2_sums[(block.batch * args.h + block.head) * args.padded_l + row] =
+                        top[m][half] + log2f(sum);
+            }
     }
 };
 
@@ -250,7 +167,7 @@ __global__ void __launch_bounds__(threads_at_once(kWidth, kMask), 1)
     // negative scale goes into q, so that the highest score stays the highest; one of 0 becomes a number that leaves
     // the minus infinity of keys which are not there what it is.
     const float scale = fabsf(args.scale), c = kMask ? kLog2E : fmaxf(scale * kLog2E, kSmallest);
-    Queries<T, kWidth, kTiles> q;
+    Rows<T, kWidth, kTiles> q;
     q.load(block.rows_of(args.q), args.q.stride[2], first, static_cast<int>(args.l), d, args.scale < 0.0f);
     Running<T, kWidth, kTiles> running;
     const MaskView mask = kMask ? block.mask(args) : MaskView{};
@@ -264,16 +181,16 @@ __global__ void __launch_bounds__(threads_at_once(kWidth, kMask), 1)
             const int key0 = tile * plan.tile_keys + part;
             if (key0 >= keys) break;
             float s[kTiles][kChunkKeys / 8][4];
-            q.times_keys(s, at + part * row_bytes(kWidth));
+            q.times_rows(s, at + part * row_bytes(kWidth));
             if (kMask || key0 + kChunkKeys > keys)
                 hide_keys<kMask>(s, mask, scale, first, static_cast<int>(args.l), key0, keys);
             running.raise_tops(s, c);
             weigh(s, running.top, running.total, c);
-            running.add_values(s, at + half_stage + part * row_bytes(kWidth));
+            add_product<T, kWidth>(running.out, s, at + half_stage + part * row_bytes(kWidth));
         }
     }
     if (plan.groups > 1) running.join(reinterpret_cast<float*>(shared), plan.warps * kWarp);
-    if (!group) running.store(args, block.out(args), first);
+    if (!group) running.store(args, block, first);
 }
 
 // nullptr, or what the kernel takes and this is not.

@@ -59,6 +59,98 @@ __device__ __forceinline__ void copy_rows(unsigned char* tile, const unsigned sh
     }
 }
 
+// Of a warp's queries and 32 keys.
+template <int kTiles>
+using Scores = float[kTiles][kChunkKeys / 8][4];
+
+// 16 kTiles rows in registers, the left factor of products.
+template <DType T, int kWidth, int kTiles>
+struct Rows {
+    unsigned words[kTiles][kWidth / 8][2];  // rows g and g + 8, elements 8 c + 2 t and the next
+
+    // Rows first + 16 m + g (+ 8) of [rows, d], zeros beyond both; negated where asked.
+    __device__ __forceinline__ void load(const unsigned short* from, int64_t stride, int first, int rows, int d,
+                                         bool negate) {
+        const int lane = threadIdx.x % kWarp, column = lane % 4 * 2;
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = first + 16 * m + 8 * half + lane / 4;
+                const unsigned short* const at = from + row * stride + column;
+#pragma unroll
+                for (int c = 0; c < kWidth / 8; ++c) {
+                    const bool real = row < rows && 8 * c < d;
+                    words[m][c][half] = real ? *reinterpret_cast<const unsigned*>(at + 8 * c) : 0;
+                    if (negate) words[m][c][half] ^= 0x80008000u;
+                }
+            }
+    }
+
+    // s = these times, transposed, the 32 rows that begin at `keys` in shared memory.
+    __device__ __forceinline__ void times_rows(Scores<kTiles>& s, const unsigned char* keys) const {
+        const int lane = threadIdx.x % kWarp;
+        // Two tiles of a row's neighbouring columns, then the two of the next eight keys: the words of a product over
+        // 16 come side by side.
+        const unsigned char* const pair = keys + (lane / 16 * 8 + lane % 8) * row_bytes(kWidth) + lane / 8 % 2 * 16;
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+            for (int n = 0; n < kChunkKeys / 8; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) s[m][n][e] = 0.0f;
+#pragma unroll
+        for (int c = 0; c + 1 < kWidth / 8; c += 2)
+#pragma unroll
+            for (int n = 0; n < kChunkKeys / 8; n += 2) {
+                unsigned k[4];
+                ldmatrix(k, pair + n * 8 * row_bytes(kWidth) + c * 16);
+#pragma unroll
+                for (int m = 0; m < kTiles; ++m) {
+                    const auto& a = words[m][c];
+                    const auto& b = words[m][c + 1];
+                    mma_k16<T>(s[m][n], a[0], a[1], b[0], b[1], k[0], k[1]);
+                    mma_k16<T>(s[m][n + 1], a[0], a[1], b[0], b[1], k[2], k[3]);
+                }
+            }
+        if constexpr (kWidth / 8 % 2) {
+            constexpr int kLast = kWidth / 8 - 1;
+            unsigned k[4];
+            ldmatrix(k, keys + lane * row_bytes(kWidth) + kLast * 16);
+#pragma unroll
+            for (int n = 0; n < kChunkKeys / 8; ++n)
+#pragma unroll
+                for (int m = 0; m < kTiles; ++m) mma_k8<T>(s[m][n], words[m][kLast][0], words[m][kLast][1], k[n]);
+        }
+    }
+};
+
+// sum += p x for the 32 rows of x that begin at `values` in shared memory; p is rounded to T.
+template <DType T, int kWidth, int kTiles>
+__device__ __forceinline__ void add_product(float (&sum)[kTiles][kWidth / 8][4], const Scores<kTiles>& p,
+                                            const unsigned char* values) {
+    unsigned words[kTiles][kChunkKeys / 8][2];
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < kChunkKeys / 8; ++n)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                words[m][n][half] = pack_2<T>(p[m][n][2 * half], p[m][n][2 * half + 1]);
+    const unsigned char* const row = values + threadIdx.x % kWarp * row_bytes(kWidth);
+#pragma unroll
+    for (int c = 0; c < kWidth / 8; ++c) {
+        unsigned v[4];
+        ldmatrix_transposed(v, row + c * 16);
+#pragma unroll
+        for (int n = 0; n < kChunkKeys / 8; n += 2)
+#pragma unroll
+            for (int m = 0; m < kTiles; ++m)
+                mma_k16<T>(sum[m][c], words[m][n][0], words[m][n][1], words[m][n + 1][0], words[m][n + 1][1], v[n],
+                           v[n + 1]);
+    }
+}
+
 // Where a warp's queries and keys are in the mask.
 struct MaskView {
     const void* at;
@@ -158,19 +250,20 @@ struct BlockOf {
     }
 };
 
-// Columns [first, first + 8 kCount) of a query's result, its sums of weights times v over that of the weights; zeros
-// for a query whose keys are all masked.
+// What a query's sums of weights times v are multiplied by: zero where all of its keys are masked.
+__device__ __forceinline__ float inverse_of(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+
+// Columns [first, first + 8 kCount) of a row, times a factor.
 template <DType T, int kCount>
-__device__ __forceinline__ void store_row(const float (&out)[kCount][4], int half, float sum, unsigned short* to,
+__device__ __forceinline__ void store_row(const float (&out)[kCount][4], int half, float factor, unsigned short* to,
                                           int64_t stride, int row, int rows, int first, int dv) {
     if (row >= rows) return;
-    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
     unsigned short* const at = to + row * stride + first + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kCount; ++n)
         if (first + 8 * n < dv)
             *reinterpret_cast<unsigned*>(at + 8 * n) =
-                pack_2<T>(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse);
+                pack_2<T>(out[n][2 * half] * factor, out[n][2 * half + 1] * factor);
 }
 
 }  // namespace cuda

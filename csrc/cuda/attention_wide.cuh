@@ -156,8 +156,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
             const float4 of =
                 *reinterpret_cast<const float4*>(highest + (row0 + 16 * m + 8 * half + lane / 4) * kKeyWarps);
             const float sum = of.x + of.y + of.z + of.w;
-            store_row<T>(out[m], half, sum, at.out(args), args.out_stride[2], first + 16 * m + 8 * half + lane / 4,
-                         static_cast<int>(args.l), part * kColumns, dv);
+            store_row<T>(out[m], half, inverse_of(sum), at.out(args), args.out_stride[2],
+                         first + 16 * m + 8 * half + lane / 4, static_cast<int>(args.l), part * kColumns, dv);
         }
 }
 

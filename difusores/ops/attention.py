@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +24,13 @@ from difusores.ops.dispatch import (
 _SIGNATURE = "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor"
 LIBRARY.define("attention" + _SIGNATURE)
 _OP = torch.ops.difusores.attention.default
+LIBRARY.define("attention_with_sums(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "attention_gradients(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums, float scale)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_WITH_SUMS = torch.ops.difusores.attention_with_sums.default
+_GRADIENTS = torch.ops.difusores.attention_gradients.default
 _TRITON_OP = register_triton("attention", _SIGNATURE)
 register("attention", "cuda", "torch", "triton", "cpu")
 
@@ -63,6 +71,70 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
 @torch.library.register_fake("difusores::attention_triton", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake_triton(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+
+
+def _padded(length: int) -> int:
+    return -(-length // 64) * 64
+
+
+def reference_with_sums(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The op without a mask, and what its gradients need: log2 of each query's sum of exp(score).
+
+    Returns:
+        [B, H, L, Dv] as `attention`; [B, H, L rounded up to 64] fp32, beyond L unspecified.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.matmul(q.to(wide), k.to(wide).transpose(-1, -2)) * scale
+    sums = torch.logsumexp(scores, dim=-1) / math.log(2.0)
+    padded = F.pad(sums.float(), (0, _padded(q.shape[2]) - q.shape[2]))
+    return reference(q, k, v, None, scale), padded
+
+
+def reference_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v (Dao et al. 2022, algorithm 4), by formula."""
+    context = SimpleNamespace(
+        saved_tensors=(q, k, v, None), scale=scale, needs_input_grad=(True,) * 3 + (False,)
+    )
+    of_q, of_k, of_v, *_ = _backward(context, grad)
+    assert of_q is not None and of_k is not None and of_v is not None
+    return _heads_inside(of_q), _heads_inside(of_k), _heads_inside(of_v)
+
+
+LIBRARY.impl("attention_with_sums", reference_with_sums, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_gradients", reference_gradients, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("difusores::attention_with_sums", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _fake_with_sums(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    sums = q.new_empty((*q.shape[:2], _padded(q.shape[2])), dtype=torch.float32)
+    return _fake(q, k, v, None, scale), sums
+
+
+@torch.library.register_fake("difusores::attention_gradients", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _fake_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(
+        t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])).transpose(1, 2) for t in (q, k, v)
+    )
+
+
+def _setup_sums(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_with_sums(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, sums = ctx.saved_tensors
+    if not _in_steps_of_16_bytes(grad):
+        grad = _heads_inside(grad)
+    return (*_GRADIENTS(grad, q, k, v, out, sums, ctx.scale), None)
+
+
+torch.library.register_autograd(
+    "difusores::attention_with_sums", _backward_with_sums, setup_context=_setup_sums, lib=LIBRARY
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -111,6 +183,7 @@ def _broadcasts(mask: Tensor, shape: tuple[int, ...]) -> bool:
     )
 
 
+_WIDEST_GRADIENT = 80  # head that fits the registers of the CUDA kernels of the gradients
 _WIDEST = 512  # head that fits the registers of a kernel
 _SHARED_BYTES = {256: 111616, 512: 209920}  # that a block of the CUDA kernel has, for heads of 168 and more
 
@@ -193,7 +266,8 @@ def attention(
         [B, H, L, Dv] in q's dtype; from our kernels in memory [B, L, H, Dv], so that joining the heads
         copies nothing. Zeros for a query without keys, or whose keys are all masked. Differentiable: through
         PyTorch's own attention unless a backend was asked for by name. The kernels' backward pass computes
-        the weights again, for some queries at a time.
+        the weights again, for some queries at a time; CUDA's, without a mask and for heads up to 80, in
+        kernels of its own with the same bits twice.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, named.
@@ -219,8 +293,12 @@ def attention(
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
     backend = choose("attention", q.device.type, supports, q, k, v, mask)
-    if backend in ("cpu", "cuda") and wanted() is None and needs_grad(q, k, v, mask):
-        backend = "torch"  # whose backward pass is fused: several times as fast as the formula above
+    if backend in ("cpu", "cuda") and needs_grad(q, k, v, mask):
+        if wanted() is None:
+            backend = "torch"  # whose backward pass is fused: several times as fast as the formula above
+        elif backend == "cuda" and mask is None and max(q.shape[3], v.shape[3]) <= _WIDEST_GRADIENT:
+            result: Tensor = _WITH_SUMS(q, k, v, scale)[0]
+            return result
     if backend in ("cpu", "triton", "cuda"):
         op = _TRITON_OP if backend == "triton" else _OP
         call = (q, k, v, mask, scale)

@@ -1,5 +1,6 @@
 #include "mma.h"
 #include "cuda/attention.cuh"
+#include "cuda/attention_backward.cuh"
 #include "launch.h"
 
 extern "C" void attention_plan(const difusores::AttentionArgs* args, int64_t shared_limit, int multiprocessors,
@@ -22,5 +23,14 @@ extern "C" const char* attention(const difusores::AttentionArgs* args, int64_t s
     return run(difusores::cuda::attention_forward<difusores::DType::f16, 40, false>);
 #else
     return emulation::report(difusores::cuda::launch_attention(*args, *plan, fibers));
+#endif
+}
+
+extern "C" const char* attention_gradients(const difusores::AttentionGradArgs* args, int schedule) {
+    const emulation::OnFibers fibers{static_cast<emulation::Schedule>(schedule)};
+#ifdef DIFUSORES_FAULTY
+    return emulation::report(difusores::cuda::launch_gradients<difusores::DType::f16, 40>(*args, fibers));
+#else
+    return emulation::report(difusores::cuda::launch_attention_gradients(*args, fibers));
 #endif
 }

@@ -531,7 +531,23 @@ class AttentionArgs(ctypes.Structure):
         ("mask_is_bool", ctypes.c_bool),
         *((name, ctypes.c_int64) for name in ("b", "h", "l", "s", "d", "dv")),
         ("scale", ctypes.c_float),
-        ("packed", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("packed", "log2_sums")),
+        ("padded_l", ctypes.c_int64),
+    )
+
+
+class Gradient(ctypes.Structure):
+    _fields_ = (("ptr", ctypes.c_void_p), ("stride", ctypes.c_int64 * 3))
+
+
+class AttentionGradArgs(ctypes.Structure):
+    _fields_ = (
+        *((name, Heads) for name in ("q", "k", "v", "grad", "out")),
+        *((name, Gradient) for name in ("grad_q", "grad_k", "grad_v")),
+        *((name, ctypes.c_void_p) for name in ("log2_sums", "delta")),
+        ("dtype", ctypes.c_int32),
+        *((name, ctypes.c_int64) for name in ("b", "h", "l", "s", "d", "dv", "padded_l")),
+        ("scale", ctypes.c_float),
     )
 
 
@@ -556,21 +572,24 @@ def attention(
     *,
     change: tuple[str, str] | None = None,
     plan: AttentionPlan | None = None,
+    sums: Tensor | None = None,
 ) -> Tensor:
-    """The registered op `attention`, carried out by the CUDA kernel."""
+    """The registered op `attention`, carried out by the CUDA kernel; `sums` takes what gradients need."""
     b, h, length, d = q.shape
     keys, dv = k.shape[2], v.shape[3]
     out = q.new_empty(b, length, h, dv).transpose(1, 2)
     if out.numel() == 0 or keys == 0:
         return out.zero_()
     args = AttentionArgs(
-        *(Heads(t.data_ptr(), (ctypes.c_int64 * 4)(*t.stride())) for t in (q, k, v)),
+        *map(_heads, (q, k, v)),
         out=out.data_ptr(),
         out_stride=(ctypes.c_int64 * 3)(*out.stride()[:3]),
         dtype=DTYPES[q.dtype],
         scale=scale,
         **dict(zip(("b", "h", "l", "s", "d", "dv"), (b, h, length, keys, d, dv), strict=True)),
     )
+    if sums is not None:
+        args.log2_sums, args.padded_l = sums.data_ptr(), sums.shape[2]
     if mask is not None:
         whole = mask.expand(b, h, length, keys)
         args.mask = Heads(mask.data_ptr(), (ctypes.c_int64 * 4)(*whole.stride()))
@@ -585,6 +604,51 @@ def attention(
         [out],
     )
     return out
+
+
+def _heads(t: Tensor) -> Heads:
+    return Heads(t.data_ptr(), (ctypes.c_int64 * 4)(*t.stride()))
+
+
+def attention_with_sums(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, change: tuple[str, str] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The registered op of this name, carried out by the CUDA kernel."""
+    sums = torch.full((*q.shape[:2], -(-q.shape[2] // 64) * 64), torch.nan)
+    return attention(q, k, v, None, scale, change=change, sums=sums), sums
+
+
+def attention_gradients(
+    *tensors: Any, change: tuple[str, str] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The registered op of this name, carried out by the CUDA kernels."""
+    grad, q, k, v, out, sums, scale = tensors
+    (b, h, length, d), (keys, dv) = q.shape, v.shape[2:]
+    results = tuple(
+        t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (q, k, v)
+    )
+    delta = torch.full_like(sums, torch.nan)
+    args = AttentionGradArgs(
+        *map(_heads, (q, k, v, grad, out)),
+        *(Gradient(t.data_ptr(), (ctypes.c_int64 * 3)(*t.stride()[:3])) for t in results),
+        *(
+            sums.data_ptr(),
+            delta.data_ptr(),
+            DTYPES[q.dtype],
+            b,
+            h,
+            length,
+            keys,
+            d,
+            dv,
+            sums.shape[2],
+            scale,
+        ),
+    )
+    function = library("attention", change).attention_gradients
+    function.restype = ctypes.c_char_p
+    under_all_schedules(lambda schedule: function(ctypes.byref(args), schedule), results)
+    return results
 
 
 def attention_plan(b: int, h: int, length: int, keys: int, width: int, limit: int) -> AttentionPlan:

@@ -76,7 +76,10 @@ ATTENTION: dict[str, Change] = {
         "a[0], a[1], b[0], b[1], k[0], k[1])",
         "a[0], a[1], b[0], b[1], k[1], k[0])",
     ),
-    "a missing barrier": ("__syncthreads();  // this tile is there", "// this tile is there"),
+    "a missing barrier": (
+        "__syncthreads();  // this tile is there for all, and nobody reads the last one any more, whose",
+        "//",
+    ),
     "another tile's copies": ("copies_done<kTileStages - 2>", "copies_done<kTileStages - 1>"),
     "a rise that is not carried over": ("total[m][half] *= factor;", ""),
     "wide: nothing": None,
@@ -93,9 +96,39 @@ def test_faults_of_attention(fault: str) -> None:
     change = ATTENTION[fault]
     try:
         got, right = attend(40, 77, 256 if fault.startswith("wide") else 40, change)
-    except AssertionError:
+    except AssertionError as error:
+        assert "must stand once" not in str(error)
         return caught(True, change)
     caught(not torch.allclose(got, right, atol=3e-3), change)
+
+
+GRADIENTS: dict[str, Change] = {
+    "nothing": None,
+    "a missing barrier": (
+        "__syncthreads();  // this tile is there for all, and nobody reads the last one any more\n"
+        "        copy_tile(tile + 1);",
+        "copy_tile(tile + 1);",
+    ),
+    "keys that are not there": ("s[0][n][e] = dp[0][n][e] = 0.0f", ""),
+    "another row's delta": ("minus = of[kGradTile]", "minus = of[kGradTile + 1]"),
+    "a tile's neighbour": ("shared + tile % kGradStages * kStage;\n        for", "shared;\n        for"),
+}
+
+
+@pytest.mark.parametrize("fault", GRADIENTS)
+def test_faults_of_the_gradients_of_attention(fault: str) -> None:
+    change = GRADIENTS[fault]
+    q, k, v, grad = (torch.randn(1, 1, n, 40, dtype=torch.float16) for n in (70, 77, 77, 70))
+    wide = [t.double().requires_grad_() for t in (q, k, v)]
+    right = torch.autograd.grad(attention_reference(*wide, None, 0.3), wide, grad.double())
+    try:
+        out, sums = emulated.attention_with_sums(q, k, v, 0.3, change)
+        got = emulated.attention_gradients(grad, q, k, v, out, sums, 0.3, change=change)
+    except AssertionError as error:
+        assert "must stand once" not in str(error)
+        return caught(True, change)
+    near = (torch.allclose(a.double(), b, atol=1e-2) for a, b in zip(got, right, strict=True))
+    caught(not all(near), change)
 
 
 @pytest.mark.parametrize("change", [None, ("if (k < count) store_one", "if (k <= count) store_one")], ids=str)

@@ -320,6 +320,54 @@ def test_registered_formula(mask: str, check: Any, monkeypatch: pytest.MonkeyPat
                 check(got, eager, true)
 
 
+def gradients(call: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Of q, k, v, for a gradient of the result that comes last."""
+    leaves = [t.detach().requires_grad_() for t in tensors[:3]]
+    return torch.autograd.grad(call(*leaves), leaves, tensors[3])
+
+
+# B, H, L, S, D, Dv: around the 32 and 64 rows of the CUDA kernels' steps; heads that they take, and not
+GRADIENT_CASES = [
+    (1, 2, 33, 77, 40, 40),
+    (2, 1, 16, 16, 8, 8),
+    (1, 2, 130, 65, 64, 64),
+    (1, 1, 65, 100, 80, 72),
+    (1, 1, 20, 20, 96, 96),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
+def test_gradients_in_half_precision(backend: str, case: Any, dtype: torch.dtype, check: Any) -> None:
+    b, h, length, keys, d, dv = case
+    sizes = ((length, d), (keys, d), (keys, dv), (length, dv))
+    tensors = [heads(b, h, n, width, dtype) for n, width in sizes]
+    with ops.use_backend(backend):
+        got = gradients(ops.attention, *tensors)
+        if backend != "torch":
+            assert all(map(torch.equal, got, gradients(ops.attention, *tensors)))
+    eager = gradients(F.scaled_dot_product_attention, *tensors)
+    oracle = gradients(F.scaled_dot_product_attention, *(t.double() for t in tensors))
+    for ours, theirs, true in zip(got, eager, oracle, strict=True):
+        check(ours, theirs, true)
+
+
+def test_sums_and_gradients_are_ops() -> None:
+    """Their references, fakes and the gradient between them."""
+    q, k, v = (heads(1, 2, n, 8, torch.float32) for n in (5, 7, 7))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    torch.library.opcheck(torch.ops.difusores.attention_with_sums.default, (*leaves, 0.3))
+    out, sums = torch.ops.difusores.attention_with_sums.default(*leaves, 0.3)
+    scores = torch.matmul(q, k.transpose(2, 3)) * 0.3
+    torch.testing.assert_close(sums[..., :5], scores.exp().sum(-1).log2())
+    detached = [t.detach() for t in (torch.randn_like(out), q, k, v, out, sums)]
+    torch.library.opcheck(torch.ops.difusores.attention_gradients.default, (*detached, 0.3))
+    got = torch.autograd.grad(out, leaves, detached[0])
+    expected = torch.autograd.grad(reference(q, k, v, None, 0.3), leaves, detached[0])
+    for ours, right in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, right)
+
+
 def test_a_gradient_goes_through_pytorch_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_environment", [None])
     q, k, v = (torch.randn(1, 2, 9, 16, requires_grad=True) for _ in range(3))

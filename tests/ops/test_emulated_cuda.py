@@ -405,10 +405,41 @@ class TestAttention:
         monkeypatch.setattr(emulated, "MULTIPROCESSORS", 1)
         assert torch.equal(together, ops.attention(q, k, v))
 
+    @pytest.mark.parametrize("case", ATTENTION.GRADIENT_CASES[:-1], ids=str)
+    def test_gradients(self, case: Any, check: Any) -> None:
+        b, h, length, keys, d, dv = case
+        sizes = ((length, d), (keys, d), (keys, dv), (length, dv))
+        for dtype, scale in zip(HALF, (d**-0.5, -0.2), strict=True):
+            q, k, v, grad = (ATTENTION.heads(b, h, n, width, dtype) for n, width in sizes)
+            out, sums = emulated.attention_with_sums(q, k, v, scale)
+            assert torch.equal(out, ops.attention(q, k, v, scale=scale))
+            got = emulated.attention_gradients(grad, q, k, v, out, sums, scale)
+
+            def call(*tensors: torch.Tensor, scale: float = scale) -> torch.Tensor:
+                return torch.nn.functional.scaled_dot_product_attention(*tensors, scale=scale)
+
+            eager = ATTENTION.gradients(call, q, k, v, grad)
+            oracle = ATTENTION.gradients(call, *(t.double() for t in (q, k, v, grad)))
+            for ours, theirs, true in zip(got, eager, oracle, strict=True):
+                check(ours, theirs, true)
+
+    def test_gradients_of_scores_that_are_all_low(self) -> None:
+        """A key that is not there has a score of 0: the highest, were it not left out."""
+        q, k = torch.full((1, 1, 3, 8), 20.0).half(), torch.full((1, 1, 3, 8), -20.0).half()
+        v, grad = torch.randn(1, 1, 3, 8).half(), torch.randn(1, 1, 3, 8).half()
+        out, sums = emulated.attention_with_sums(q, k, v, 1.0)
+        assert all(
+            torch.isfinite(t).all() for t in emulated.attention_gradients(grad, q, k, v, out, sums, 1.0)
+        )
+
     def test_what_is_read_lies_within_the_tensors(self) -> None:
         """The last query, key and value are the last bytes of their page; beyond it nothing may be read."""
         tensors = [emulated.at_the_end_of_a_page(1, 2, n, 40, torch.float16) for n in (33, 77, 77)]
         assert torch.isfinite(ops.attention(*tensors)).all()
+        out, sums = emulated.attention_with_sums(*tensors, 0.1)
+        grad = emulated.at_the_end_of_a_page(1, 2, 33, 40, torch.float16)
+        results = emulated.attention_gradients(grad, *tensors, out, sums, 0.1)
+        assert all(torch.isfinite(t).all() for t in results)
 
 
 @pytest.mark.parametrize(

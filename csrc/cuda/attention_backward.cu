@@ -1,0 +1,14 @@
+#include "cuda/attention_backward.cuh"
+#include "cuda/launch.cuh"
+
+namespace difusores {
+namespace cuda {
+
+const char* attention_gradients_refuses(const AttentionGradArgs& args) { return refuses_attention_gradients(args); }
+
+cudaError_t attention_gradients(const AttentionGradArgs& args, cudaStream_t stream) {
+    return launch_attention_gradients(args, OnStream{stream});
+}
+
+}  // namespace cuda
+}  // namespace difusores

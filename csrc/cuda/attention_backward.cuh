@@ -1,0 +1,188 @@
+// The gradients of attention: with p = softmax(scale q k^T), dp = grad v^T and delta = sum of grad * out over a row,
+//     ds = p (dp - delta)      dq = scale ds k      dk = scale ds^T q      dv = p^T grad
+// (Dao et al. 2022, algorithm 4). p is computed again from the forward pass's log2 of the sums of weights.
+//
+// Two passes and no atomics, so the same bits twice: one over blocks of queries for dq, one over blocks of keys for dk
+// and dv, which holds everything transposed. In both a warp keeps 16 rows of two factors ("own": q and grad, or k and
+// v) and takes the other two ("theirs": k and v, or q and grad) 32 rows at a time from shared memory:
+//     s = own0 theirs0^T    dp = own1 theirs1^T    sum0 += ds theirs0    (keys only) sum1 += p theirs1
+// 14 L S D operations in 7 products, where one pass with atomics has 10 in 5. Reads of shared memory: 2 D cycles for
+// 16 x 32 scores, products 1.2 D to 1.6 D. Bytes: all tensors once; theirs once per 64 own rows, from L2.
+#pragma once
+#include "cuda/attention_parts.cuh"
+
+namespace difusores {
+namespace cuda {
+
+constexpr int kWidestGradient = 80;
+constexpr int kGradRows = 64, kGradThreads = 128, kGradTile = 64, kGradStages = 2;
+constexpr int kDeltaLanes = 8;  // lanes of a row
+
+// Bytes of a stage: two tiles of rows and two of floats, log2 sums and deltas.
+constexpr __host__ __device__ int grad_stage_bytes(int width) { return 2 * kGradTile * (row_bytes(width) + 4); }
+
+// delta[b, h, l] = sum over a row of grad * out; 0 beyond L.
+template <DType T>
+__global__ void __launch_bounds__(kGradThreads) attention_delta(const __grid_constant__ AttentionGradArgs args) {
+    const int64_t row = (int64_t{blockIdx.x} * kGradThreads + threadIdx.x) / kDeltaLanes;
+    const int64_t index = row / args.padded_l, query = row - index * args.padded_l;
+    const int64_t batch = index / args.h, head = index - batch * args.h;
+    if (index >= args.b * args.h) return;  // whole warps: padded_l is a multiple of 64
+    float sum = 0.0f;
+    if (query < args.l) {
+        const auto at = [&](const Heads& t) { return batch * t.stride[0] + head * t.stride[1] + query * t.stride[2]; };
+        const unsigned short *const grad = static_cast<const unsigned short*>(args.grad.ptr) + at(args.grad),
+                                    *const out = static_cast<const unsigned short*>(args.out.ptr) + at(args.out);
+        for (int i = threadIdx.x % kDeltaLanes * 8; i < args.dv; i += kDeltaLanes * 8) {
+            float a[8], b[8];
+            unpack<T, 8>({*reinterpret_cast<const uint4*>(grad + i)}, a);
+            unpack<T, 8>({*reinterpret_cast<const uint4*>(out + i)}, b);
+#pragma unroll
+            for (int k = 0; k < 8; ++k) sum = fmaf(a[k], b[k], sum);
+        }
+    }
+#pragma unroll
+    for (int other = kDeltaLanes / 2; other; other /= 2) sum += __shfl_xor_sync(kAllLanes, sum, other);
+    if (threadIdx.x % kDeltaLanes == 0) args.delta[row] = sum;
+}
+
+template <DType T, int kWidth, bool kOfKeys>
+__global__ void __launch_bounds__(256, 1) attention_gradient(const __grid_constant__ AttentionGradArgs args) {
+    constexpr int kHalf = kGradTile * row_bytes(kWidth), kStage = grad_stage_bytes(kWidth);
+    DIFUSORES_DYNAMIC_SHARED(shared);
+    const Heads &own0 = kOfKeys ? args.k : args.q, &own1 = kOfKeys ? args.v : args.grad;
+    const Heads &their0 = kOfKeys ? args.q : args.k, &their1 = kOfKeys ? args.grad : args.v;
+    const int rows = static_cast<int>(kOfKeys ? args.s : args.l), columns = static_cast<int>(kOfKeys ? args.l : args.s);
+    const int d = static_cast<int>(args.d), dv = static_cast<int>(args.dv);
+    const unsigned blocks = (rows + kGradRows - 1) / kGradRows, heads = static_cast<unsigned>(args.h);
+    const unsigned index = blockIdx.x / blocks, batch = index / heads, head = index - batch * heads;
+    const auto rows_of = [&](const Heads& t) {
+        return static_cast<const unsigned short*>(t.ptr) + batch * t.stride[0] + head * t.stride[1];
+    };
+    const int lane = threadIdx.x % kWarp;
+    const int first =
+        static_cast<int>(blockIdx.x - index * blocks) * kGradRows + static_cast<int>(threadIdx.x) / kWarp * 16;
+    const unsigned short *const theirs0 = rows_of(their0), *const theirs1 = rows_of(their1);
+    const float *const log2_sums = args.log2_sums + index * args.padded_l, *const delta =
+                                                                               args.delta + index * args.padded_l;
+
+    const int tiles = (columns + kGradTile - 1) / kGradTile;
+    const auto copy_tile = [&](int tile) {
+        if (tile < tiles) {
+            unsigned char* const to = shared + tile % kGradStages * kStage;
+            copy_rows<kWidth>(to, theirs0, their0.stride[2], tile * kGradTile, kGradTile, columns, d);
+            copy_rows<kWidth>(to + kHalf, theirs1, their1.stride[2], tile * kGradTile, kGradTile, columns, dv);
+            if (kOfKeys && threadIdx.x < 2 * kGradTile / 4) {
+                const int i = threadIdx.x % (kGradTile / 4) * 4;
+                const bool second = threadIdx.x >= kGradTile / 4;
+                copy_16(to + 2 * kHalf + threadIdx.x * 16, (second ? delta : log2_sums) + tile * kGradTile + i, true);
+            }
+        }
+        close_copies();
+    };
+    copy_tile(0);
+
+    Rows<T, kWidth, 1> mine0, mine1;
+    mine0.load(rows_of(own0), own0.stride[2], first, rows, d, false);
+    mine1.load(rows_of(own1), own1.stride[2], first, rows, dv, false);
+    float sum0[1][kWidth / 8][4] = {}, sum1[1][kWidth / 8][4] = {}, row_log2[2] = {}, row_delta[2] = {};
+    if constexpr (!kOfKeys) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = first + 8 * half + lane / 4;  // at most padded_l
+            row_log2[half] = log2_sums[row], row_delta[half] = delta[row];
+        }
+    }
+    const float c = args.scale * kLog2E;
+    for (int tile = 0; tile < tiles; ++tile) {
+        copies_done<0>();
+        __syncthreads();  // this tile is there for all, and nobody reads the last one any more
+        copy_tile(tile + 1);
+        const unsigned char* const at = shared + tile % kGradStages * kStage;
+        for (int part = 0; part < kGradTile; part += kChunkKeys) {
+            const int column0 = tile * kGradTile + part;
+            if (column0 >= columns) break;
+            const unsigned char *const at0 = at + part * row_bytes(kWidth), *const at1 = at0 + kHalf;
+            float s[1][kChunkKeys / 8][4], dp[1][kChunkKeys / 8][4];
+            mine0.times_rows(s, at0);
+            mine1.times_rows(dp, at1);
+#pragma unroll
+            for (int n = 0; n < kChunkKeys / 8; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    float sum = row_log2[e / 2], minus = row_delta[e / 2];
+                    if constexpr (kOfKeys) {
+                        const float* const of =
+                            reinterpret_cast<const float*>(at + 2 * kHalf) + part + 8 * n + lane % 4 * 2 + e % 2;
+                        sum = of[0], minus = of[kGradTile];
+                    }
+                    s[0][n][e] = exp2_fast(fmaf(s[0][n][e], c, -sum));
+                    dp[0][n][e] = s[0][n][e] * (dp[0][n][e] - minus);
+                }
+            if (column0 + kChunkKeys > columns) {  // rows of zeros have scores of 0, not of minus infinity
+#pragma unroll
+                for (int n = 0; n < kChunkKeys / 8; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e)
+                        if (column0 + 8 * n + lane % 4 * 2 + e % 2 >= columns) s[0][n][e] = dp[0][n][e] = 0.0f;
+            }
+            if constexpr (kOfKeys) add_product<T, kWidth>(sum1, s, at1);
+            add_product<T, kWidth>(sum0, dp, at0);
+        }
+    }
+
+    const auto store = [&](const float (&sum)[1][kWidth / 8][4], const Gradient& to, int width, float factor) {
+        unsigned short* const rows_to =
+            static_cast<unsigned short*>(to.ptr) + batch * to.stride[0] + head * to.stride[1];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            store_row<T>(sum[0], half, factor, rows_to, to.stride[2], first + 8 * half + lane / 4, rows, 0, width);
+    };
+    store(sum0, kOfKeys ? args.grad_k : args.grad_q, d, args.scale);
+    if constexpr (kOfKeys) store(sum1, args.grad_v, dv, 1.0f);
+}
+
+// nullptr, or what the kernels take and this is not; beyond what the forward pass refuses.
+inline __host__ const char* refuses_attention_gradients(const AttentionGradArgs& args) {
+    if (args.d > kWidestGradient || args.dv > kWidestGradient) return "heads of at most 80 elements";
+    for (const Heads* t : {&args.grad, &args.out}) {
+        const int64_t sizes[] = {args.b, args.h, args.l};
+        bool fits = aligned(t->ptr, 0, args.dtype, 16) && t->stride[3] == 1;
+        for (int dim = 0; dim < 3; ++dim)
+            fits = fits && (sizes[dim] == 1 || aligned(nullptr, t->stride[dim], args.dtype, 16));
+        if (!fits) return "rows without gaps between their elements, each at a multiple of 16 bytes";
+    }
+    return nullptr;
+}
+
+template <DType T, int kWidth, class Launch>
+__host__ auto launch_gradients(const AttentionGradArgs& args, const Launch& launch) {
+    const auto blocks = [&](int64_t rows, int64_t of_block) {
+        return dim3{static_cast<unsigned>((rows + of_block - 1) / of_block * args.b * args.h), 1, 1};
+    };
+    const size_t shared = static_cast<size_t>(kGradStages * grad_stage_bytes(kWidth));
+    auto result =
+        launch(attention_delta<T>, blocks(args.padded_l, kGradThreads / kDeltaLanes), kGradThreads, size_t{0}, args);
+    if (Launch::ok(result))
+        result = launch(attention_gradient<T, kWidth, false>, blocks(args.l, kGradRows), kGradThreads, shared, args);
+    if (Launch::ok(result))
+        result = launch(attention_gradient<T, kWidth, true>, blocks(args.s, kGradRows), kGradThreads, shared, args);
+    return result;
+}
+
+// launch(kernel, grid, threads, dynamic shared bytes, arguments of the kernel …). Queries and keys there must be.
+template <class Launch>
+__host__ auto launch_attention_gradients(const AttentionGradArgs& args, const Launch& launch) {
+    const auto of_width = [&](auto width) {
+        constexpr int kWidth = decltype(width)::value;
+        return args.dtype == DType::f16 ? launch_gradients<DType::f16, kWidth>(args, launch)
+                                        : launch_gradients<DType::bf16, kWidth>(args, launch);
+    };
+    const int64_t wanted = args.d > args.dv ? args.d : args.dv;
+    if (wanted <= 40) return of_width(Constant<40>{});
+    if (wanted <= 64) return of_width(Constant<64>{});
+    return of_width(Constant<80>{});
+}
+
+}  // namespace cuda
+}  // namespace difusores
