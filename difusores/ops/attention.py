@@ -189,10 +189,14 @@ _SHARED_BYTES = {256: 111616, 512: 209920}  # that a block of the CUDA kernel ha
 
 
 @functools.cache
-def _device(device: torch.device) -> tuple[bool, int]:
-    """Whether a GPU multiplies bf16, and the bytes of shared memory that a block may have."""
+def _properties(device: torch.device) -> tuple[bool, int]:
     found = torch.cuda.get_device_properties(device)
     return found.major >= 8, found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+def _device(device: torch.device) -> tuple[bool, int]:
+    """Whether a GPU multiplies bf16, and the bytes of shared memory that a block may have."""
+    return _properties(device)
 
 
 _device._dynamo_marked_constant = True  # type: ignore[attr-defined]
