@@ -219,8 +219,8 @@ def _left_out(op: str, backend: str) -> str | None:
     return None if _HAS[op, backend] else f"difusores.{module} was built without {op}"
 
 
-for _constant in (_refusal, _left_out):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_left_out._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def transformed() -> bool:
