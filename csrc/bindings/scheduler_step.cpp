@@ -99,8 +99,8 @@ bool unwatched() {
     return none;
 }
 
-// A plain dense tensor on the CPU that autograd does not follow, or false. Whether its numbers are the negatives of what
-// lies in memory is not asked of ours, rows and slots: the question costs more than all else here.
+// A plain dense tensor on the CPU that autograd does not follow, or false. Whether its numbers are the negatives of
+// what lies in memory is not asked of ours, rows and slots: the question costs more than all else here.
 bool look(PyObject* object, bool records, bool ours, dlpack::Tensor& t) {
     static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
     static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");

@@ -189,13 +189,13 @@ _SHARED_BYTES = {256: 111616, 512: 209920}  # that a block of the CUDA kernel ha
 
 
 @functools.cache
-def _properties(device: torch.device) -> tuple[bool, int]:
+def _properties(device: torch.device) -> tuple[int, int]:
     found = torch.cuda.get_device_properties(device)
-    return found.major >= 8, found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return found.major, found.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
-def _device(device: torch.device) -> tuple[bool, int]:
-    """Whether a GPU multiplies bf16, and the bytes of shared memory that a block may have."""
+def _device(device: torch.device) -> tuple[int, int]:
+    """A GPU's generation (8: sm_80 to sm_89), and the bytes of shared memory that a block may have."""
     return _properties(device)
 
 
@@ -246,13 +246,27 @@ def _refused_by_cuda(q: Tensor, k: Tensor, v: Tensor, depth: int, width: int) ->
     widest = max(depth, width)
     if q.dtype is not torch.bfloat16 and widest <= 160:
         return None
-    multiplies_bf16, shared_bytes = _device(q.device)
-    if q.dtype is torch.bfloat16 and not multiplies_bf16:
+    generation, shared_bytes = _device(q.device)
+    if q.dtype is torch.bfloat16 and generation < 8:
         return "the kernel takes bfloat16 only from sm_80 on: older GPUs have no products of it"
     needed = 0 if widest <= 160 else _SHARED_BYTES[256 if widest <= 256 else 512]
     if needed > shared_bytes:
         return f"heads of {widest} elements need {needed} bytes of shared memory, this GPU has {shared_bytes}"
     return None
+
+
+FEW_KEYS = 128
+
+
+def _torch_is_faster(q: Tensor, k: Tensor) -> bool:
+    """Whether PyTorch's fused attention beats our CUDA kernel, as timed on an H200 (docs/kernels/attention.md).
+
+    On sm_90 and newer that is cuDNN's, with products that older GPUs do not have: ours wins where keys are few.
+    Against the flash attention of older GPUs it wins where a head does not fill that one's powers of two.
+    """
+    width = q.shape[3]
+    fits = width <= 40 or 128 < width <= 160
+    return not fits or (_device(q.device)[0] >= 9 and k.shape[2] > FEW_KEYS)
 
 
 def attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 import subprocess
@@ -430,3 +431,15 @@ def test_bad_dtypes_and_masks_are_named() -> None:
     for shape in ((3, 2), (1, 1, 1, 2, 2)):
         with pytest.raises(ValueError, match=r"mask must broadcast to \[B, H, L, S\] = \(1, 1, 2, 2\), got"):
             ops.attention(q, q, q, mask=torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("generation", "keys", "width", "ours"),
+    [(9, 77, 40, True), (9, 4096, 40, False), (9, 77, 64, False), (9, 77, 160, True), (8, 4096, 40, True)],
+)
+def test_who_is_faster(generation: int, keys: int, width: int, ours: bool, monkeypatch: Any) -> None:
+    """Where nobody asks for a backend, the faster of our CUDA kernel and PyTorch's answers."""
+    module = importlib.import_module("difusores.ops.attention")
+    monkeypatch.setattr(module, "_device", lambda device: (generation, 232448))
+    q, k = torch.empty(1, 1, 8, width), torch.empty(1, 1, keys, width)
+    assert module._torch_is_faster(q, k) is not ours
