@@ -83,5 +83,5 @@ def test_a_whole_decoder() -> None:
 def test_an_accelerated_unet_within_its_budget(library: Any) -> None:
     """A step of Stable Diffusion 1.5; diffusers' UNet has its last activation in a launch of its own."""
     count = gpu_model.trace(library, "sd15", accelerated=True)
-    assert count.launches.total() <= 411
-    assert count.bytes.total() <= 1.08 * LEAST_OF_SD15
+    assert count.launches.total() <= 432
+    assert count.bytes.total() <= 1.12 * LEAST_OF_SD15

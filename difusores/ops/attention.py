@@ -259,7 +259,7 @@ FEW_KEYS = 128
 
 
 def _torch_is_faster(q: Tensor, k: Tensor) -> bool:
-    """Whether PyTorch's fused attention beats our CUDA kernel, by what an H200 said (docs/kernels/attention.md).
+    """Whether PyTorch's fused attention beats our CUDA kernel, as an H200 said (docs/kernels/attention.md).
 
     On sm_90 and newer that is cuDNN's, with products that older GPUs do not have: ours wins where keys are
     few. Against the flash attention of older GPUs it wins where a head fills no power of two.

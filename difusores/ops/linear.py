@@ -80,6 +80,9 @@ TILES = (Tile(128, 128, 8, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 4))
 GEGLU_TILES = (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3))  # there are two sums
 ENOUGH = 128  # programs that fill a large GPU
 LEAST = 96  # below, a library that divides the sum among programs is faster
+MOST = (
+    640 * 640
+)  # numbers of a weight, of one half with GEGLU; above, cuBLAS and a pass of its own are faster (H200)
 
 
 def tile(rows: int, columns: int, geglu: bool) -> tuple[Tile, int]:
@@ -104,6 +107,8 @@ def supports(
     out, depth = weight.shape[0] // (2 if geglu else 1), weight.shape[1]
     if depth % 16 or out % 16 or weight.stride(1) != 1:
         return f"the kernel takes widths that are multiples of 16, not {depth} and {out}, and rows of weights"
+    if depth * min(out, depth if geglu else out) > MOST:
+        return f"with weights of {depth} by {out} PyTorch's product and a pass after it are faster"
     rows = x.shape[:-1].numel()
     if tile(rows, out, geglu)[1] < LEAST:
         return f"{rows} rows of {out} are too few for the kernel: PyTorch's product is faster"
