@@ -32,7 +32,7 @@ inline Tensor new_float(int64_t rows, int64_t columns) {
     const int64_t sizes[2] = {rows, columns}, strides[2] = {columns, 1};
     AtenTensorHandle handle = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_float32(),
-                                                           aoti_torch_device_type_cpu(), 0, &handle));
+                                                    aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
 }
 
