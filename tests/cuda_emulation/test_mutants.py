@@ -81,7 +81,7 @@ ATTENTION: dict[str, Change] = {
         "//",
     ),
     "another tile's copies": ("copies_done<kTileStages - 2>", "copies_done<kTileStages - 1>"),
-    "a rise that is not carried over": ("total[m][half] *= factor;", ""),
+    "a rise that is not carried over": ("        total[m][half] *= factor;\n#pragma", "#pragma"),
     "wide: nothing": None,
     "wide: highest scores too early": ("__syncthreads();  // the highest scores are there", "//"),
     "wide: weights too early": ("__syncthreads();  // v and the weights are there", ""),
@@ -109,7 +109,7 @@ GRADIENTS: dict[str, Change] = {
         "        copy_tile(tile + 1);",
         "copy_tile(tile + 1);",
     ),
-    "keys that are not there": ("s[0][n][e] = dp[0][n][e] = 0.0f", ""),
+    "keys that are not there": ("s[0][n][e] = dp[0][n][e] = 0.0f", "s[0][n][e] += 0.0f"),
     "another row's delta": ("minus = of[kGradTile]", "minus = of[kGradTile + 1]"),
     "a tile's neighbour": ("shared + tile % kGradStages * kStage;\n        for", "shared;\n        for"),
 }
@@ -161,8 +161,15 @@ def test_an_overflow_of_32_bits(change: Change) -> None:
     caught(bool((y != 1.0).any()), change)
 
 
+ROWS_OF = (
+    "rows_of(const Heads& t) const {\n"
+    "        return static_cast<const unsigned short*>(t.ptr) + batch * t.stride[0] +"
+)
+
+
 @pytest.mark.parametrize(
-    "change", [None, ("batch * t.stride[0] +", "static_cast<int>(batch * t.stride[0]) +")], ids=str
+    "change",
+    [None, (ROWS_OF, ROWS_OF.replace("batch * t.stride[0]", "static_cast<int>(batch * t.stride[0])"))],
 )
 def test_an_overflow_of_32_bits_in_attention(change: Change) -> None:
     q, k, v = (two_images_far_apart(1, 16, 40).copy_(torch.randn(2, 1, 16, 40)) for _ in range(3))
