@@ -177,8 +177,10 @@ inline unsigned char* stack_of(unsigned thread) {
         void* p = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (p == MAP_FAILED) std::abort();
+#ifndef DIFUSORES_FAULTY  // of which a process loads dozens, and 65530 mappings are all that it may have
         for (unsigned k = 0; k < kMaxThreads; ++k)  // a page below each stack that may not be touched
             mprotect(static_cast<unsigned char*>(p) + k * kStackBytes, kPage, PROT_NONE);
+#endif
         return static_cast<unsigned char*>(p);
     }();
     return all + thread * kStackBytes;
