@@ -114,7 +114,7 @@ def violations(budget: dict[str, Usage], measured: dict[str, Usage]) -> list[str
     found = [f"{name} has no budget" for name in sorted(set(measured) - set(budget))]
     found += [f"{name} has a budget and is not compiled" for name in sorted(set(budget) - set(measured))]
     for name in sorted(set(budget) & set(measured)):
-        for what in budget[name]:
+        for what in (k for k in (*AT_MOST, *AT_LEAST) if k in budget[name]):
             ours, limit = measured[name].get(what, 0), budget[name][what]
             if ours > limit if what in AT_MOST else ours < limit:
                 bound = "at most" if what in AT_MOST else "at least"
