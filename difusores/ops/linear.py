@@ -107,7 +107,7 @@ def supports(
     out, depth = weight.shape[0] // (2 if geglu else 1), weight.shape[1]
     if depth % 16 or out % 16 or weight.stride(1) != 1:
         return f"the kernel takes widths that are multiples of 16, not {depth} and {out}, and rows of weights"
-    if depth * min(out, depth if geglu else out) > MOST:
+    if depth * (min(depth, out) if geglu else out) > MOST:
         return f"with weights of {depth} by {out} PyTorch's product and a pass after it are faster"
     rows = x.shape[:-1].numel()
     if tile(rows, out, geglu)[1] < LEAST:
