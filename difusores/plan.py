@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -264,6 +264,7 @@ class Plan:
         guidance: Sequence[float] | None = None,
         model_dtype: torch.dtype | None = None,
         graph: bool = False,
+        shift: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """Sample: call the model and carry out a row, stage after stage, without gradients.
 
@@ -289,6 +290,8 @@ class Plan:
                 parameters and of tensors that it knows. Pass the same `model` object each time: graphs are
                 kept with it, see `difusores.graphs`. With a callback, or in a run of more than 128 stages,
                 each call of the model is a graph.
+            shift: asked after each call of the model; what it returns, like x, is added to the next sample
+                inside the op. Not with `graph`.
 
         Returns:
             The last sample, a new tensor like x.
@@ -327,6 +330,7 @@ class Plan:
             model_dtype=model_dtype or x.dtype,
             noise_sampler=None if path is None else of_path,
             graph=graph,
+            shift=shift,
         )
 
     def _spans_overlap(self) -> bool:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     NoiseSampler = Callable[[Noise, torch.dtype], Tensor]
 
+SHIFTED = 4  # the slot of what is added to the next sample
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Model = Callable[[Tensor, Tensor], Any]
 Callback = Callable[[int, Tensor, Tensor], Tensor | None]
@@ -44,6 +45,7 @@ def sample(
     model_dtype: torch.dtype,
     noise_sampler: NoiseSampler | None = None,
     graph: bool = False,
+    shift: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """The loop behind `Plan.run`.
 
@@ -54,6 +56,10 @@ def sample(
         raise ValueError(f"guidance takes one to three weights, got {len(weights)}")
     table = plan.table()
     table[:, G1 : G1 + len(weights)] = torch.tensor(weights, dtype=torch.float64, device="cpu")
+    if shift is not None:
+        if graph or any(len(stage.slots) > SHIFTED for stage in plan.stages):
+            raise ValueError("a shift needs the last slot for itself, and a run that is no graph")
+        table[:, W + COLUMNS.index(f"s{SHIFTED}")] = 1.0
     run = _Run(plan, weights=len(weights), model_dtype=model_dtype, generator=generator)
     with torch.no_grad():
         if graph and graphs.capturing() is None:
@@ -64,7 +70,7 @@ def sample(
                 return _replay(run, model, x, table, keys, noise_sampler)
             model = Graphed(model)
         times = plan.times(x.device)
-        return run.carry_out(model, x, table, times, keys, noise_sampler, callback)
+        return run.carry_out(model, x, table, times, keys, noise_sampler, callback, shift)
 
 
 @dataclass
@@ -89,6 +95,7 @@ class _Run:
         keys: Tensor | None,
         noise_sampler: NoiseSampler | None,
         callback: Callback | None = None,
+        shift: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """The stages. table, times: [stages, 40] and [stages], on x's device for a graph."""
         plan, weights, model_dtype = self.plan, self.weights, self.model_dtype
@@ -120,7 +127,10 @@ class _Run:
             if given is not out[0]:
                 operands |= {"model_dtype": model_dtype, "model_repeats": weights}
                 names, out = [*names, "m"], [*out, given]
-            scheduler_step(rows[i], x, e, slots, outputs=names, out=out, **operands)
+            read: tuple[Tensor | None, ...] = slots
+            if shift is not None:
+                read = (*slots, *(None,) * (SHIFTED - len(slots)), shift())
+            scheduler_step(rows[i], x, e, read, outputs=names, out=out, **operands)
 
             bound: dict[str, Any] = {"x": x, "z": z, **{f"s{k}": slot for k, slot in enumerate(slots)}}
             bound.update(zip(names, out, strict=True))

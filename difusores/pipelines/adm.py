@@ -108,11 +108,11 @@ class ADMPipeline(GuidedPipeline):
         def predict(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
             return self._call_unet(conditioning, x, time, batch_size, **options, return_dict=False)
 
-        model, mean = predict, None
+        model, added = predict, None
         guidance: tuple[float, ...] | None = weights if len(weights) > 1 else None
         if guide is not None and isinstance(self.scheduler, DDPMScheduler):
             mean = MeanShift(guide, plan, self.scheduler, predict, len(weights))
-            model = mean.model
+            model, added = mean.model, mean.shift
         elif guide is not None:
             shift = NoiseShift(guide, plan, self.scheduler, predict, weights, clip)
             model, guidance = shift.model, shift.weights
@@ -123,15 +123,15 @@ class ADMPipeline(GuidedPipeline):
 
             def after_step(index: int, time: torch.Tensor, image: torch.Tensor) -> torch.Tensor | None:
                 bar.update()
-                if mean is not None:
-                    image = mean.shifted(image)
                 if callback_on_step_end is None:
                     return image
                 # a copy: the loop writes its buffers again
                 changed = callback_on_step_end(self, index, time, {"image": image.clone()})
                 return image if changed is None else changed.get("image", image)
 
-            image = plan.run(model, noise, generator=generator, callback=after_step, guidance=guidance)
+            image = plan.run(
+                model, noise, generator=generator, callback=after_step, guidance=guidance, shift=added
+            )
         images = to_images(image, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

@@ -56,7 +56,7 @@ class Guide(NamedTuple):
 class MeanShift:
     """Guidance of ancestral sampling: the mean of each step moves by its variance times the scaled gradient.
 
-    An object serves one run of the plan: `model` in the model's place, `shifted` after each step.
+    An object serves one run of the plan: `model` in the model's place, `shift` for what the step adds.
 
     Args:
         guide: gives the gradient.
@@ -85,10 +85,10 @@ class MeanShift:
         self._shift = self._variance(stage, last, learned) * self._guide(batch, time)
         return output
 
-    def shifted(self, sample: Tensor) -> Tensor:
-        """The sample after the step whose model call came last."""
+    def shift(self) -> Tensor:
+        """That of the step whose model call came last."""
         assert self._shift is not None
-        return sample + self._shift.to(sample.dtype)
+        return self._shift
 
     def _variance(self, stage: Stage, last: bool, learned: Tensor | None) -> Tensor | float:
         row = stage.row

@@ -377,3 +377,25 @@ def test_bad_arguments_in_words(models) -> None:
     for parts, options, words in cases:
         with pytest.raises(ValueError, match=words):
             quiet(ADMPipeline(*parts))(**options)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_step_adds_the_shift_of_the_mean(steps: int) -> None:
+    """Within the op, so that the model's next input has it too, and nothing is added after it."""
+    plan = DDPMScheduler(**TENTHS).plan(steps)
+    x, shift, seen = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), []
+
+    def model(given: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        seen.append(given.clone())
+        return torch.zeros_like(given)
+
+    def run(**options: Any) -> torch.Tensor:
+        return plan.run(model, x, generator=torch.Generator().manual_seed(0), **options)
+
+    def afterwards(index: int, time: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        return sample + shift
+
+    torch.testing.assert_close(run(shift=lambda: shift), run(callback=afterwards))
+    torch.testing.assert_close(seen[:steps], seen[steps:])
+    with pytest.raises(ValueError, match="no graph"):
+        run(shift=lambda: shift, graph=True)
