@@ -52,6 +52,8 @@ def _seeds() -> None:
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Lets CUDA graphs be captured on the CPU, on a tape; how many have been."""
+    if (missing := native.status("cpu")) is not None:
+        pytest.skip(f"the step's reference reads its row on the host, which no graph holds: {missing}")
     monkeypatch.setattr(graphs, "Recorder", TapeRecorder)
     monkeypatch.setattr(graphs, "refusal", lambda device: None)
     monkeypatch.setattr(cuda_graph, "refusal", lambda device: None)
