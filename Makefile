@@ -89,8 +89,8 @@ test-cpp: .venv/tools.stamp
 	@$(BIN)/ctest --test-dir build/cpp-tests --output-on-failure
 
 cuda-check: .venv/test.stamp
-	@$(BIN)/python tests/triton_budget.py
-	@$(BIN)/python tests/cuda_budget.py
+	@$(BIN)/python tests/triton_budget.py $(if $(ARCHITECTURES),--architecture $(ARCHITECTURES))
+	@$(BIN)/python tests/cuda_budget.py $(if $(ARCHITECTURES),--architecture $(ARCHITECTURES))
 
 lint: .venv/test.stamp
 	@$(BIN)/ruff format --check .

@@ -190,8 +190,10 @@ PEERS: dict[str, tuple[str, Callable[..., Callable[[], Tensor]]]] = {
 QUICK = ("diffusers", "OpenVINO f32", "OpenVINO bf16", "difusores accelerated", "difusores accelerated bf16")
 
 
-# The parent has imported everything and computed nothing, so that a fork is safe and costs nothing.
+# The parent has imported everything and computes on one thread, so that a fork is safe and costs nothing: a
+# process forked from one whose team of threads has worked waits for that team for ever.
 FORK = multiprocessing.get_context("fork")
+THREADS = torch.get_num_threads()
 
 
 def work(pipe: Any, peer: str, workload: Workload, weights: str, threads: int) -> None:
@@ -230,7 +232,7 @@ class Process:
 
     def __init__(self, peer: str, workload: Workload, weights: str) -> None:
         self.pipe, theirs = FORK.Pipe()
-        arguments = (theirs, peer, workload, weights, torch.get_num_threads())
+        arguments = (theirs, peer, workload, weights, THREADS)
         self.process = FORK.Process(target=work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
@@ -255,6 +257,7 @@ class Process:
 
 def oracle(workload: Workload, folder: str, weights: str) -> None:
     """Write random weights, what the network makes of the inputs, and its floating-point operations."""
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     model = getattr(diffusers, workload.kind)(**workload.config).eval()
     torch.save(model.state_dict(), weights)
@@ -370,6 +373,7 @@ def main() -> None:
     if arguments.table:
         print(table())
         return
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of what tracing thinks about asserts in other people's code
     diffusers.utils.logging.set_verbosity_error()
     workloads, peers, seconds = arguments.workload, arguments.peer, arguments.seconds

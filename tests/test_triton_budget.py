@@ -1,4 +1,4 @@
-"""What Triton makes of its kernels stays within tests/triton_budget.json, for two of the architectures."""
+"""What holds the Triton kernels to tests/triton_budget.json, which `make cuda-check` does."""
 
 from __future__ import annotations
 
@@ -14,30 +14,8 @@ if find_spec("triton") is None:
 import triton_budget
 
 BUDGET = json.loads(triton_budget.BUDGET.read_text(encoding="utf-8"))
-# Every op, every layout and both of a norm's launches; `make cuda-check` compiles the rest.
-CASES = [
-    "group_norm_silu 2x320x64x64",
-    "group_norm_silu 2x320x64x64 channels_last",
-    "layer_norm 2x4096x320 residual",
-    "geglu 2x4096x2560",
-    "linear 2x4096x320 residual",
-    "linear 2x4096x320 geglu",
-    "scheduler_step guided",
-    "attention 4096 of 40",
-]
 # ptxas for sm_100 keeps this launch at 80 registers and one value, written once and read once, on the stack.
 SPILLS = {("sm_100", "group_norm_silu 2x640x32x32 block"): 2}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_kernels_keep_their_budget(architecture: int) -> None:
-    measured = {}
-    for name in CASES:
-        measured |= triton_budget.usages(name, architecture)
-    budget = BUDGET[f"sm_{architecture}"]
-    assert len(measured) == len(CASES) + 1
-    assert violations({name: budget[name] for name in measured}, measured) == []
 
 
 def test_the_budget_covers_every_architecture_and_case() -> None:

@@ -211,11 +211,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="make what is measured the budget")
-    write = parser.parse_args().write
+    named = {"choices": ARCHITECTURES, "type": lambda name: int(name.rstrip("a"))}
+    parser.add_argument("--architecture", nargs="+", default=ARCHITECTURES, **named)
+    parser.add_argument("--write", action="store_true", help="make what is measured of all the budget")
+    arguments = parser.parse_args()
+    write, architectures = arguments.write, ARCHITECTURES if arguments.write else arguments.architecture
     budget = {} if write else json.loads(BUDGET.read_text(encoding="utf-8"))
     lines, broken = [], 0
-    for architecture in ARCHITECTURES:
+    for architecture in architectures:
         measured: dict[str, Usage] = {}
         for name in CASES:
             measured |= usages(name, architecture)

@@ -209,5 +209,5 @@ class DPMSolverSDEScheduler(MidpointScheduler):
             s_noise: factor of the noise.
         """
         noise = _next_noise(self, timestep, sample, model_output, s_noise=s_noise)
-        result = self._take(model_output, timestep, sample, None, noise, s_noise=s_noise)
+        result = self._take(model_output, timestep, sample, None, noise, {"s_noise": s_noise})
         return DPMSolverSDESchedulerOutput(*result) if return_dict else result

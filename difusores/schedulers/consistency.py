@@ -143,7 +143,7 @@ class _DistilledScheduler(IndexedScheduler):
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps is None: call set_timesteps before step")
         last = self.num_inference_steps - 1
-        return self._take(model_output, timestep, sample, generator, last=last, **options)
+        return self._take(model_output, timestep, sample, generator, None, {"last": last, **options})
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """The model's input: the sample itself."""

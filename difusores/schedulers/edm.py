@@ -200,7 +200,7 @@ class EDMEulerScheduler(EDMScheduler):
         dtype, e = model_output.dtype, model_output
         if pred_original_sample is not None:
             options["drawn"], e = str(dtype).removeprefix("torch."), pred_original_sample
-        result: Any = self._step(e, timestep, sample, False, generator, **options)
+        result: Any = self._step(e, timestep, sample, False, generator, options)
         if pred_original_sample is not None:
             result = (result[0].to(dtype), pred_original_sample)
         return EDMEulerSchedulerOutput(*result) if return_dict else result

@@ -368,5 +368,5 @@ class FlowMatchHeunDiscreteScheduler(FlowScheduler):
         """
         refuse_integers(self, timestep)
         options: dict[str, Any] = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
-        result = self._take(model_output, timestep, sample, generator, **options)
+        result = self._take(model_output, timestep, sample, generator, None, options)
         return SchedulerOutput(*result) if return_dict else result

@@ -19,6 +19,8 @@ MOST_RUNS = 64
 
 
 _NOTHING = torch.tensor([], device="cpu")
+NO_OPTIONS: dict[str, Any] = {}
+"""Of a class whose `step` has none; the same object each time, so that comparing it costs nothing."""
 
 
 class Run:
@@ -32,7 +34,7 @@ class Run:
         self.slots: tuple[Tensor, ...] = ()
         # None: to be asked for. Else those of these options, times and levels, at these versions of the two.
         self.stages: list[CachedStage] | None = None
-        self.options: dict[str, Any] = {}
+        self.options = NO_OPTIONS
         self.times = self.levels = _NOTHING
         self.versions = (0, 0)
 
@@ -155,11 +157,11 @@ class IndexedScheduler(TableScheduler):
         sample: Tensor,
         generator: Generators = None,
         noise: Tensor | None = None,
-        **options: Any,
+        options: dict[str, Any] = NO_OPTIONS,
     ) -> tuple[Tensor, ...]:
         """Carry out the next stage and return the outputs named by `returned`.
 
-        noise: used where the stage draws noise, in place of it.
+        noise: used where the stage draws noise, in place of it. options: of `_stages`.
         """
         run = self._run
         count = len(self.returned)

@@ -193,7 +193,6 @@ class LogSnrScheduler(IndexedScheduler):
         return_dict: bool,
         generator: Generators = None,
         variance_noise: Tensor | None = None,
-        **options: Any,
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps is None: call set_timesteps before step")
@@ -204,7 +203,7 @@ class LogSnrScheduler(IndexedScheduler):
             model_output = model_output.to(torch.promote_types(sample.dtype, model_output.dtype))
         if variance_noise is not None:
             variance_noise = variance_noise.to(model_output.device)
-        result = self._take(model_output, timestep, sample, generator, variance_noise, **options)
+        result = self._take(model_output, timestep, sample, generator, variance_noise)
         return SchedulerOutput(*result) if return_dict else result
 
 

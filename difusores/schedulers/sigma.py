@@ -16,7 +16,7 @@ from difusores.configuration import register_to_config
 from difusores.plan import Plan, Stage
 from difusores.sampling import Generators, scaled_input
 from difusores.schedulers.base import PredictedSchedulerOutput
-from difusores.schedulers.indexed import IndexedScheduler, refuse_integers
+from difusores.schedulers.indexed import NO_OPTIONS, IndexedScheduler, refuse_integers
 from difusores.schedules import SigmaGrid
 
 logger = logging.getLogger(__name__)
@@ -124,11 +124,11 @@ class SigmaScheduler(IndexedScheduler):
         sample: Tensor,
         return_dict: bool,
         generator: Generators = None,
-        **options: Any,
+        options: dict[str, Any] = NO_OPTIONS,
     ) -> PredictedSchedulerOutput | tuple[Tensor, ...]:
         if not self.is_scale_input_called:
             logger.warning("scale_model_input has to be called before step: the model sees the scaled sample")
-        result = self._take(model_output, timestep, sample, generator, **options)
+        result = self._take(model_output, timestep, sample, generator, None, options)
         return PredictedSchedulerOutput(*result) if return_dict else result
 
     def _plan_at(self, grid: SigmaGrid, begin: int, **options: Any) -> Plan:
@@ -329,7 +329,7 @@ class EulerDiscreteScheduler(SigmaScheduler):
         """
         refuse_integers(self, timestep)
         options = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
-        return self._step(model_output, timestep, sample, return_dict, generator, **options)
+        return self._step(model_output, timestep, sample, return_dict, generator, options)
 
 
 class EulerAncestralDiscreteScheduler(SigmaScheduler):
@@ -419,4 +419,4 @@ class LMSDiscreteScheduler(SigmaScheduler):
         return_dict: bool = True,
     ) -> PredictedSchedulerOutput | tuple[Tensor, ...]:
         """One step; as `EulerDiscreteScheduler.step`. order: how many slopes are used, from 1 to 6."""
-        return self._step(model_output, timestep, sample, return_dict, order=order)
+        return self._step(model_output, timestep, sample, return_dict, None, {"order": order})
