@@ -330,7 +330,12 @@ def machine() -> dict[str, Any]:
     flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
     known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
     packages = {name: version(name) for name in ("diffusers", "openvino", "onnxruntime")}
-    return {**stamp(), "threads": THREADS, "instructions": [flag for flag in known if flag in flags], **packages}
+    return {
+        **stamp(),
+        "threads": THREADS,
+        "instructions": [flag for flag in known if flag in flags],
+        **packages,
+    }
 
 
 def table() -> str:
