@@ -284,11 +284,11 @@ bool is_version(PyObject* tensor, PyObject* version) {
     return same;
 }
 
-// take_stage(run, options, model_output, sample, noise, only_f32, returned) -> the first `returned` results or None:
+// take_stage(run, options, model_output, sample, noise, only_f32, returned) -> the results named by `returned` or None:
 // the next stage of a run of difusores/schedulers/indexed.py, where it is plain and still that of its tables. For a
 // stage that draws noise, and none was given: what it draws, and nothing is done.
 PyObject* take_stage(PyObject*, PyObject* const* given, Py_ssize_t count) {
-    if (count != 7) {
+    if (count != 7 || !PyTuple_Check(given[6])) {
         PyErr_SetString(PyExc_TypeError, "take_stage(run, options, model_output, sample, noise, only_f32, returned)");
         return nullptr;
     }
@@ -329,7 +329,7 @@ PyObject* take_stage(PyObject*, PyObject* const* given, Py_ssize_t count) {
     const Made made = make(row, given[3], given[2], noise, slots, outputs, places, given[5] == Py_True);
     if (!made.results) return otherwise();
     PyObject* const next = PyLong_FromSsize_t(here + 1);
-    const Py_ssize_t returned = PyLong_AsSsize_t(given[6]);
+    const Py_ssize_t returned = PyTuple_GET_SIZE(given[6]);
     PyObject* results = nullptr;
     if (next && !PyObject_SetAttr(run, names[7], made.slots) && !PyObject_SetAttr(run, names[0], next))
         results = PyTuple_GetSlice(made.results, 0, returned);

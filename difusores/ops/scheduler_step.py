@@ -439,8 +439,9 @@ def shortcut() -> Any:
 
     Its `take_stage(run, options, model_output, sample, noise, only_fp32, returned)` is `plain_step` for the
     next stage of a run of the schedulers, in C from end to end: in Python, finding the stage takes as long as
-    carrying it out. It moves the run on and returns the first `returned` results; or None, and the run stays;
-    or what the stage draws, if it draws noise and none was given. `only_fp32`: no sample of another dtype.
+    carrying it out. It moves the run on and returns the results named by `returned`, the stage's first ones;
+    or None, and the run stays; or what the stage draws, if it draws noise and none was given. `only_fp32`: no
+    sample of another dtype.
     """
     # not `is_compiling`, which takes longer: other tracers than Dynamo are modes, and those are looked for
     return None if torch.compiler.is_dynamo_compiling() else _without_dispatcher()

@@ -163,14 +163,13 @@ class IndexedScheduler(TableScheduler):
 
         noise: used where the stage draws noise, in place of it. options: of `_stages`.
         """
-        run = self._run
-        count = len(self.returned)
+        run, returned, upcast = self._run, self.returned, self.upcast
         module = shortcut()
         if module is not None:
-            taken = module.take_stage(run, options, model_output, sample, noise, self.upcast, count)
+            taken = module.take_stage(run, options, model_output, sample, noise, upcast, returned)
             if type(taken) is Noise:
                 noise = drawn(taken, sample, model_output, generator)
-                taken = module.take_stage(run, options, model_output, sample, noise, self.upcast, count)
+                taken = module.take_stage(run, options, model_output, sample, noise, upcast, returned)
             if taken is not None:
                 return taken  # type: ignore[no-any-return]
         index = self._start(timestep) if run.index is None else run.index
@@ -186,9 +185,9 @@ class IndexedScheduler(TableScheduler):
         cached = stages[index - run.begin]
         if cached.noise is None:
             noise = None
-        results, run.slots = advance(cached, model_output, sample, generator, noise, run.slots, self.upcast)
+        results, run.slots = advance(cached, model_output, sample, generator, noise, run.slots, upcast)
         run.index = index + 1
-        return results[:count]
+        return results[: len(returned)]
 
 
 def refuse_integers(scheduler: object, timestep: Any) -> None:

@@ -205,7 +205,8 @@ class KDPM2DiscreteScheduler(MidpointScheduler):
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
     ) -> PredictedSchedulerOutput | tuple[Tensor, ...]:
         """One model call of a step; as `EulerDiscreteScheduler.step`."""
-        return self._step(model_output, timestep, sample, return_dict)
+        result = self._take(model_output, timestep, sample)
+        return PredictedSchedulerOutput(*result) if return_dict else result
 
 
 class KDPM2AncestralDiscreteScheduler(MidpointScheduler):
@@ -239,4 +240,5 @@ class KDPM2AncestralDiscreteScheduler(MidpointScheduler):
         return_dict: bool = True,
     ) -> PredictedSchedulerOutput | tuple[Tensor, ...]:
         """One model call of a step, noise at the second; as `EulerDiscreteScheduler.step`."""
-        return self._step(model_output, timestep, sample, return_dict, generator)
+        result = self._take(model_output, timestep, sample, generator)
+        return PredictedSchedulerOutput(*result) if return_dict else result
