@@ -8,7 +8,8 @@
 // second group of warps takes every other 32 keys of the same queries; the groups' sums are joined in the end.
 //
 // Widths are multiples of 8: q k^T goes in steps of 16 and a last one of 8, p v in columns of 8, so 40, 64, 80, 96, 128
-// and 160 multiply no zeros. Other widths take the next of these. k and v come in tiles of 64 keys (32 where shared
+// and 160 multiply no zeros. Other widths take the next of these; fp32 and heads
+// above 160 have kernels of their own. k and v come in tiles of 64 keys (32 where shared
 // memory is small), three under way, by asynchronous copies of 16 bytes, which fill with zeros what is not there. A
 // row in shared memory is an odd number of 16 bytes long: the eight rows of a fragment lie in different banks, and all
 // of a tile is reached from one address by constants.
@@ -26,6 +27,7 @@
 // Layouts: rows of q, k, v at any distance that is a multiple of 16 bytes, elements of a row side by side. The mask is
 // read by its strides, where it is broadcast with stride 0.
 #pragma once
+#include "cuda/attention_fp32.cuh"
 #include "cuda/attention_wide.cuh"
 
 namespace difusores {
@@ -67,7 +69,8 @@ struct Running {
     }
 
     // New tops for the rows with a score that passes theirs by more than the slack.
-    __device__ __forceinline__ void raise_tops(const Scores<kTiles>& s, float c) {
+    template <int kCount>
+    __device__ __forceinline__ void raise_tops(const float (&s)[kTiles][kCount][4], float c) {
         float highest[kTiles][2];
         bool above = false;
 #pragma unroll
@@ -195,12 +198,15 @@ __global__ void __launch_bounds__(threads_at_once(kWidth, kMask), 1)
 
 // nullptr, or what the kernel takes and this is not.
 inline __host__ const char* refuses_attention(const AttentionArgs& args, int64_t shared_limit) {
-    if (args.dtype == DType::f32) return "float16 and bfloat16";
-    if (args.d % 8 || args.dv % 8) return "heads of a multiple of 8 elements";
+    const bool fp32 = args.dtype == DType::f32;
+    if (fp32 && args.log2_sums) return "float16 and bfloat16 where their gradients are wanted";
+    if (fp32 && (args.d % 4 || args.dv % 4)) return "heads of a multiple of 4 elements in float32";
+    if (!fp32 && (args.d % 8 || args.dv % 8)) return "heads of a multiple of 8 elements";
     if (args.d > kWidest || args.dv > kWidest) return "heads of at most 512 elements";
     const int wide = args.d > 256 || args.dv > 256 ? 512 : 256;
-    if ((args.d > kWidestOfWarp || args.dv > kWidestOfWarp) && wide_shared_bytes(wide) > shared_limit)
-        return "heads of at most 160 elements on this GPU, whose shared memory is too small for more";
+    const int needed = fp32 ? fp32_shared_bytes(wide, 1) : wide_shared_bytes(wide);
+    if ((args.d > kWidestOfWarp || args.dv > kWidestOfWarp) && needed > shared_limit)
+        return "narrower heads on this GPU, whose shared memory is too small for these";
     for (const Heads* t : {&args.q, &args.k, &args.v}) {
         const int64_t sizes[] = {args.b, args.h, t == &args.q ? args.l : args.s};
         bool fits = aligned(t->ptr, 0, args.dtype, 16) && t->stride[3] == 1;
@@ -209,8 +215,8 @@ inline __host__ const char* refuses_attention(const AttentionArgs& args, int64_t
         if (!fits) return "rows without gaps between their elements, each at a multiple of 16 bytes";
     }
     constexpr int64_t kMost = int64_t{1} << 31;
-    if (args.l >= kMost - kChunkKeys || args.s >= kMost - 64 || (args.l + 15) / 16 * args.b * args.h >= kMost)
-        return "fewer than 2^31 queries, keys, and sixteenths of all queries";
+    if (args.l >= kMost - kChunkKeys || args.s >= kMost - 64 || (args.l + 7) / 8 * args.b * args.h >= kMost)
+        return "fewer than 2^31 queries, keys, and eighths of all queries";
     return nullptr;
 }
 
@@ -224,6 +230,19 @@ inline __host__ AttentionPlan plan_attention(const AttentionArgs& args, int64_t 
             plan.width = width;
             break;
         }
+    if (args.dtype == DType::f32) {
+        plan.groups = 1, plan.tile_keys = kKeyLanes * fp32_keys(plan.width);
+        // Fewer queries to a block where shared memory is small, or for the reason below.
+        for (plan.warps = kQueryWarps;; plan.warps /= 2) {
+            plan.rows = plan.warps * kQueryLanes * fp32_rows(plan.width);
+            plan.blocks = static_cast<unsigned>((args.l + plan.rows - 1) / plan.rows);
+            plan.shared_bytes = fp32_shared_bytes(plan.width, plan.warps);
+            const bool many = 2 * plan.blocks * args.b * args.h > multiprocessors;
+            if (plan.warps == 1 || (plan.shared_bytes <= shared_limit && many)) break;
+        }
+        plan.threads = static_cast<unsigned>(plan.warps * kWarp);
+        return plan;
+    }
     if (plan.width > kWidestOfWarp) {
         plan.rows = kWideRows, plan.tile_keys = kWideKeys, plan.threads = kWideThreads;
         plan.warps = kWideThreads / kWarp / kKeyWarps, plan.groups = 1;
@@ -252,31 +271,33 @@ __host__ auto launch_attention(const AttentionArgs& args, const AttentionPlan& p
     const auto go = [&](auto kernel) {
         return launch(kernel, grid, plan.threads, static_cast<size_t>(plan.shared_bytes), args, plan);
     };
-    const auto wide = [&](auto width) {
+    const auto of_width = [&](auto width) {
         constexpr int kWidth = decltype(width)::value;
-        if (args.dtype == DType::f16)
-            return args.mask.ptr ? go(attention_wide<DType::f16, kWidth, true>)
-                                 : go(attention_wide<DType::f16, kWidth, false>);
-        return args.mask.ptr ? go(attention_wide<DType::bf16, kWidth, true>)
-                             : go(attention_wide<DType::bf16, kWidth, false>);
-    };
-    const auto of_warp = [&](auto width) {
-        constexpr int kWidth = decltype(width)::value;
-        if (args.dtype == DType::f16)
-            return args.mask.ptr ? go(attention_forward<DType::f16, kWidth, true>)
-                                 : go(attention_forward<DType::f16, kWidth, false>);
-        return args.mask.ptr ? go(attention_forward<DType::bf16, kWidth, true>)
-                             : go(attention_forward<DType::bf16, kWidth, false>);
+        if (args.dtype == DType::f32) return go(attention_fp32<kWidth>);
+        const bool half = args.dtype == DType::f16, mask = args.mask.ptr != nullptr;
+        if constexpr (kWidth > kWidestOfWarp) {
+            if (half)
+                return mask ? go(attention_wide<DType::f16, kWidth, true>)
+                            : go(attention_wide<DType::f16, kWidth, false>);
+            return mask ? go(attention_wide<DType::bf16, kWidth, true>)
+                        : go(attention_wide<DType::bf16, kWidth, false>);
+        } else {
+            if (half)
+                return mask ? go(attention_forward<DType::f16, kWidth, true>)
+                            : go(attention_forward<DType::f16, kWidth, false>);
+            return mask ? go(attention_forward<DType::bf16, kWidth, true>)
+                        : go(attention_forward<DType::bf16, kWidth, false>);
+        }
     };
     switch (plan.width) {
-        case 40: return of_warp(Constant<40>{});
-        case 64: return of_warp(Constant<64>{});
-        case 80: return of_warp(Constant<80>{});
-        case 96: return of_warp(Constant<96>{});
-        case 128: return of_warp(Constant<128>{});
-        case 160: return of_warp(Constant<160>{});
-        case 256: return wide(Constant<256>{});
-        default: return wide(Constant<512>{});
+        case 40: return of_width(Constant<40>{});
+        case 64: return of_width(Constant<64>{});
+        case 80: return of_width(Constant<80>{});
+        case 96: return of_width(Constant<96>{});
+        case 128: return of_width(Constant<128>{});
+        case 160: return of_width(Constant<160>{});
+        case 256: return of_width(Constant<256>{});
+        default: return of_width(Constant<512>{});
     }
 }
 

@@ -35,7 +35,6 @@ _TRITON_OP = register_triton("attention", _SIGNATURE)
 register("attention", "cuda", "torch", "triton", "cpu")
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HALF_DTYPES = (torch.float16, torch.bfloat16)
 BACKWARD_WEIGHTS = 1 << 20  # weights that the backward pass holds at a time
 
 
@@ -185,7 +184,8 @@ def _broadcasts(mask: Tensor, shape: tuple[int, ...]) -> bool:
 
 _WIDEST_GRADIENT = 80  # head that fits the registers of the CUDA kernels of the gradients
 _WIDEST = 512  # head that fits the registers of a kernel
-_SHARED_BYTES = {256: 111616, 512: 209920}  # that a block of the CUDA kernel has, for heads of 168 and more
+# That a block of the CUDA kernels needs for heads above 160, in 16 bits and in fp32.
+_SHARED_BYTES = {2: {256: 111616, 512: 209920}, 4: {256: 51200, 512: 83200}}
 
 
 @functools.cache
@@ -203,25 +203,24 @@ _device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _in_steps_of_16_bytes(t: Tensor) -> bool:
-    """Whether 16-bit rows begin at multiples of 16 bytes, their elements side by side."""
+    """Whether rows begin at multiples of 16 bytes, their elements side by side."""
+    count = 16 // t.element_size()
     batch, head, row, element = t.stride()
     if element != 1:
         return False
-    if (batch | head | row) % 8 and any(
-        step % 8 for step, size in zip((batch, head, row), t.shape, strict=False) if size > 1
+    if (batch | head | row) % count and any(
+        step % count for step, size in zip((batch, head, row), t.shape, strict=False) if size > 1
     ):
         return False
-    return torch.compiler.is_compiling() or t.storage_offset() % 8 == 0  # Dynamo cannot trace the offset
+    return torch.compiler.is_compiling() or t.storage_offset() % count == 0  # Dynamo cannot trace the offset
 
 
 def supports(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
     """None if `backend` takes this call, else the reason in words."""
     if backend == "torch":
         return None
-    dtypes = HALF_DTYPES if backend == "cuda" else KERNEL_DTYPES
-    if q.dtype not in dtypes:
-        *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-        return f"the kernel takes {', '.join(names)} and {last}, not {q.dtype}"
+    if q.dtype not in KERNEL_DTYPES:
+        return f"the kernel takes float32, bfloat16 and float16, not {q.dtype}"
     depth, width = q.shape[3], v.shape[3]
     if backend != "cpu" and (depth > _WIDEST or width > _WIDEST):
         return f"the kernel takes heads of at most {_WIDEST} elements, not {max(depth, width)}"
@@ -235,8 +234,10 @@ def supports(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None)
 
 
 def _refused_by_cuda(q: Tensor, k: Tensor, v: Tensor, depth: int, width: int) -> str | None:
-    if depth % 8 or width % 8:
-        return f"the kernel takes heads of a multiple of 8 elements, not {depth if depth % 8 else width}"
+    size = q.element_size()
+    if depth % (16 // size) or width % (16 // size):
+        found = depth if depth % (16 // size) else width
+        return f"the kernel takes heads of a multiple of {16 // size} elements, not {found}"
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not _in_steps_of_16_bytes(t):
             return (
@@ -249,7 +250,7 @@ def _refused_by_cuda(q: Tensor, k: Tensor, v: Tensor, depth: int, width: int) ->
     generation, shared_bytes = _device(q.device)
     if q.dtype is torch.bfloat16 and generation < 8:
         return "the kernel takes bfloat16 only from sm_80 on: older GPUs have no products of it"
-    needed = 0 if widest <= 160 else _SHARED_BYTES[256 if widest <= 256 else 512]
+    needed = 0 if widest <= 160 else _SHARED_BYTES[size][256 if widest <= 256 else 512]
     if needed > shared_bytes:
         return f"heads of {widest} elements need {needed} bytes of shared memory, this GPU has {shared_bytes}"
     return None
@@ -262,11 +263,18 @@ def _torch_is_faster(q: Tensor, k: Tensor) -> bool:
     """Whether PyTorch's fused attention beats our CUDA kernel, as an H200 said (docs/kernels/attention.md).
 
     On sm_90 and newer that is cuDNN's, with products that older GPUs do not have: ours wins where keys are
-    few. Against the flash attention of older GPUs it wins where a head fills no power of two.
+    few. Against the flash attention of older GPUs it wins where a head fills no power of two. No GPU has
+    timed fp32.
     """
     width = q.shape[3]
-    fits = width <= 40 or 128 < width <= 160
+    fits = q.dtype is not torch.float32 and (width <= 40 or 128 < width <= 160)
     return not fits or (_device(q.device)[0] >= 9 and k.shape[2] > FEW_KEYS)
+
+
+def _has_gradients(q: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether CUDA has kernels of the gradients for this call."""
+    fits = max(q.shape[3], v.shape[3]) <= _WIDEST_GRADIENT
+    return mask is None and fits and q.dtype is not torch.float32
 
 
 def attention(
@@ -284,8 +292,8 @@ def attention(
         [B, H, L, Dv] in q's dtype; from our kernels in memory [B, L, H, Dv], so that joining the heads
         copies nothing. Zeros for a query without keys, or whose keys are all masked. Differentiable: through
         PyTorch's own attention unless a backend was asked for by name. The kernels' backward pass computes
-        the weights again, for some queries at a time; CUDA's, without a mask and for heads up to 80, in
-        kernels of its own with the same bits twice.
+        the weights again, for some queries at a time; CUDA's in 16 bits, without a mask and for heads up to
+        80, in kernels of its own with the same bits twice.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, named.
@@ -311,16 +319,18 @@ def attention(
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
     backend = choose("attention", q.device.type, supports, q, k, v, mask)
-    if backend in ("cpu", "cuda") and needs_grad(q, k, v, mask):
-        if wanted() is None:
-            backend = "torch"  # whose backward pass is fused: several times as fast as the formula above
-        elif backend == "cuda" and mask is None and max(q.shape[3], v.shape[3]) <= _WIDEST_GRADIENT:
-            result: Tensor = _WITH_SUMS(q, k, v, scale)[0]
-            return result
+    recorded = needs_grad(q, k, v, mask)
+    if backend in ("cpu", "cuda") and wanted() is None:
+        # Whose backward pass is fused: several times as fast as the formula above.
+        if recorded or (backend == "cuda" and _torch_is_faster(q, k)):
+            backend = "torch"
+    elif backend == "cuda" and recorded and _has_gradients(q, v, mask):
+        result: Tensor = _WITH_SUMS(q, k, v, scale)[0]
+        return result
     if backend in ("cpu", "triton", "cuda"):
         op = _TRITON_OP if backend == "triton" else _OP
         call = (q, k, v, mask, scale)
-        out: Tensor = op(*call) if needs_grad(q, k, v, mask) else below_autograd(op, *call)
+        out: Tensor = op(*call) if recorded else below_autograd(op, *call)
         return out
     if backend == "torch":
         additive = mask if mask is None else torch.atleast_2d(mask)

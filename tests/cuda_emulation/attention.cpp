@@ -13,12 +13,13 @@ extern "C" const char* attention(const difusores::AttentionArgs* args, int64_t s
                                  int schedule, difusores::cuda::AttentionPlan* plan) {
     const emulation::OnFibers fibers{static_cast<emulation::Schedule>(schedule)};
     attention_plan(args, shared_limit, multiprocessors, plan);
-#ifdef DIFUSORES_FAULTY  // two instances, which compile at once
+#ifdef DIFUSORES_FAULTY  // three instances, which compile at once
     const dim3 grid = {static_cast<unsigned>(plan->blocks * args->b * args->h), 1, 1};
     const auto run = [&](auto kernel) {
         return emulation::report(
             fibers(kernel, grid, plan->threads, static_cast<size_t>(plan->shared_bytes), *args, *plan));
     };
+    if (args->dtype == difusores::DType::f32) return run(difusores::cuda::attention_fp32<40>);
     if (plan->width == 256) return run(difusores::cuda::attention_wide<difusores::DType::f16, 256, false>);
     return run(difusores::cuda::attention_forward<difusores::DType::f16, 40, false>);
 #else

@@ -651,9 +651,12 @@ def attention_gradients(
     return results
 
 
-def attention_plan(b: int, h: int, length: int, keys: int, width: int, limit: int) -> AttentionPlan:
+def attention_plan(
+    b: int, h: int, length: int, keys: int, width: int, limit: int, dtype: torch.dtype
+) -> AttentionPlan:
     """How a call of this size is cut on a device with `limit` bytes of shared memory for a block."""
-    args, plan = AttentionArgs(b=b, h=h, l=length, s=keys, d=width, dv=width), AttentionPlan()
+    args = AttentionArgs(b=b, h=h, l=length, s=keys, d=width, dv=width, dtype=DTYPES[dtype])
+    plan = AttentionPlan()
     library("attention").attention_plan(
         ctypes.byref(args), ctypes.c_int64(limit), MULTIPROCESSORS, ctypes.byref(plan)
     )

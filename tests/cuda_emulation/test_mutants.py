@@ -36,9 +36,11 @@ def caught(found: bool, change: Change) -> None:
     assert found is (change is not None)
 
 
-def attend(length: int, keys: int, width: int, change: Change) -> tuple[Tensor, Tensor]:
+def attend(
+    length: int, keys: int, width: int, change: Change, dtype: torch.dtype = torch.float16
+) -> tuple[Tensor, Tensor]:
     """The kernel's result for numbers that differ in every element, and what it should be."""
-    q, k, v = (torch.randn(1, 2, n, width, dtype=torch.float16) for n in (length, keys, keys))
+    q, k, v = (torch.randn(1, 2, n, width, dtype=dtype) for n in (length, keys, keys))
     out = emulated.attention(q, k, v, None, 0.3, change=change)
     return out.double(), attention_reference(q.double(), k.double(), v.double(), None, 0.3)
 
@@ -86,6 +88,9 @@ ATTENTION: dict[str, Change] = {
     "wide: highest scores too early": ("__syncthreads();  // the highest scores are there", "//"),
     "wide: weights too early": ("__syncthreads();  // v and the weights are there", ""),
     "wide: the next keys too late": ("key0 + kWideKeys < keys)", "key0 + kWideKeys < keys - 16)"),
+    "fp32: nothing": None,
+    "fp32: weights too early": ("__syncthreads();  // v and weights are there, and nobody", "//"),
+    "fp32: a neighbour's column": ("v_rows + of_keys * kVec * 4", "v_rows + (of_keys ^ 1) * kVec * 4"),
     "one group's sums": ("fmaf(at[threads], factor, total[m][half])", "total[m][half]"),
 }
 
@@ -95,11 +100,12 @@ def test_faults_of_attention(fault: str) -> None:
     """77 keys: the last chunk is not full, and the second group of warps has the fewer keys."""
     change = ATTENTION[fault]
     try:
-        got, right = attend(40, 77, 256 if fault.startswith("wide") else 40, change)
+        dtype = torch.float32 if fault.startswith("fp32") else torch.float16
+        got, right = attend(40, 77, 256 if fault.startswith("wide") else 40, change, dtype)
     except AssertionError as error:
         assert "must stand once" not in str(error)
         return caught(True, change)
-    caught(not torch.allclose(got, right, atol=3e-3), change)
+    caught(not torch.allclose(got, right, atol=3e-3 if dtype is torch.float16 else 1e-6), change)
 
 
 GRADIENTS: dict[str, Change] = {

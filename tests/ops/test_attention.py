@@ -61,7 +61,7 @@ def skip_if_refused(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
 
 
 def some_dtype(backend: str) -> torch.dtype:
-    """For what does not depend on the dtype: CUDA's kernel takes no fp32."""
+    """For what does not depend on the dtype: on CUDA one that its matrix units multiply."""
     return torch.float16 if backend == "cuda" else torch.float32
 
 
@@ -441,5 +441,10 @@ def test_who_is_faster(generation: int, keys: int, width: int, ours: bool, monke
     """Where nobody asks for a backend, the faster of our CUDA kernel and PyTorch's answers."""
     module = importlib.import_module("difusores.ops.attention")
     monkeypatch.setattr(module, "_device", lambda device: (generation, 232448))
-    q, k = torch.empty(1, 1, 8, width), torch.empty(1, 1, keys, width)
-    assert module._torch_is_faster(q, k) is not ours
+    monkeypatch.setattr(module, "wanted", lambda: None)
+    monkeypatch.setattr(module, "choose", lambda *call: "cuda")
+    monkeypatch.setattr(module, "below_autograd", lambda op, *call: "the CUDA kernel's")
+    for dtype in (torch.float16, torch.float32):
+        q, k = torch.empty(1, 1, 8, width, dtype=dtype), torch.empty(1, 1, keys, width, dtype=dtype)
+        got = ops.attention(q, k, k)
+        assert isinstance(got, str) is (ours and dtype is torch.float16)

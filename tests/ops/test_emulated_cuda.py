@@ -333,6 +333,17 @@ SHAPES = [
     (1, 2, 65, 70, 256, 168, 132),
     (1, 1, 33, 129, 512, 512, 132),
 ]
+# The same for fp32: every width, columns in pieces of 1, 2 and 4, one to four warps, one query, one key
+FP32_SHAPES = [
+    (2, 2, 33, 77, 40, 36, 132),
+    (1, 1, 130, 65, 64, 64, 1),
+    (1, 1, 70, 33, 80, 80, 1),
+    (1, 1, 1, 1, 96, 4, 132),
+    (1, 1, 17, 40, 128, 128, 132),
+    (1, 2, 40, 31, 160, 160, 4),
+    (1, 1, 20, 40, 256, 168, 132),
+    (1, 1, 9, 33, 512, 512, 132),
+]
 
 
 class TestAttention:
@@ -350,24 +361,42 @@ class TestAttention:
                 whole = mask if mask is None or mask.dtype is torch.bool else mask.to(dtype)
                 ATTENTION.compare("cpu", check, q, k, v, whole)
 
+    @pytest.mark.parametrize("shape", FP32_SHAPES, ids=str)
+    def test_fp32_against_the_oracle(self, shape: Any, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        b, h, length, keys, d, dv, multiprocessors = shape
+        monkeypatch.setattr(emulated, "MULTIPROCESSORS", multiprocessors)
+        sizes = ((length, d), (keys, d), (keys, dv))
+        q, k, v = (ATTENTION.heads(b, h, n, width, torch.float32) for n, width in sizes)
+        masks = (None, torch.rand(b, 1, 1, keys) > 0.3, torch.randn(b, 1, length, keys))
+        for mask in masks if d in (40, 256) else masks[:1]:
+            got = ATTENTION.compare("cpu", check, q, k, v, mask)
+        if b > 1:  # alone, and with other queries, the same bits
+            part = [t[1:, 1:] for t in (q[:, :, 5:30], k, v, mask.expand(b, h, -1, -1)[:, :, 5:30])]
+            assert torch.equal(ops.attention(*part[:3], mask=part[3]), got[1:, 1:, 5:30])
+
     @pytest.mark.parametrize("mask", ATTENTION.MASKS)
     def test_masks_of_any_shape_and_strides(self, mask: str, check: Any) -> None:
-        q, k, v = (ATTENTION.heads(2, 3, n, 24, torch.bfloat16) for n in (70, 77, 77))
+        dtype = torch.float32 if mask in ("queries", "transposed") else torch.bfloat16
+        q, k, v = (ATTENTION.heads(2, 3, n, 24, dtype) for n in (70, 77, 77))
         made = ATTENTION.MASKS[mask]()
-        ATTENTION.compare("cpu", check, q, k, v, made if made.dtype is torch.bool else made.bfloat16())
+        ATTENTION.compare("cpu", check, q, k, v, made if made.dtype is torch.bool else made.to(dtype))
 
-    def test_a_query_whose_keys_are_all_masked_gets_zeros(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ATTENTION, "some_dtype", lambda backend: torch.float16)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+    def test_a_query_whose_keys_are_all_masked_gets_zeros(
+        self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ATTENTION, "some_dtype", lambda backend: dtype)
         ATTENTION.test_a_query_whose_keys_are_all_masked_gets_zeros("cpu")
 
     @pytest.mark.parametrize("size", [1e-30, 1e-3, 300.0, 1e15])
-    @pytest.mark.parametrize("dtype", HALF, ids=str)
+    @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
     def test_huge_and_tiny_values(self, size: float, dtype: torch.dtype, check: Any) -> None:
         ATTENTION.test_huge_and_tiny_values("cpu", size, dtype, check)
 
     @pytest.mark.parametrize("scale", [0.7, -0.7, 0.0, 50.0])
     def test_scale(self, scale: float, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ATTENTION, "some_dtype", lambda backend: torch.float16)
+        ours = torch.float32 if scale in (-0.7, 50.0) else torch.float16
+        monkeypatch.setattr(ATTENTION, "some_dtype", lambda backend: ours)
         ATTENTION.test_scale("cpu", scale, check)
 
     @pytest.mark.parametrize("width", [8, 168])
@@ -378,9 +407,12 @@ class TestAttention:
         k = torch.linspace(-8, 8, 300).half()[:, None].expand(1, 1, 300, width).contiguous()
         for scale in (8**0.5 / width, -(8**0.5) / width):
             ATTENTION.compare("cpu", check, q, k, v, None, scale=scale)
+        if width == 8:
+            ATTENTION.compare("cpu", check, q.float(), k.float(), v.float(), None, scale=0.35)
 
-    def test_nan_and_infinity_stay_where_they_belong(self) -> None:
-        ATTENTION.test_nan_and_infinity_stay_where_they_belong("cpu", torch.bfloat16)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    def test_nan_and_infinity_stay_where_they_belong(self, dtype: torch.dtype) -> None:
+        ATTENTION.test_nan_and_infinity_stay_where_they_belong("cpu", dtype)
 
     @pytest.mark.parametrize("how", ["of one projection", "heads first"])
     def test_strides_do_not_matter(self, how: str, check: Any) -> None:
@@ -434,8 +466,9 @@ class TestAttention:
 
     def test_what_is_read_lies_within_the_tensors(self) -> None:
         """The last query, key and value are the last bytes of their page; beyond it nothing may be read."""
-        tensors = [emulated.at_the_end_of_a_page(1, 2, n, 40, torch.float16) for n in (33, 77, 77)]
-        assert torch.isfinite(ops.attention(*tensors)).all()
+        for dtype in (torch.float32, torch.float16):
+            tensors = [emulated.at_the_end_of_a_page(1, 2, n, 40, dtype) for n in (33, 77, 77)]
+            assert torch.isfinite(ops.attention(*tensors)).all()
         out, sums = emulated.attention_with_sums(*tensors, 0.1)
         grad = emulated.at_the_end_of_a_page(1, 2, 33, 40, torch.float16)
         results = emulated.attention_gradients(grad, *tensors, out, sums, 0.1)
@@ -454,9 +487,16 @@ class TestAttention:
         (4096, 77, 48, 227, {"width": 64}),
         (4096, 4096, 512, 227, {"width": 512, "rows": 64, "blocks": 64, "shared_bytes": 209920}),
         (256, 256, 256, 227, {"width": 256, "threads": 256, "shared_bytes": 111616}),
+        (4096, 4096, -64, 227, {"rows": 128, "tile_keys": 32, "threads": 128, "shared_bytes": 70656}),
+        (4096, 4096, -64, 64, {"rows": 64, "threads": 64, "shared_bytes": 44032}),
+        (4096, 4096, -512, 99, {"rows": 16, "tile_keys": 16, "shared_bytes": 100352}),
+        (64, 64, -512, 227, {"rows": 8, "shared_bytes": 83200}),
+        (64, 64, -256, 227, {"rows": 16, "shared_bytes": 51200}),
     ],
     ids=str,
 )
 def test_how_attention_is_cut(length: int, keys: int, width: int, limit: int, plan: dict[str, int]) -> None:
-    found = emulated.attention_plan(2, 8, length, keys, width, limit << 10)
+    """A width below 0 stands for fp32."""
+    dtype = torch.float32 if width < 0 else torch.float16
+    found = emulated.attention_plan(2, 8, length, keys, abs(width), limit << 10, dtype)
     assert {name: getattr(found, name) for name in plan} == plan
