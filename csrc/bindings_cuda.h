@@ -60,6 +60,13 @@ class OnDevice {
         check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_), "multiprocessors");
         return count;
     }
+    // 90 for sm_90.
+    int capability() const {
+        int major = 0, minor = 0;
+        check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_), "compute capability");
+        check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_), "compute capability");
+        return 10 * major + minor;
+    }
     static void check(cudaError_t error, const char* what) {
         STD_TORCH_CHECK(error == cudaSuccess, "difusores: ", what, ": ", cudaGetErrorString(error));
     }

@@ -34,7 +34,7 @@ INSTRUCTIONS = {
     "spills": r"LDL|STL",
     "wide_loads": r"LDG\.\S*128",
     "wide_stores": r"STG\.\S*128",
-    "matrix": "HMMA",
+    "matrix": r"HMMA|HGMMA\S*",
     "wide_copies": r"LDGSTS\.\S*128",
 }
 

@@ -1,5 +1,6 @@
 // attention on CUDA: check the tensors, fill the structs, launch; with what its gradients need, and these.
 #include <algorithm>
+#include <cstring>
 #include <tuple>
 
 #include "bindings_cuda.h"
@@ -17,7 +18,8 @@ Tensor heads_inside(const OnDevice& device, const Tensor& t, int64_t rows, int64
 }
 
 void set_zero(const OnDevice& device, const Tensor& t) {
-    OnDevice::check(cudaMemsetAsync(t.data_ptr(), 0, t.numel() * 2, device.stream()), "attention");
+    const int64_t bytes = t.numel() * (dtype_of(t, "result") == DType::f32 ? 4 : 2);
+    OnDevice::check(cudaMemsetAsync(t.data_ptr(), 0, bytes, device.stream()), "attention");
 }
 
 // sums: what the gradients need, or nullptr.
@@ -43,6 +45,26 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional
 
 Tensor attention(Tensor q, Tensor k, Tensor v, OptionalTensor mask, double scale) {
     return forward(q, k, v, mask, scale, nullptr);
+}
+
+Tensor attention_wgmma(Tensor q, Tensor k, Tensor v, double scale) {
+    STD_TORCH_CHECK(
+        std::strstr(DIFUSORES_CUDA_ARCHITECTURES, "90a") != nullptr,
+        "attention: the wgmma kernel needs a build for sm_90a, and this one is for " DIFUSORES_CUDA_ARCHITECTURES);
+    AttentionArgs a = attention_args(q, k, v, scale);
+    const OnDevice device(q);
+    Tensor out = heads_inside(device, q, a.l, a.dv);
+    if (out.numel() == 0) return out;
+    if (a.s == 0) {
+        set_zero(device, out);
+        return out;
+    }
+    a.out = out.data_ptr();
+    for (int dim = 0; dim < 3; ++dim) a.out_stride[dim] = out.stride(dim);
+    const char* const reason = cuda::attention_wgmma_refuses(a, device.shared_limit(), device.capability());
+    STD_TORCH_CHECK(reason == nullptr, "attention: the wgmma kernel takes ", reason);
+    OnDevice::check(cuda::attention_wgmma(a, device.stream()), "attention_wgmma");
+    return out;
 }
 
 std::tuple<Tensor, Tensor> attention_with_sums(Tensor q, Tensor k, Tensor v, double scale) {
@@ -96,6 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_gradients(Tensor grad, Tensor q, Te
 
 STABLE_TORCH_LIBRARY_IMPL(difusores, CUDA, m) {
     m.impl("attention", TORCH_BOX(&difusores::attention));
+    m.impl("attention_wgmma", TORCH_BOX(&difusores::attention_wgmma));
     m.impl("attention_with_sums", TORCH_BOX(&difusores::attention_with_sums));
     m.impl("attention_gradients", TORCH_BOX(&difusores::attention_gradients));
 }

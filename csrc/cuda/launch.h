@@ -16,6 +16,9 @@ cudaError_t group_norm_silu(const GroupNormSiluArgs& args, const GroupNormPlan& 
 // nullptr, or what the kernel takes and this is not. Keys there must be.
 const char* attention_refuses(const AttentionArgs& args, int64_t shared_limit);
 cudaError_t attention(const AttentionArgs& args, int64_t shared_limit, int multiprocessors, cudaStream_t stream);
+// The same with the instructions of sm_90a. capability: 90 for sm_90.
+const char* attention_wgmma_refuses(const AttentionArgs& args, int64_t shared_limit, int capability);
+cudaError_t attention_wgmma(const AttentionArgs& args, cudaStream_t stream);
 // The same; the forward pass takes these arguments.
 const char* attention_gradients_refuses(const AttentionGradArgs& args);
 cudaError_t attention_gradients(const AttentionGradArgs& args, cudaStream_t stream);

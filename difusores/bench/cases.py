@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from difusores import ops
+from difusores.ops.dispatch import wanted
 from difusores.plan import make_row
 
 Call = Callable[[], Any]
@@ -141,6 +142,9 @@ def attention(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 
         of_flash = [t.transpose(1, 2) for t in (q, k, v)]
         peers["flash-attn"] = lambda: flash_attn_func(*of_flash).transpose(1, 2)
+    # DIFUSORES_BACKEND=wgmma: no GPU has run it, and a fault would end the run of all.
+    if wanted() == "wgmma":
+        peers["difusores wgmma"] = lambda: ops.attention(q, k, v)
     yield Case(
         "attention",
         shape_of(shape),

@@ -31,8 +31,10 @@ LIBRARY.define(
 )
 _WITH_SUMS = torch.ops.difusores.attention_with_sums.default
 _GRADIENTS = torch.ops.difusores.attention_gradients.default
+LIBRARY.define("attention_wgmma(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
+_WGMMA_OP = torch.ops.difusores.attention_wgmma.default
 _TRITON_OP = register_triton("attention", _SIGNATURE)
-register("attention", "cuda", "torch", "triton", "cpu")
+register("attention", "cuda", "torch", "triton", "wgmma", "cpu")
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKWARD_WEIGHTS = 1 << 20  # weights that the backward pass holds at a time
@@ -69,6 +71,11 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
 
 @torch.library.register_fake("difusores::attention_triton", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake_triton(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+
+
+@torch.library.register_fake("difusores::attention_wgmma", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _fake_wgmma(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
 
 
@@ -230,7 +237,9 @@ def supports(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None)
         return f"the kernel takes a mask of bool, float32, bfloat16 or float16, not {mask.dtype}"
     if depth == 0:
         return "the kernel needs D of at least 1"
-    return _refused_by_cuda(q, k, v, depth, width) if backend == "cuda" else None
+    if backend == "wgmma" and (reason := _refused_by_wgmma(q, k, v, mask)) is not None:
+        return reason
+    return _refused_by_cuda(q, k, v, depth, width) if backend in ("cuda", "wgmma") else None
 
 
 def _refused_by_cuda(q: Tensor, k: Tensor, v: Tensor, depth: int, width: int) -> str | None:
@@ -253,6 +262,29 @@ def _refused_by_cuda(q: Tensor, k: Tensor, v: Tensor, depth: int, width: int) ->
     needed = 0 if widest <= 160 else _SHARED_BYTES[size][256 if widest <= 256 else 512]
     if needed > shared_bytes:
         return f"heads of {widest} elements need {needed} bytes of shared memory, this GPU has {shared_bytes}"
+    return None
+
+
+_WGMMA_HEADS = (64, 80, 96, 128, 160)
+
+
+def _refused_by_wgmma(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
+    """Beyond what the other CUDA kernel refuses."""
+    if q.dtype is torch.float32:
+        return "the kernel takes float16 and bfloat16, not torch.float32"
+    if mask is not None or needs_grad(q, k, v):
+        return "the kernel takes no mask" if mask is not None else "the kernel has no gradients"
+    if q.shape[3] not in _WGMMA_HEADS or v.shape[3] != q.shape[3]:
+        sizes = f"{q.shape[3]} and {v.shape[3]}"
+        return f"the kernel takes heads of 64, 80, 96, 128 and 160 elements, of q, k and v alike, not {sizes}"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if any(step == 0 and size > 1 for step, size in zip(t.stride(), t.shape, strict=True)):
+            return f"the kernel takes tensors that are expanded in no dimension, not {name}"
+    generation = _device(q.device)[0]
+    if generation != 9:
+        return (
+            f"the kernel needs a GPU of sm_90, which alone has its instructions; this is of sm_{generation}x"
+        )
     return None
 
 
@@ -327,6 +359,8 @@ def attention(
     elif backend == "cuda" and recorded and _has_gradients(q, v, mask):
         result: Tensor = _WITH_SUMS(q, k, v, scale)[0]
         return result
+    if backend == "wgmma":
+        return below_autograd(_WGMMA_OP, q, k, v, scale)  # type: ignore[no-any-return]
     if backend in ("cpu", "triton", "cuda"):
         op = _TRITON_OP if backend == "triton" else _OP
         call = (q, k, v, mask, scale)

@@ -23,13 +23,19 @@ from difusores import native
 
 LIBRARY = torch.library.Library("difusores", "DEF")
 
-BACKENDS = ("cuda", "cpu", "torch", "triton", "reference")
+BACKENDS = ("cuda", "cpu", "torch", "triton", "wgmma", "reference")
 """Every backend name, in order of preference; `torch` is an op of PyTorch's own for the same thing.
 
 It stands before `triton` because PyTorch's fused attention is faster than our Triton kernel at most shapes.
+`wgmma` is attention with the matrix products of sm_90, which answers only when asked for: no GPU has run it.
 """
 
-_DEVICES: dict[str, tuple[str, ...]] = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
+_DEVICES: dict[str, tuple[str, ...]] = {
+    "cuda": ("cuda",),
+    "triton": ("cuda",),
+    "wgmma": ("cuda",),
+    "cpu": ("cpu",),
+}
 _TRITON = (3, 3)  # the oldest version that the kernels are written for
 _OPS: dict[str, tuple[str, ...]] = {}
 _LAUNCHES: dict[Any, Callable[..., Any]] = {}  # op -> the Python function that implements it
@@ -89,8 +95,8 @@ def status(backend: str) -> str | None:
     """None if the backend can be used in this process, else the reason. ValueError for an unknown name."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(sorted(BACKENDS))}")
-    if backend in ("cpu", "cuda"):
-        return native.status(backend)
+    if backend in ("cpu", "cuda", "wgmma"):
+        return native.status("cpu" if backend == "cpu" else "cuda")
     return _triton_status() if backend == "triton" else None
 
 
@@ -112,8 +118,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Use one backend by name within a `with` block, in this thread or task only.
 
     Args:
-        name: "reference", "cpu", "triton", "cuda", or "torch" (attention through
-            `scaled_dot_product_attention`).
+        name: "reference", "cpu", "triton", "cuda", "torch" (attention through
+            `scaled_dot_product_attention`), or "wgmma" (attention on sm_90, which no GPU has run yet).
 
     An op that has this backend uses it and raises `BackendUnavailable` for a call that it does not take; an
     op that has no such kernel at all keeps its default. The environment variable DIFUSORES_BACKEND does the

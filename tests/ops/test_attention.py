@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -448,3 +449,36 @@ def test_who_is_faster(generation: int, keys: int, width: int, ours: bool, monke
         q, k = torch.empty(1, 1, 8, width, dtype=dtype), torch.empty(1, 1, keys, width, dtype=dtype)
         got = ops.attention(q, k, k)
         assert isinstance(got, str) is (ours and dtype is torch.float16)
+
+
+def test_wgmma_says_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("difusores.ops.attention")
+    q = torch.empty(1, 2, 8, 64, dtype=torch.float16)
+    narrow = q[..., :40]
+    mask = torch.zeros(8, 8)
+    cases: dict[str, tuple[Any, ...]] = {
+        "float16 and bfloat16, not torch.float32": (q.float(), q.float(), q.float(), None),
+        "no mask": (q, q, q, mask),
+        "no gradients": (q.clone().requires_grad_(), q, q, None),
+        "not 40 and 40": (narrow, narrow, narrow, None),
+        "not 64 and 40": (q, q, narrow, None),
+        "expanded in no dimension, not k": (q, q[:, :1].expand(-1, 2, -1, -1), q, None),
+        "multiples of 16 bytes": (q, q.transpose(2, 3).contiguous().transpose(2, 3), q, None),
+    }
+    monkeypatch.setattr(module, "_device", lambda device: (9, 232448))
+    assert supports("wgmma", q, q, q, None) is None
+    for words, call in cases.items():
+        assert words in str(supports("wgmma", *call))
+    monkeypatch.setattr(module, "_device", lambda device: (10, 232448))
+    assert "a GPU of sm_90" in str(supports("wgmma", q, q, q, None))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
+def test_wgmma_on_a_gpu() -> None:
+    """In a process of its own, for a time that is limited: a wrong barrier there waits for ever."""
+    if (reason := dispatch.status("wgmma")) is not None or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip(reason or "no CUDA device was found whose instructions these are")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    file = Path(__file__).with_name("wgmma_kernel.py")
+    done = subprocess.run([*command, str(file)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
