@@ -18,7 +18,7 @@ BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.* csrc/
 GENERATE := $(BIN)/python -m difusores generate --model bundled:digits --num 36 --steps 25 --seed 1
 # a process for each core, up to eight, which share the cores (tests/conftest.py)
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.cpp tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.cpp tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp benchmarks/*.cpp)
 
 stop = { printf '\n%s\n' $(1) >&2; exit 1; }
 NO_PYTHON := "Python 3.11 or newer was not found: run 'apt install python3.11 python3.11-venv python3.11-dev'"
@@ -39,7 +39,7 @@ help:
 	  'make cuda-check the CUDA and Triton kernels compiled for every architecture and held to their budgets; needs nvcc' \
 	  'make lint       ruff, mypy, clang-format' \
 	  'make format     ruff and clang-format write what lint asks for' \
-	  'make bench      the benchmarks' \
+	  'make bench      all benchmarks of a CPU, about an hour; then their tables and picture' \
 	  'make bench-quick  whole networks beside their peers, under 3 minutes' \
 	  'make clean      removes what was built; .venv stays'
 
@@ -111,8 +111,13 @@ format: .venv/test.stamp
 bench-quick: .venv/bench.stamp
 	@$(BIN)/python benchmarks/bench_models.py --quick
 
+# all of it; benchmarks/results/ keeps the figures, of which the last line makes the tables and the picture
 bench: .venv/bench.stamp
-	@for program in benchmarks/bench_*.py; do $(BIN)/python $$program; done
+	@mkdir -p benchmarks/results
+	@for of in schedulers ops attention unet; do $(BIN)/python benchmarks/bench_$$of.py --json benchmarks/results/$$of.json; done
+	@$(BIN)/python -m pytest -p no:xdist benchmarks/test_ops_benchmark.py
+	@for of in models loops memory; do $(BIN)/python benchmarks/bench_$$of.py; done
+	@$(BIN)/python benchmarks/bench_models.py --table
 
 clean:
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache demo.png
