@@ -5,6 +5,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "arguments.h"
 #include "recycler.h"
 
@@ -34,6 +37,13 @@ inline Tensor new_float(int64_t rows, int64_t columns) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_float32(),
                                                     aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
+}
+
+// A new contiguous tensor of x's dtype on the CPU.
+inline Tensor new_contiguous(const Tensor& x, const std::vector<int64_t>& sizes) {
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
+    return new_empty(x, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data());
 }
 
 inline Tensor new_like(const Tensor& x) { return new_empty(x, x.dim(), x.sizes().data(), x.strides().data()); }

@@ -54,7 +54,7 @@ struct GroupNormPlan {
     int64_t shared_bytes;  // of the first kernel
 };
 
-// y = x[:, :D] * GELU(x[:, D:]); see cuda/geglu.cuh.
+// y = x[:, :D] * GELU(x[:, D:]); see cpu/geglu.cpp and cuda/geglu.cuh.
 struct GegluArgs {
     const void* x;  // [rows, 2 D]
     void* y;        // [rows, D]
@@ -63,7 +63,8 @@ struct GegluArgs {
     bool tanh;              // GELU's approximation by tanh, else by erf
 };
 
-// h = x + residual, y = weight * (h - mean) / sqrt(var + eps) + bias, over rows; see cuda/layer_norm.cuh.
+// h = x + residual, y = weight * (h - mean) / sqrt(var + eps) + bias, over rows; see cpu/layer_norm.cpp and
+// cuda/layer_norm.cuh.
 struct LayerNormArgs {
     const void* x;          // [rows, D]
     const void* residual;   // like x, or nullptr
@@ -239,6 +240,11 @@ constexpr int64_t kAttentionKeys = 256;    // keys of a task of packing
     void group_norm_silu_stats(const GroupNormSiluArgs&, int64_t begin, int64_t end);                                 \
     void group_norm_silu_combine(const GroupNormSiluArgs&, int64_t begin, int64_t end);                               \
     void group_norm_silu_apply(const GroupNormSiluArgs&, int64_t begin, int64_t end);                                 \
+    /* tasks: rows */                                                                                                 \
+    void geglu(const GegluArgs&, int64_t begin, int64_t end);                                                         \
+    /* tasks: rows; scratch: layer_norm_scratch floats */                                                             \
+    int64_t layer_norm_scratch(const LayerNormArgs&);                                                                 \
+    void layer_norm(const LayerNormArgs&, float* scratch, int64_t begin, int64_t end);                                \
     /* tasks: images * blocks of kStepBlock elements */                                                               \
     void scheduler_step(const SchedulerStepArgs&, int64_t begin, int64_t end);                                        \
     /* tasks: groups * blocks of C; scratch: (4 group_h + 2) (4 group_w + 2) * 64 floats */                           \
@@ -269,6 +275,9 @@ struct Kernels {
     decltype(&base::group_norm_silu_stats) group_norm_silu_stats;
     decltype(&base::group_norm_silu_combine) group_norm_silu_combine;
     decltype(&base::group_norm_silu_apply) group_norm_silu_apply;
+    decltype(&base::geglu) geglu;
+    decltype(&base::layer_norm_scratch) layer_norm_scratch;
+    decltype(&base::layer_norm) layer_norm;
     decltype(&base::scheduler_step) scheduler_step;
     decltype(&base::group_norm_silu_floor) group_norm_silu_floor;
     decltype(&base::winograd_conv_input) winograd_conv_input;

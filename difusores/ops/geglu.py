@@ -16,7 +16,7 @@ from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, 
 _SIGNATURE = "(Tensor x, str approximate) -> Tensor"
 LIBRARY.define("geglu" + _SIGNATURE)
 _TRITON_OP = register_triton("geglu", _SIGNATURE)
-register("geglu", "cuda", "triton")
+register("geglu", "cuda", "cpu", "triton")
 
 
 def reference(x: Tensor, approximate: str) -> Tensor:

@@ -22,7 +22,7 @@ _SIGNATURE = (
 )
 LIBRARY.define("layer_norm" + _SIGNATURE)
 _TRITON_OP = register_triton("layer_norm", _SIGNATURE)
-register("layer_norm", "cuda", "triton")
+register("layer_norm", "cuda", "cpu", "triton")
 
 
 def reference(
@@ -91,7 +91,7 @@ for _name in ("layer_norm", "layer_norm_triton"):
     )
 
 _OP = torch.ops.difusores.layer_norm.default
-_LONGEST = 16384  # elements of a row that a kernel holds in registers
+_LONGEST = 16384  # elements of a row that a kernel on a GPU holds in registers
 
 
 def supports(backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
@@ -101,7 +101,7 @@ def supports(backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None
     for p in (weight, bias):
         if p is not None and p.dtype is not x.dtype and p.dtype is not torch.float32:
             return f"the kernel takes parameters in float32 or {x.dtype}, not {p.dtype}"
-    if x.shape[-1] > _LONGEST:
+    if backend != "cpu" and x.shape[-1] > _LONGEST:
         return f"the kernel takes rows of at most {_LONGEST} elements, not {x.shape[-1]}"
     return None
 
@@ -143,7 +143,7 @@ def layer_norm(
     only_x = return_sum and residual is None
     backend = choose("layer_norm", x.device.type, supports, x, weight, bias)
     more = (weight, bias, residual)
-    if backend == "cuda":
+    if backend in ("cpu", "cuda"):
         x, (weight, bias, residual) = x.contiguous(), (None if t is None else t.contiguous() for t in more)
     call = (x, weight, bias, eps, residual, return_sum and not only_x)
     if backend == "reference":

@@ -156,6 +156,49 @@ void step(const Kernels& k, int64_t batch, int64_t inner) {
            std::string(k.isa) + " scheduler_step " + std::to_string(inner) + ": " + std::to_string(worst));
 }
 
+// Values and gates, or rows and a residual: [rows, columns] of one dtype, the result beside the float64 oracle.
+void tokens(const Kernels& k, int64_t rows, int64_t d, DType dtype) {
+    const bool half = dtype != DType::f32;
+    std::vector<float> x = normal(2 * rows * d, 1, 1.0f), y(rows * d), sum(rows * d);
+    const auto weight = normal(d, 2), bias = normal(d, 3);
+    const auto xh = to_half(x, dtype), wh = to_half(weight, dtype);
+    std::vector<uint16_t> yh(rows * d), sumh(rows * d);
+    for (size_t i = 0; half && i < x.size(); ++i) x[i] = from_half(xh[i], dtype);
+    const void* from = half ? static_cast<const void*>(xh.data()) : x.data();
+    void* const to = half ? static_cast<void*>(yh.data()) : y.data();
+    const double unit = dtype == DType::f32 ? 3e-6 : dtype == DType::bf16 ? 0x1p-7 : 0x1p-10;
+    const auto close = [&](int64_t i, double want) {
+        return std::fabs((half ? from_half(yh[i], dtype) : y[i]) - want) <= unit * (1 + std::fabs(want));
+    };
+    const std::string name = std::string(k.isa) + " " + std::to_string(d) + " dtype " + std::to_string(int(dtype));
+    for (const bool tanh : {false, true}) {
+        k.geglu({from, to, dtype, rows, d, tanh}, 0, rows);
+        for (int64_t i = 0; i < rows * d; ++i) {
+            const double v = x[i / d * 2 * d + i % d], g = x[(i / d * 2 + 1) * d + i % d];
+            const double t = tanh ? std::tanh(0.7978845608028654 * (g + 0.044715 * g * g * g)) : std::erf(g / M_SQRT2);
+            expect(close(i, v * g * 0.5 * (1 + t)), name + " geglu");
+        }
+    }
+    LayerNormArgs a{};
+    const void* second = half ? static_cast<const void*>(xh.data() + rows * d) : x.data() + rows * d;
+    a.x = from, a.residual = second, a.y = to, a.sum = half ? static_cast<void*>(sumh.data()) : sum.data();
+    a.dtype = dtype, a.rows = rows, a.columns = d, a.eps = 1e-5;
+    a.weight = {half ? static_cast<const void*>(wh.data()) : weight.data(), dtype, 0};
+    a.bias = {bias.data(), DType::f32, 0};
+    std::vector<float> scratch(k.layer_norm_scratch(a), NAN);
+    k.layer_norm(a, scratch.data(), 0, rows);
+    for (int64_t row = 0; row < rows; ++row) {
+        const auto h = [&](int64_t i) { return double(x[row * d + i]) + x[(rows + row) * d + i]; };
+        double mean = 0, var = 0;
+        for (int64_t i = 0; i < d; ++i) mean += h(i) / d;
+        for (int64_t i = 0; i < d; ++i) var += (h(i) - mean) * (h(i) - mean) / d;
+        for (int64_t i = 0; i < d; ++i) {
+            const double w = half ? from_half(wh[i], dtype) : weight[i];
+            expect(close(row * d + i, (h(i) - mean) / std::sqrt(var + 1e-5) * w + bias[i]), name + " layer_norm");
+        }
+    }
+}
+
 struct ConvShape {
     int64_t n, c, o, h, w;
 };
@@ -291,6 +334,9 @@ int main() {
                                avx512::group_norm_silu_stats,
                                avx512::group_norm_silu_combine,
                                avx512::group_norm_silu_apply,
+                               avx512::geglu,
+                               avx512::layer_norm_scratch,
+                               avx512::layer_norm,
                                avx512::scheduler_step,
                                avx512::group_norm_silu_floor,
                                avx512::winograd_conv_input,
@@ -319,6 +365,8 @@ int main() {
                 group_norm(*k, 1, 70, 9, 35, last, dtype, false);
                 group_norm(*k, 2, 5, 64, 1, last, dtype, false);
             }
+        for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
+            for (const int64_t d : {1, 7, 16, 67, 320}) tokens(*k, 3, d, dtype);
         for (const int64_t inner : {1, 7, 1023, 1024, 1025, 5000}) step(*k, 2, inner);
         for (const bool fused : {false, true}) {
             winograd(*k, {1, 1, 1, 1, 1}, {1, 1, 1}, fused);
