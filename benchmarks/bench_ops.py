@@ -1,6 +1,6 @@
 """The fused operations against eager PyTorch and against what the machine allows, at shapes of real UNets.
 
-    python benchmarks/bench_ops.py [--op group_norm_silu|scheduler_step|winograd_conv]
+    python benchmarks/bench_ops.py [--op group_norm_silu|layer_norm|geglu|scheduler_step|winograd_conv]
         [--set limit|sd15|cat|cifar10|vae]
         [--dtype float32|bfloat16|float16] [--seconds S] [--json FILE]
 
@@ -8,7 +8,8 @@ Every result is checked against the float64 reference before it is timed; a wron
 Contestants take turns in random order, figures are medians. `limit` is the greater of a copy of the tensor
 (`clone`: like the op, it makes a new tensor) and of the arithmetic of act alone, run from L1 in the same
 dtype (`_C.group_norm_silu_floor`) over all threads; `/+stats` counts the statistics into that arithmetic.
-`copy_us` is the copy into memory that exists already. For the step, `limit` is `torch.add`.
+`copy_us` is the copy into memory that exists already. For the step, `limit` is `torch.add`; for layer_norm
+(with a residual) and geglu, at the shapes of Stable Diffusion, a `clone` that moves as many bytes.
 
 winograd_conv, with a bias as in a model: `F.conv2d` in NCHW and channels_last, oneDNN with weights that it
 has packed for this very shape, ours with weights as they are and packed; and half a residual block (group
@@ -31,6 +32,7 @@ from timing import interleave, stamp
 from torch import Tensor
 
 from difusores import native, ops
+from difusores.bench.cases import Case, cases
 from difusores.ops.scheduler_step import ROW, W
 from difusores.ops.winograd_conv import pack_weight, plan
 
@@ -172,6 +174,23 @@ def scheduler_step(shape: tuple[int, ...], dtype: torch.dtype, seconds: float) -
     }
 
 
+def tokens(case: Case, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+    """layer_norm and geglu."""
+    checked(case.view(case.ours()), case.view(case.eager()), case.oracle(), f"{case.op} {case.label} {dtype}")
+    moved = torch.ones(case.bytes // 2 // dtype.itemsize, dtype=dtype)  # once in, once out
+    contestants = {"ours": case.ours, "eager": case.eager, "limit": moved.clone}
+    times = interleave(contestants, seconds=seconds)
+    return {
+        "op": case.op,
+        "shape": [int(side) for side in case.label.split(" ")[0].split("x")],
+        "dtype": str(dtype).removeprefix("torch."),
+        "layout": "contiguous",
+        **{f"{name}_us": 1e6 * t for name, t in times.items()},
+        "ours_over_limit": times["ours"] / times["limit"],
+        "eager_over_ours": times["eager"] / times["ours"],
+    }
+
+
 def distance(y: Tensor, oracle: Tensor) -> float:
     """Relative L2."""
     return float((y.double() - oracle).norm() / oracle.norm())
@@ -274,7 +293,9 @@ def main(arguments: Sequence[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--op", choices=("group_norm_silu", "scheduler_step", "winograd_conv"), action="append"
+        "--op",
+        choices=("group_norm_silu", "layer_norm", "geglu", "scheduler_step", "winograd_conv"),
+        action="append",
     )
     parser.add_argument("--set", choices=(*SHAPES, "vae"), action="append", dest="sets")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), action="append", dest="dtypes")
@@ -305,6 +326,13 @@ def main(arguments: Sequence[str]) -> None:
         for step_shape in ((1, 4, 8, 8), (1, 4, 64, 64), (8, 3, 512, 512)):
             for dtype in dtypes:
                 jobs.append(lambda s=step_shape, d=dtype: scheduler_step(s, d, args.seconds))  # type: ignore[misc]
+    for op in ("layer_norm", "geglu"):
+        if op in (args.op or (op,)):
+            jobs += [
+                lambda c=case, d=dtype: tokens(c, d, args.seconds)  # type: ignore[misc]
+                for dtype in dtypes
+                for case in cases(op, dtype, torch.device("cpu"))
+            ]
     rows = []
     print(json.dumps(stamp()))
     print(

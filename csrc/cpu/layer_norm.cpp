@@ -1,7 +1,7 @@
 // h = x + residual;  y = weight * (h - mean) * rstd + bias,  mean and rstd over each row of D elements.
 //
-// Bytes: x and residual once in, y and h once out. A row of h waits in L1 as fp32, beside weight and bias, which are
-// widened once a range of rows. Layout: contiguous rows.
+// Bytes: x and residual once in, y and h once out; the next row is fetched ahead. A row of h waits in L1 as fp32 (where
+// that is x, in x), beside weight and bias, which are widened once a range of rows. Layout: contiguous rows.
 //
 // Statistics: two passes over that row, the mean, then the deviations from it, whose sum also corrects the mean.
 // Nothing cancels when mean >> std. A row's bits depend on the row alone.
@@ -20,12 +20,12 @@ DIFUSORES_INLINE int lanes(int64_t columns, int64_t i) {
 
 DIFUSORES_INLINE float total(f32v (&sums)[kSums]) { return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])); }
 
-// h into `row`, padded with zeros, and into a.sum; returns its mean.
+// h into `row`, if any, padded with zeros, and into a.sum; returns its mean.
 template <DType D>
 float take(const LayerNormArgs& a, int64_t first, float* row) {
     f32v sums[kSums] = {};
     const auto one = [&](int64_t i, f32v h, f32v& sum) __attribute__((always_inline)) {
-        store<DType::f32>(row, i, h);
+        if (row) store<DType::f32>(row, i, h);
         sum += h;
     };
     int64_t i = 0;
@@ -47,59 +47,76 @@ float take(const LayerNormArgs& a, int64_t first, float* row) {
     return total(sums) / static_cast<float>(a.columns);
 }
 
+template <DType D>
+void widen(const void* from, int64_t columns, float* to) {
+    int64_t i = 0;
+    for (; i + kWidth <= columns; i += kWidth) store<DType::f32>(to, i, load<D>(from, i));
+    if (i < columns) store<DType::f32>(to, i, load_tail<D>(from, i, lanes(columns, i)));
+}
+
 // A parameter, or `absent`, as whole vectors of fp32.
 void widen(const Param& from, int64_t columns, float absent, float* to) {
-    for (int64_t i = 0; i < columns; i += kWidth) {
-        const int count = lanes(columns, i);
-        f32v v = splat(absent);
-        if (from.ptr && from.dtype == DType::f32) v = load_tail<DType::f32>(from.ptr, i, count);
-        else if (from.ptr && from.dtype == DType::bf16) v = load_tail<DType::bf16>(from.ptr, i, count);
-        else if (from.ptr) v = load_tail<DType::f16>(from.ptr, i, count);
-        store<DType::f32>(to, i, v);
-    }
+    if (!from.ptr)
+        for (int64_t i = 0; i < columns; i += kWidth) store<DType::f32>(to, i, splat(absent));
+    else if (from.dtype == DType::f32) widen<DType::f32>(from.ptr, columns, to);
+    else if (from.dtype == DType::bf16) widen<DType::bf16>(from.ptr, columns, to);
+    else widen<DType::f16>(from.ptr, columns, to);
 }
 
 struct Moments {
-    float mean, rstd;
+    float mean, delta, rstd;  // the mean is mean + delta, which fp32 cannot hold where it is large
 };
 
-Moments moments(const LayerNormArgs& a, const float* row, float mean) {
+// Of a row whose mean is about `mean`. The next row, at `next`, comes from memory meanwhile, and this one of y.
+template <DType D>
+Moments moments(const LayerNormArgs& a, const float* row, float mean, int64_t next) {
     const int64_t whole = a.columns / (kSums * kWidth) * (kSums * kWidth);
     f32v sums[kSums] = {}, squares[kSums] = {};
-    for (int64_t i = 0; i < whole; i += kSums * kWidth)
+    for (int64_t i = 0; i < whole; i += kSums * kWidth) {
+        prefetch<kSums * kWidth * kBytes<D>, true>(static_cast<const char*>(a.y) + (next - a.columns + i) * kBytes<D>);
+        prefetch<kSums * kWidth * kBytes<D>>(static_cast<const char*>(a.x) + (next + i) * kBytes<D>);
+        if (a.residual)
+            prefetch<kSums * kWidth * kBytes<D>>(static_cast<const char*>(a.residual) + (next + i) * kBytes<D>);
         for (int k = 0; k < kSums; ++k) {
             const f32v t = load<DType::f32>(row, i + k * kWidth) - mean;
             sums[k] += t, squares[k] += t * t;
         }
+    }
     for (int64_t i = whole; i < a.columns; i += kWidth) {
-        const f32v t = (load<DType::f32>(row, i) - mean) * lane_mask(lanes(a.columns, i));
+        const f32v t = (load_tail<DType::f32>(row, i, lanes(a.columns, i)) - mean) * lane_mask(lanes(a.columns, i));
         sums[0] += t, squares[0] += t * t;
     }
     const float count = static_cast<float>(a.columns), sum = total(sums), delta = sum / count;
     const float m2 = total(squares) - sum * delta;
-    return {mean + delta, 1.0f / __builtin_sqrtf((m2 < 0.0f ? 0.0f : m2) / count + static_cast<float>(a.eps))};
+    return {mean, delta, 1.0f / __builtin_sqrtf((m2 < 0.0f ? 0.0f : m2) / count + static_cast<float>(a.eps))};
 }
 
 template <DType D>
 void rows(const LayerNormArgs& a, float* scratch, int64_t begin, int64_t end) {
     const int64_t width = padded(a.columns);
-    float *const weight = scratch, *const bias = scratch + width, *const row = scratch + 2 * width;
+    float *const weight = scratch, *const bias = scratch + width;
+    float* const kept = D == DType::f32 && !a.residual ? nullptr : scratch + 2 * width;
     widen(a.weight, a.columns, 1.0f, weight);
     widen(a.bias, a.columns, 0.0f, bias);
     for (int64_t r = begin; r < end; ++r) {
         const int64_t first = r * a.columns;
-        const Moments m = moments(a, row, take<D>(a, first, row));
-        const auto normed = [&](int64_t i) __attribute__((always_inline)) {
-            return (load<DType::f32>(row, i) - m.mean) * m.rstd * load<DType::f32>(weight, i) +
-                   load<DType::f32>(bias, i);
+        const float mean = take<D>(a, first, kept);
+        const float* const row = kept ? kept : static_cast<const float*>(a.x) + first;
+        const Moments m = moments<D>(a, row, mean, first + a.columns);
+        const float shift = -m.delta * m.rstd;
+        const auto normed = [&](int64_t i, f32v h) __attribute__((always_inline)) {
+            return ((h - m.mean) * m.rstd + shift) * load<DType::f32>(weight, i) + load<DType::f32>(bias, i);
         };
         int64_t i = 0;
         for (; i + kSums * kWidth <= a.columns; i += kSums * kWidth) {
             f32v y[kSums];
-            for (int k = 0; k < kSums; ++k) y[k] = normed(i + k * kWidth);
+            for (int k = 0; k < kSums; ++k) y[k] = normed(i + k * kWidth, load<DType::f32>(row, i + k * kWidth));
             store_all<D>(a.y, first + i, y);
         }
-        for (; i < a.columns; i += kWidth) store_tail<D>(a.y, first + i, normed(i), lanes(a.columns, i));
+        for (; i < a.columns; i += kWidth) {
+            const int count = lanes(a.columns, i);
+            store_tail<D>(a.y, first + i, normed(i, load_tail<DType::f32>(row, i, count)), count);
+        }
     }
 }
 

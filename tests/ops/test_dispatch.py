@@ -91,7 +91,10 @@ def test_isa_levels(isa: str) -> None:
         return  # the rest of the suite runs on it
     folder = os.path.dirname(__file__)
     # From AVX-512 on the levels differ in products of matrices alone.
-    of_every_level = ("group_norm_silu", "group_norm_affine", "scheduler_step", "winograd_conv")
+    of_every_level = (
+        *("group_norm_silu", "group_norm_affine", "scheduler_step", "winograd_conv"),
+        *("geglu", "layer_norm"),
+    )
     differ = ("attention", *(() if isa.startswith("avx512") else of_every_level))
     tests = [os.path.join(folder, f"test_{op}.py") for op in differ]
     result = subprocess.run(
@@ -116,10 +119,10 @@ def test_isa_levels(isa: str) -> None:
 
 def test_the_reference_does_not_answer_for_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """A build that left a kernel out: the reference, registered for every device, must not stand in."""
-    monkeypatch.setitem(dispatch._OPS, "geglu", ("cpu", "reference"))
+    monkeypatch.setitem(dispatch._OPS, "bias_residual", ("cpu", "reference"))
     monkeypatch.setattr(dispatch, "status", lambda backend: None)
     monkeypatch.setattr(dispatch, "_HAS", {})
-    assert dispatch.availability()["geglu"]["cpu"] == "difusores._C was built without geglu"
-    assert dispatch.choose("geglu", "cpu", lambda *call: None) == "reference"
-    with ops.use_backend("cpu"), pytest.raises(ops.BackendUnavailable, match="built without geglu"):
-        dispatch.choose("geglu", "cpu", lambda *call: None)
+    assert dispatch.availability()["bias_residual"]["cpu"] == "difusores._C was built without bias_residual"
+    assert dispatch.choose("bias_residual", "cpu", lambda *call: None) == "reference"
+    with ops.use_backend("cpu"), pytest.raises(ops.BackendUnavailable, match="built without bias_residual"):
+        dispatch.choose("bias_residual", "cpu", lambda *call: None)
