@@ -15,7 +15,7 @@ from test_accelerate import LIBRARIES, VARIANTS, distance, inputs, make, oracle,
 from torch import Tensor, nn
 
 import difusores
-from difusores.acceleration import cuda_blocks, cuda_layers, merged, prompts
+from difusores.acceleration import cuda_layers, merged, prompts, transformer_blocks
 from difusores.acceleration.engine import SESSION, install
 from difusores.acceleration.prompts import Prompts
 from difusores.acceleration.report import Report
@@ -86,15 +86,15 @@ def test_agrees_and_comes_back(library: str, variant: str) -> None:
 @pytest.mark.parametrize("variant", ["latents", "linear", "pixels"])
 def test_residuals_in_the_products(library: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the kernel of `linear` takes the call: the norms then have no residuals."""
-    monkeypatch.setattr(cuda_layers, "fused", lambda *_: True)
+    monkeypatch.setattr(transformer_blocks, "fused", lambda *_: True)
     residuals: list[bool] = []
-    layer_norm = cuda_blocks.layer_norm
+    layer_norm = transformer_blocks.layer_norm
 
     def watched(*args: Any, residual: Tensor | None = None, **options: Any) -> Any:
         residuals.append(residual is not None)
         return layer_norm(*args, residual=residual, **options)
 
-    monkeypatch.setattr(cuda_blocks, "layer_norm", watched)
+    monkeypatch.setattr(transformer_blocks, "layer_norm", watched)
     model = make(library, variant)
     cases = [inputs(variant), inputs(variant, 3)]
     accelerate(model)

@@ -2,7 +2,6 @@
 
 A residual block is norm, convolution, norm, convolution, sum: five launches, and one for a shortcut. The time
 embedding's projections of all blocks are one product, computed by the first block that needs one.
-A transformer block adds each residual where the next normalisation reads it.
 """
 
 from __future__ import annotations
@@ -14,22 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difusores.acceleration.cuda_layers import adds_residual, leaves_its_bias, plain_layer_norm
+from difusores.acceleration.cuda_layers import leaves_its_bias
 from difusores.acceleration.layers import (
     CHANNELS_LAST,
     Surroundings,
     apply_conv,
-    apply_linear,
     direct,
     normalize,
 )
 from difusores.acceleration.merged import Merged
 from difusores.acceleration.network import NetworkForward
 from difusores.acceleration.resnet import ResnetForward
-from difusores.acceleration.session import Forward, Session, hooked
-from difusores.acceleration.transformer import AttentionForward
-from difusores.models.transformer import NO_CONTEXT, Context
-from difusores.ops import layer_norm
+from difusores.acceleration.session import Session, hooked
 
 
 class TimeProjections:
@@ -152,119 +147,3 @@ class CudaResnetForward(ResnetForward):
         if with_bias:
             terms["add"] = terms["add"] + bias if "add" in terms else bias.expand(batch, -1)
         return terms
-
-
-class TransformerBlockForward(Forward):
-    """Two attentions and a feed-forward (ours); every residual is added where the next norm reads it."""
-
-    how = "transformer block: residuals added within the normalisations"
-
-    def declines(self, tokens: Tensor, context: Context = NO_CONTEXT) -> str | None:
-        return why_not_block(self.module, tokens)
-
-    def run(self, tokens: Tensor, context: Context = NO_CONTEXT) -> Tensor:
-        first = context.states if self.module.only_cross_attention else None
-        return transform_tokens(
-            self.module, tokens, (first, context.self_bias), (context.states, context.bias)
-        )
-
-
-def why_not_block(m: Any, tokens: Tensor) -> str | None:
-    """Why a transformer block goes to its class's forward, or None."""
-    if tokens.ndim != 3:
-        return "the tokens' shape is not [N, L, C]"
-    norms = [norm for norm in (m.norm1, m.norm2, m.norm3) if norm is not None]
-    return None if all(map(plain_layer_norm, norms)) else "a hook or another module stands at a normalisation"
-
-
-Asked = tuple[Tensor | None, Tensor | None]
-"""What an attention looks at: states, None for the tokens themselves; what is added to the scores."""
-
-
-def transform_tokens(m: Any, tokens: Tensor, first: Asked, second: Asked) -> Tensor:
-    """h = x + attn1(norm1(x), *first); h += attn2(norm2(h), *second); h + ff(norm3(h))."""
-    hidden, total = normed(m.norm1, tokens), tokens
-    hidden, total = attended(m.attn1, hidden, total, first, m.norm3 if m.attn2 is None else m.norm2)
-    if m.attn2 is not None:
-        hidden, total = attended(m.attn2, hidden, total, second, m.norm3)
-    return feed_forward(m.ff, hidden, total)
-
-
-def attended(attn: Any, x: Tensor, total: Tensor, asked: Asked, norm: Any) -> tuple[Tensor, Tensor]:
-    """total += attn(x, *asked), by its last product or else by the norm; returns norm(total) and total."""
-    forward: Any = attn.__dict__.get("forward")
-    if (
-        isinstance(forward, AttentionForward)
-        and not hooked(attn)
-        and not attn.training
-        and forward.declines(x, *asked) is None
-        and adds_residual(attn.to_out[0], x, total)
-    ):
-        total = forward.attend(x, *asked, total)
-        return normed(norm, total), total
-    change: Tensor = attn(x, *asked)
-    y, total = layer_norm(change, norm.weight, norm.bias, norm.eps, residual=total, return_sum=True)
-    return y, total
-
-
-def normed(norm: Any, x: Tensor) -> Tensor:
-    """norm(x), by the op."""
-    out = layer_norm(x, norm.weight, norm.bias, norm.eps)
-    assert isinstance(out, Tensor)
-    return out
-
-
-def feed_forward(ff: Any, x: Tensor, residual: Tensor) -> Tensor:
-    """residual + ff(x); the last product, if nobody watches it, adds the residual itself."""
-    layers = list(ff.net)
-    while layers and type(layers[-1]) is nn.Dropout and not hooked(layers[-1]):
-        layers.pop()
-    if hooked(ff) or "forward" in ff.__dict__ or not layers or not direct(layers[-1]):
-        out: Tensor = ff(x) + residual
-        return out
-    for layer in layers[:-1]:
-        x = layer(x)
-    return apply_linear(layers[-1], x, residual)
-
-
-class DiffusersTransformerBlockForward(Forward):
-    """The same of diffusers, with its plain normalisation and without masks."""
-
-    how = TransformerBlockForward.how
-
-    @classmethod
-    def refuses(cls, module: Any) -> str | None:
-        if module.norm_type != "layer_norm" or module.pos_embed is not None or hasattr(module, "fuser"):
-            return "its normalisation, positions or attention are not the plain ones"
-        return None
-
-    def declines(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        timestep: Tensor | None = None,
-        cross_attention_kwargs: Mapping[str, Any] | None = None,
-        class_labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> str | None:
-        if attention_mask is not None or encoder_attention_mask is not None:
-            return "a mask is given"
-        given = {name for name, value in (cross_attention_kwargs or {}).items() if value is not None}
-        if given:
-            return f"cross_attention_kwargs has {', '.join(sorted(given))}"
-        if self.module._chunk_size is not None:
-            return "its feed-forward is computed in chunks"
-        return why_not_block(self.module, hidden_states)
-
-    def run(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        *ignored: object,
-        **kwargs: object,
-    ) -> Tensor:
-        first = encoder_hidden_states if self.module.only_cross_attention else None
-        return transform_tokens(self.module, hidden_states, (first, None), (encoder_hidden_states, None))

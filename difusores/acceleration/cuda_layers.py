@@ -20,17 +20,14 @@ from difusores.acceleration.layers import (
     ConvForward,
     LinearForward,
     Surroundings,
-    direct,
     normalize,
     why_not_weight,
 )
 from difusores.acceleration.session import Forward, Session, hooked
 from difusores.graphs import capturing
-from difusores.models.transformer import LayerNorm
-from difusores.ops import bias_residual, layer_norm
+from difusores.ops import bias_residual
 from difusores.ops import linear as linear_op
 from difusores.ops.dispatch import transformed
-from difusores.ops.linear import fused
 
 
 class CudaLinearForward(LinearForward):
@@ -59,11 +56,6 @@ def linear(x: Tensor, layer: Any, residual: Tensor | None = None) -> Tensor:
     if residual is None:
         return F.linear(x, weight, bias)
     return linear_op(x, weight, bias, residual=residual)
-
-
-def adds_residual(layer: Any, rows: Tensor, residual: Tensor) -> bool:
-    """Whether a layer on so many rows adds a residual without a launch of its own."""
-    return direct(layer) and fused(rows, layer.weight, layer.bias, residual, False)
 
 
 class CudaConvForward(ConvForward):
@@ -135,30 +127,6 @@ def leaves_its_bias(layer: nn.Module, x: Tensor) -> bool:
         and layer.bias is not None
         and forward.declines(x) is None
     )
-
-
-class LayerNormForward(Forward):
-    """A layer normalisation by the package's op."""
-
-    how = "layer norm: the package's op"
-    invariant = True
-
-    def run(self, input: Tensor) -> Tensor:
-        out = layer_norm(input, self.module.weight, self.module.bias, self.module.eps)
-        assert isinstance(out, Tensor)
-        return out
-
-    @classmethod
-    def refuses(cls, module: Any) -> str | None:
-        return None if len(module.normalized_shape) == 1 else "it normalises more than the last dimension"
-
-
-def plain_layer_norm(norm: Any) -> bool:
-    """Whether a block may compute this layer normalisation itself."""
-    forward = norm.__dict__.get("forward") if isinstance(norm, nn.LayerNorm) else None
-    if type(norm) not in (nn.LayerNorm, LayerNorm) or hooked(norm):
-        return False
-    return (forward is None or isinstance(forward, LayerNormForward)) and len(norm.normalized_shape) == 1
 
 
 class TimestepsForward(Forward):

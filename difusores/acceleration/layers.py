@@ -79,8 +79,14 @@ class LinearForward(Forward):
 
     def rows(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The layer on rows, plus the residual."""
-        out = matmul(x, self.module, self.dtype, self.weights)
-        return out if residual is None else out + residual
+        return plus(matmul(x, self.module, self.dtype, self.weights), residual)
+
+
+def plus(out: Tensor, residual: Tensor | None) -> Tensor:
+    """out + residual, in the memory of `out` where the dtype allows it."""
+    if residual is None:
+        return out
+    return out.add_(residual) if out.dtype is residual.dtype else out + residual
 
 
 def why_not_weight(weight: object, session: Session | None = None) -> str | None:
@@ -177,8 +183,7 @@ class ConvForward(Forward):
 
     def rows(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """A 1x1 convolution on the pixels of an image as rows, plus the residual."""
-        out = matmul(x, self.module, self.dtype, self.weights)
-        return out if residual is None else out + residual
+        return plus(matmul(x, self.module, self.dtype, self.weights), residual)
 
     @property
     def shape(self) -> tuple[Any, ...]:

@@ -4,18 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from difusores.acceleration.cuda_blocks import (
-    CudaNetworkForward,
-    CudaResnetForward,
-    DiffusersTransformerBlockForward,
-    TransformerBlockForward,
-)
-from difusores.acceleration.cuda_layers import (
-    CudaConvForward,
-    CudaLinearForward,
-    LayerNormForward,
-    TimestepsForward,
-)
+from difusores.acceleration.cuda_blocks import CudaNetworkForward, CudaResnetForward
+from difusores.acceleration.cuda_layers import CudaConvForward, CudaLinearForward, TimestepsForward
 from difusores.acceleration.layers import ConvForward, GroupNormForward, LinearForward
 from difusores.acceleration.network import NetworkForward
 from difusores.acceleration.resnet import ResnetForward
@@ -28,6 +18,11 @@ from difusores.acceleration.transformer import (
     ImageAttentionForward,
     TransformerForward,
 )
+from difusores.acceleration.transformer_blocks import (
+    DiffusersTransformerBlockForward,
+    LayerNormForward,
+    TransformerBlockForward,
+)
 
 # Class, by module and name, -> its replacement. Names and not classes: diffusers is not imported for it.
 OURS = "difusores.models."
@@ -37,6 +32,7 @@ BLOCKS: dict[tuple[str, str], type[Forward]] = {
     (OURS + "layers", "Attention"): ImageAttentionForward,
     (OURS + "transformer", "CrossAttention"): CrossAttentionForward,
     (OURS + "transformer", "GEGLU"): GEGLUForward,
+    (OURS + "transformer", "BasicTransformerBlock"): TransformerBlockForward,
     (OURS + "transformer", "Transformer2DModel"): TransformerForward,
     (OURS + "unet_2d", "UNet2DModel"): NetworkForward,
     (OURS + "unet_2d_condition", "UNet2DConditionModel"): NetworkForward,
@@ -46,6 +42,7 @@ BLOCKS: dict[tuple[str, str], type[Forward]] = {
     (THEIRS + "resnet", "ResnetBlock2D"): ResnetForward,
     (THEIRS + "attention_processor", "Attention"): DiffusersAttentionForward,
     (THEIRS + "activations", "GEGLU"): GEGLUForward,
+    (THEIRS + "attention", "BasicTransformerBlock"): DiffusersTransformerBlockForward,
     (THEIRS + "transformers.transformer_2d", "Transformer2DModel"): DiffusersTransformerForward,
     (THEIRS + "unets.unet_2d", "UNet2DModel"): NetworkForward,
     (THEIRS + "unets.unet_2d_condition", "UNet2DConditionModel"): NetworkForward,
@@ -57,6 +54,7 @@ LAYERS: dict[type[nn.Module], type[Forward]] = {
     nn.Linear: LinearForward,
     nn.Conv2d: ConvForward,
     nn.GroupNorm: GroupNormForward,
+    nn.LayerNorm: LayerNormForward,
 }
 # On a GPU: what stands there instead of the above, and what is listed there alone.
 CUDA: dict[type[Forward], type[Forward]] = {
@@ -66,12 +64,9 @@ CUDA: dict[type[Forward], type[Forward]] = {
     ConvForward: CudaConvForward,
 }
 CUDA_BLOCKS: dict[tuple[str, str], type[Forward]] = {
-    (OURS + "transformer", "BasicTransformerBlock"): TransformerBlockForward,
     (OURS + "embeddings", "Timesteps"): TimestepsForward,
-    (THEIRS + "attention", "BasicTransformerBlock"): DiffusersTransformerBlockForward,
     (THEIRS + "embeddings", "Timesteps"): TimestepsForward,
 }
-CUDA_LAYERS: dict[type[nn.Module], type[Forward]] = {nn.LayerNorm: LayerNormForward}
 # Parts of a name whose layers keep the dtype of their weights: they are few rows or
 # channels, and stand at a network's border.
 KEEPS_DTYPE = ("time_emb", "time_proj", "add_emb", "class_emb", "quant_conv")
@@ -85,9 +80,7 @@ def replacement(module: nn.Module, cuda: bool) -> tuple[type[Forward] | None, st
     name = (type(module).__module__, type(module).__name__)
     kind = LAYERS.get(type(module)) or BLOCKS.get(name)
     if cuda:
-        kind = (
-            CUDA_LAYERS.get(type(module)) or CUDA_BLOCKS.get(name) if kind is None else CUDA.get(kind, kind)
-        )
+        kind = CUDA_BLOCKS.get(name) if kind is None else CUDA.get(kind, kind)
     if kind is None:
         return None, None
     if "forward" in module.__dict__:
