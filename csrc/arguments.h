@@ -119,7 +119,7 @@ inline GegluArgs geglu_args(const Tensor& x, bool tanh, const Tensor& y) {
 
 inline LayerNormArgs layer_norm_args(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                                      double eps, const OptionalTensor& residual, const Tensor& y, const Tensor& sum,
-                                     bool return_sum) {
+                                     bool return_sum, const OptionalTensor& sum_bias) {
     const int64_t columns = x.size(x.dim() - 1);
     LayerNormArgs args{};
     args.x = x.data_ptr(), args.residual = residual ? residual->data_ptr() : nullptr;
@@ -127,6 +127,7 @@ inline LayerNormArgs layer_norm_args(const Tensor& x, const OptionalTensor& weig
     args.dtype = dtype_of(x, "x");
     args.weight = param_of(weight, 1, columns, false, "weight");
     args.bias = param_of(bias, 1, columns, false, "bias");
+    args.sum_bias = param_of(sum_bias, 1, columns, false, "sum_bias");
     args.rows = x.numel() / columns, args.columns = columns;
     args.eps = eps;
     return args;

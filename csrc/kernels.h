@@ -69,9 +69,10 @@ struct LayerNormArgs {
     const void* x;          // [rows, D]
     const void* residual;   // like x, or nullptr
     void* y;                // like x
-    void* sum;              // h, like x, or nullptr
+    void* sum;              // h + sum_bias, like x, or nullptr
     DType dtype;            // of x, residual, y, sum
     Param weight, bias;     // [D]
+    Param sum_bias;         // [D]
     int64_t rows, columns;  // columns: D
     double eps;
 };

@@ -111,7 +111,7 @@ def test_what_is_one_product(model: nn.Module) -> None:
 
     class Products(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            count[now] += func.overloadpacket.__name__ in ("mm", "addmm")
+            count[now] += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
             return func(*args, **(kwargs or {}))
 
     now = "plain"

@@ -122,9 +122,12 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "bias_residual 2x1280x8x8": ("bias_residual", biased((2, 1280, 8, 8))),
     "layer_norm 2x4096x320 residual": (
         "layer_norm",
-        (meta(2, 4096, 320), meta(320), meta(320), 1e-5, meta(2, 4096, 320), True),
+        (meta(2, 4096, 320), meta(320), meta(320), 1e-5, meta(2, 4096, 320), True, None),
     ),
-    "layer_norm 2x256x1280": ("layer_norm", (meta(2, 256, 1280), meta(1280), meta(1280), 1e-5, None, False)),
+    "layer_norm 2x256x1280": (
+        "layer_norm",
+        (meta(2, 256, 1280), meta(1280), meta(1280), 1e-5, None, False, None),
+    ),
     "geglu 2x4096x2560": ("geglu", (meta(2, 4096, 2560), "none")),
     "linear 2x4096x320 residual": (
         "linear",

@@ -1,7 +1,8 @@
-// h = x + residual;  y = weight * (h - mean) * rstd + bias,  mean and rstd over each row of D elements.
+// h = x + residual;  y = weight * (h - mean) * rstd + bias,  mean and rstd over each row of D elements;
+// sum = h + sum_bias.
 //
-// Bytes: x and residual once in, y and h once out; the next row is fetched ahead. A row of h waits in L1 as fp32 (where
-// that is x, in x), beside weight and bias, which are widened once a range of rows. Layout: contiguous rows.
+// Bytes: x and residual once in, y and sum once out; the next row is fetched ahead. A row of h waits in L1 as fp32
+// (where that is x, in x), beside the parameters, which are widened once a range of rows. Layout: contiguous rows.
 //
 // Statistics: two passes over that row, the mean, then the deviations from it, whose sum also corrects the mean.
 // Nothing cancels when mean >> std. A row's bits depend on the row alone.
@@ -20,9 +21,9 @@ DIFUSORES_INLINE int lanes(int64_t columns, int64_t i) {
 
 DIFUSORES_INLINE float total(f32v (&sums)[kSums]) { return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])); }
 
-// h into `row`, if any, padded with zeros, and into a.sum; returns its mean.
+// h into `row`, if any, padded with zeros, and with sum_bias into a.sum; returns h's mean.
 template <DType D>
-float take(const LayerNormArgs& a, int64_t first, float* row) {
+float take(const LayerNormArgs& a, int64_t first, const float* sum_bias, float* row) {
     f32v sums[kSums] = {};
     const auto one = [&](int64_t i, f32v h, f32v& sum) __attribute__((always_inline)) {
         if (row) store<DType::f32>(row, i, h);
@@ -34,14 +35,18 @@ float take(const LayerNormArgs& a, int64_t first, float* row) {
         for (int k = 0; k < kSums; ++k) h[k] = load<D>(a.x, first + i + k * kWidth);
         if (a.residual)
             for (int k = 0; k < kSums; ++k) h[k] += load<D>(a.residual, first + i + k * kWidth);
-        if (a.sum) store_all<D>(a.sum, first + i, h);
+        if (a.sum) {
+            f32v sum[kSums];
+            for (int k = 0; k < kSums; ++k) sum[k] = h[k] + load<DType::f32>(sum_bias, i + k * kWidth);
+            store_all<D>(a.sum, first + i, sum);
+        }
         for (int k = 0; k < kSums; ++k) one(i + k * kWidth, h[k], sums[k]);
     }
     for (; i < a.columns; i += kWidth) {
         const int count = lanes(a.columns, i);
         f32v h = load_tail<D>(a.x, first + i, count);
         if (a.residual) h += load_tail<D>(a.residual, first + i, count);
-        if (a.sum) store_tail<D>(a.sum, first + i, h, count);
+        if (a.sum) store_tail<D>(a.sum, first + i, h + load<DType::f32>(sum_bias, i), count);
         one(i, h, sums[0]);
     }
     return total(sums) / static_cast<float>(a.columns);
@@ -94,13 +99,14 @@ Moments moments(const LayerNormArgs& a, const float* row, float mean, int64_t ne
 template <DType D>
 void rows(const LayerNormArgs& a, float* scratch, int64_t begin, int64_t end) {
     const int64_t width = padded(a.columns);
-    float *const weight = scratch, *const bias = scratch + width;
-    float* const kept = D == DType::f32 && !a.residual ? nullptr : scratch + 2 * width;
+    float *const weight = scratch, *const bias = scratch + width, *const sum_bias = scratch + 2 * width;
+    float* const kept = D == DType::f32 && !a.residual ? nullptr : scratch + 3 * width;
     widen(a.weight, a.columns, 1.0f, weight);
     widen(a.bias, a.columns, 0.0f, bias);
+    widen(a.sum_bias, a.columns, 0.0f, sum_bias);
     for (int64_t r = begin; r < end; ++r) {
         const int64_t first = r * a.columns;
-        const float mean = take<D>(a, first, kept);
+        const float mean = take<D>(a, first, sum_bias, kept);
         const float* const row = kept ? kept : static_cast<const float*>(a.x) + first;
         const Moments m = moments<D>(a, row, mean, first + a.columns);
         const float shift = -m.delta * m.rstd;
@@ -122,7 +128,7 @@ void rows(const LayerNormArgs& a, float* scratch, int64_t begin, int64_t end) {
 
 }  // namespace
 
-int64_t layer_norm_scratch(const LayerNormArgs& a) { return 3 * padded(a.columns); }
+int64_t layer_norm_scratch(const LayerNormArgs& a) { return 4 * padded(a.columns); }
 
 void layer_norm(const LayerNormArgs& a, float* scratch, int64_t begin, int64_t end) {
     if (a.dtype == DType::f32) rows<DType::f32>(a, scratch, begin, end);

@@ -1,9 +1,10 @@
-// h = x + residual;  y = weight * (h - mean) * rstd + bias,  mean and rstd over each row of D elements.
+// h = x + residual;  y = weight * (h - mean) * rstd + bias,  mean and rstd over each row of D elements;
+// sum = h + sum_bias.
 //
-// Bytes: x and residual once in, y and h once out, in accesses of 128 bits; weight and bias come from the caches. A row
-// belongs to `lanes` threads, a power of two, each of which keeps kPer accesses of it in registers: few, so that small
-// tensors fill the card, and all asked for at once, the parameters too. A block has several rows or, where a row takes
-// more than a warp, one. Layout: contiguous rows.
+// Bytes: x and residual once in, y and sum once out, in accesses of 128 bits; weight and bias come from the caches. A
+// row belongs to `lanes` threads, a power of two, each of which keeps kPer accesses of it in registers: few, so that
+// small tensors fill the card, and all asked for at once, the parameters too. A block has several rows or, where a row
+// takes more than a warp, one. Layout: contiguous rows.
 //
 // Statistics: two passes over registers, the mean, then the deviations from it, whose sum also corrects the mean.
 // Nothing cancels when mean >> std. A row's bits depend on the row alone.
@@ -52,7 +53,13 @@ __global__ void __launch_bounds__(most_lanes(kVec), 1)
 #pragma unroll
             for (int j = 0; j < kVec; ++j) h[k][j] += r[j];
         }
-        if (args.sum) put<kVec>(args.sum, begin + column(k), args.dtype, pack<kVec>(args.dtype, h[k]));
+        if (args.sum) {
+            float sum[kVec];
+            params<kVec>(args.sum_bias, 0, column(k), 0.0f, sum);
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) sum[j] += h[k][j];
+            put<kVec>(args.sum, begin + column(k), args.dtype, pack<kVec>(args.dtype, sum));
+        }
 #pragma unroll
         for (int j = 0; j < kVec; ++j) total += h[k][j];
     }
@@ -92,7 +99,8 @@ __global__ void __launch_bounds__(most_lanes(kVec), 1)
 inline __host__ LayerNormPlan plan_layer_norm(const LayerNormArgs& args) {
     LayerNormPlan plan{};
     plan.vec = 16 / bytes_of(args.dtype);
-    bool wide = args.columns % plan.vec == 0 && aligned_params(args.weight) && aligned_params(args.bias);
+    bool wide = args.columns % plan.vec == 0 && aligned_params(args.weight) && aligned_params(args.bias) &&
+                aligned_params(args.sum_bias);
     for (const void* p : {args.x, args.residual, static_cast<const void*>(args.y), static_cast<const void*>(args.sum)})
         wide = wide && aligned(p, 0, args.dtype, 16);
     if (!wide) plan.vec = 1;

@@ -2,7 +2,8 @@
 
     h = x + attn1(norm1(x));  h += attn2(norm2(h));  y = h + ff(norm3(h))
 
-Every residual is added where the next normalisation reads it, or by the product before it.
+Every residual is added where the next normalisation reads it, or by the product before it. On a GPU the last
+product is added in place to h, which norm3 left with that product's bias: cuBLAS reads what it adds to.
 """
 
 from __future__ import annotations
@@ -74,10 +75,13 @@ Asked = tuple[Tensor | None, Tensor | None]
 def transform_tokens(m: Any, tokens: Tensor, first: Asked, second: Asked) -> Tensor:
     """h = x + attn1(norm1(x), *first); h += attn2(norm2(h), *second); h + ff(norm3(h))."""
     hidden, total = normed(m.norm1, tokens), tokens
-    hidden, total = attended(m.attn1, hidden, total, first, m.norm3 if m.attn2 is None else m.norm2)
+    bias = bias_beforehand(m.ff, tokens)
     if m.attn2 is not None:
-        hidden, total = attended(m.attn2, hidden, total, second, m.norm3)
-    return feed_forward(m.ff, hidden, total)
+        hidden, total = attended(m.attn1, hidden, total, first, m.norm2)
+        hidden, total = attended(m.attn2, hidden, total, second, m.norm3, bias)
+    else:
+        hidden, total = attended(m.attn1, hidden, total, first, m.norm3, bias)
+    return feed_forward(m.ff, hidden, total, bias is not None)
 
 
 def adds_residual(layer: Any, rows: Tensor, residual: Tensor) -> bool:
@@ -85,8 +89,14 @@ def adds_residual(layer: Any, rows: Tensor, residual: Tensor) -> bool:
     return direct(layer) and fused(rows, layer.weight, layer.bias, residual, False)
 
 
-def attended(attn: Any, x: Tensor, total: Tensor, asked: Asked, norm: Any) -> tuple[Tensor, Tensor]:
-    """total += attn(x, *asked), by its last product or else by the norm; returns norm(total) and total."""
+def attended(
+    attn: Any, x: Tensor, total: Tensor, asked: Asked, norm: Any, sum_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """total += attn(x, *asked), by its last product or else by the norm.
+
+    Returns:
+        norm(total), and total; with sum_bias a new tensor, total + sum_bias.
+    """
     forward: Any = attn.__dict__.get("forward")
     if (
         isinstance(forward, AttentionForward)
@@ -95,10 +105,11 @@ def attended(attn: Any, x: Tensor, total: Tensor, asked: Asked, norm: Any) -> tu
         and forward.declines(x, *asked) is None
         and adds_residual(attn.to_out[0], x, total)
     ):
-        total = forward.attend(x, *asked, total)
-        return normed(norm, total), total
-    change: Tensor = attn(x, *asked).to(total.dtype)  # on a CPU products may be in bfloat16 beside float32
-    y, total = layer_norm(change, norm.weight, norm.bias, norm.eps, residual=total, return_sum=True)
+        change, residual = forward.attend(x, *asked, total), None
+    else:  # on a CPU products may be in bfloat16 beside float32
+        change, residual = attn(x, *asked).to(total.dtype), total
+    call = (change, norm.weight, norm.bias, norm.eps)
+    y, total = layer_norm(*call, residual=residual, return_sum=True, sum_bias=sum_bias)
     return y, total
 
 
@@ -109,17 +120,47 @@ def normed(norm: Any, x: Tensor) -> Tensor:
     return out
 
 
-def feed_forward(ff: Any, x: Tensor, residual: Tensor) -> Tensor:
-    """residual + ff(x); the last product, if nobody watches it, adds the residual itself."""
+def last_product(ff: Any) -> Any:
+    """The linear layer at the end of a feed-forward, if the block may compute it; else None."""
+    layers = layers_of(ff)
+    plain = layers and not hooked(ff) and "forward" not in ff.__dict__ and direct(layers[-1])
+    return layers[-1] if plain else None
+
+
+def layers_of(ff: Any) -> list[Any]:
+    """What a feed-forward computes in turn, without the dropout at its end."""
     layers = list(ff.net)
     while layers and type(layers[-1]) is nn.Dropout and not hooked(layers[-1]):
         layers.pop()
-    if hooked(ff) or "forward" in ff.__dict__ or not layers or not direct(layers[-1]):
-        out: Tensor = ff(x) + residual
+    return layers
+
+
+def bias_beforehand(ff: Any, tokens: Tensor) -> Tensor | None:
+    """The bias of a feed-forward's last product where the sum, to which that is added, is to have it already.
+
+    None on a CPU, and where the product adds a residual itself or is not computed by the block.
+    """
+    layer = last_product(ff)
+    if layer is None or layer.bias is None or layer.weight.dtype is not tokens.dtype:
+        return None
+    if not layer.__dict__["forward"].session.cuda:
+        return None
+    rows = tokens[..., :1].expand(*tokens.shape[:-1], layer.weight.shape[1])  # as large as will come
+    return None if adds_residual(layer, rows, tokens) else layer.bias
+
+
+def feed_forward(ff: Any, x: Tensor, total: Tensor, has_bias: bool) -> Tensor:
+    """total + ff(x); has_bias: total may be written over, and has the last product's bias."""
+    layer = last_product(ff)
+    if layer is None:
+        out: Tensor = ff(x) + total
         return out
-    for layer in layers[:-1]:
-        x = layer(x)
-    return apply_linear(layers[-1], x, residual)
+    for before in layers_of(ff)[:-1]:
+        x = before(x)
+    if not has_bias:
+        return apply_linear(layer, x, total)
+    total.flatten(0, -2).addmm_(x.flatten(0, -2), layer.weight.flatten(1).t())
+    return total
 
 
 class DiffusersTransformerBlockForward(Forward):

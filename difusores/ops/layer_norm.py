@@ -2,6 +2,7 @@
 
     h = x + residual
     y = weight * (h - mean) / sqrt(var + eps) + bias
+    sum = h + sum_bias
 
 mean and var over the last dimension (Ba et al. 2016, "Layer Normalization").
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register, register_triton
 
 _SIGNATURE = (
-    "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual, bool return_sum)"
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual, bool return_sum, Tensor? sum_bias)"
     " -> (Tensor, Tensor)"
 )
 LIBRARY.define("layer_norm" + _SIGNATURE)
@@ -32,6 +33,7 @@ def reference(
     eps: float,
     residual: Tensor | None,
     return_sum: bool,
+    sum_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The op in plain PyTorch. The second output is empty unless `return_sum`."""
     h = x if residual is None else x + residual
@@ -39,6 +41,8 @@ def reference(
     y = F.layer_norm(h, (x.shape[-1],), params[0], params[1], eps).contiguous()
     if not return_sum:
         return y, x.new_empty(0)
+    if sum_bias is not None:
+        return y, (h + sum_bias.to(x.dtype)).contiguous()
     return y, h.clone() if h is x else h.contiguous()
 
 
@@ -54,13 +58,15 @@ def _fake(
     eps: float,
     residual: Tensor | None,
     return_sum: bool,
+    sum_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape)
     return y, torch.empty_like(y) if return_sum else x.new_empty(0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, ctx.eps, residual, ctx.return_sum = inputs
+    x, weight, bias, ctx.eps, residual, ctx.return_sum, sum_bias = inputs
+    ctx.of_sum_bias = None if sum_bias is None else sum_bias.dtype
     ctx.save_for_backward(x, weight, bias, residual)
 
 
@@ -82,7 +88,9 @@ def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None
     if ctx.return_sum:
         grad_h = grad_h + grad_sum
     grad_x = grad_h.to(x.dtype)
-    return grad_x, grad_weight, grad_bias, None, grad_x if residual is not None else None, None
+    grad_sum_bias = None if ctx.of_sum_bias is None else grad_sum.to(wide).sum(rows).to(ctx.of_sum_bias)
+    grad_residual = grad_x if residual is not None else None
+    return grad_x, grad_weight, grad_bias, None, grad_residual, None, grad_sum_bias
 
 
 for _name in ("layer_norm", "layer_norm_triton"):
@@ -94,11 +102,13 @@ _OP = torch.ops.difusores.layer_norm.default
 _LONGEST = 16384  # elements of a row that a kernel on a GPU holds in registers
 
 
-def supports(backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
+def supports(
+    backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, sum_bias: Tensor | None
+) -> str | None:
     """None if `backend` takes this call, else the reason in words."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the kernel takes float32, bfloat16 and float16, not {x.dtype}"
-    for p in (weight, bias):
+    for p in (weight, bias, sum_bias):
         if p is not None and p.dtype is not x.dtype and p.dtype is not torch.float32:
             return f"the kernel takes parameters in float32 or {x.dtype}, not {p.dtype}"
     if backend != "cpu" and x.shape[-1] > _LONGEST:
@@ -114,6 +124,7 @@ def layer_norm(
     *,
     residual: Tensor | None = None,
     return_sum: bool = False,
+    sum_bias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y = LayerNorm(x + residual) over the last dimension.
 
@@ -122,7 +133,9 @@ def layer_norm(
         weight, bias: [D] in x's dtype or fp32, or None.
         eps: added to the variance.
         residual: like x, or None.
-        return_sum: return x + residual too.
+        return_sum: return x + residual too, for what is added to it later.
+        sum_bias: [D] in x's dtype or fp32, added to that sum and not to what is normalised; with return_sum
+            alone.
 
     Returns:
         y like x, or (y, sum). Differentiable in every tensor.
@@ -132,7 +145,7 @@ def layer_norm(
     """
     if x.ndim < 1 or not x.is_floating_point():
         raise ValueError(f"x must be a floating-point tensor [..., D], got shape {tuple(x.shape)}, {x.dtype}")
-    for name, p in (("weight", weight), ("bias", bias)):
+    for name, p in (("weight", weight), ("bias", bias), ("sum_bias", sum_bias)):
         if p is not None and p.shape != x.shape[-1:]:
             raise ValueError(f"{name} must have shape [D] = [{x.shape[-1]}], got {tuple(p.shape)}")
     if residual is not None and (residual.shape != x.shape or residual.dtype is not x.dtype):
@@ -140,17 +153,20 @@ def layer_norm(
             f"residual must be like x, {tuple(x.shape)} {x.dtype}, "
             f"got {tuple(residual.shape)} {residual.dtype}"
         )
-    only_x = return_sum and residual is None
-    backend = choose("layer_norm", x.device.type, supports, x, weight, bias)
-    more = (weight, bias, residual)
+    if sum_bias is not None and not return_sum:
+        raise ValueError("sum_bias is added to the sum, which return_sum=True asks for")
+    only_x = return_sum and residual is None and sum_bias is None
+    backend = choose("layer_norm", x.device.type, supports, x, weight, bias, sum_bias)
     if backend in ("cpu", "cuda"):
-        x, (weight, bias, residual) = x.contiguous(), (None if t is None else t.contiguous() for t in more)
-    call = (x, weight, bias, eps, residual, return_sum and not only_x)
+        more = (weight, bias, residual, sum_bias)
+        x = x.contiguous()
+        weight, bias, residual, sum_bias = (None if t is None else t.contiguous() for t in more)
+    call = (x, weight, bias, eps, residual, return_sum and not only_x, sum_bias)
     if backend == "reference":
         y, total = reference(*call)  # plain Python, which PyTorch differentiates
     else:
         op = _TRITON_OP if backend == "triton" else _OP
-        y, total = op(*call) if needs_grad(x, weight, bias, residual) else below_autograd(op, *call)
+        y, total = op(*call) if needs_grad(x, weight, bias, residual, sum_bias) else below_autograd(op, *call)
     if not return_sum:
         return y
     return (y, x) if only_x else (y, total)

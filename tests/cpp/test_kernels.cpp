@@ -184,7 +184,7 @@ void tokens(const Kernels& k, int64_t rows, int64_t d, DType dtype) {
     a.x = from, a.residual = second, a.y = to, a.sum = half ? static_cast<void*>(sumh.data()) : sum.data();
     a.dtype = dtype, a.rows = rows, a.columns = d, a.eps = 1e-5;
     a.weight = {half ? static_cast<const void*>(wh.data()) : weight.data(), dtype, 0};
-    a.bias = {bias.data(), DType::f32, 0};
+    a.bias = a.sum_bias = {bias.data(), DType::f32, 0};
     std::vector<float> scratch(k.layer_norm_scratch(a), NAN);
     k.layer_norm(a, scratch.data(), 0, rows);
     for (int64_t row = 0; row < rows; ++row) {
@@ -195,6 +195,9 @@ void tokens(const Kernels& k, int64_t rows, int64_t d, DType dtype) {
         for (int64_t i = 0; i < d; ++i) {
             const double w = half ? from_half(wh[i], dtype) : weight[i];
             expect(close(row * d + i, (h(i) - mean) / std::sqrt(var + 1e-5) * w + bias[i]), name + " layer_norm");
+            const double s = half ? from_half(sumh[row * d + i], dtype) : sum[row * d + i];
+            expect(std::fabs(s - (h(i) + bias[i])) <= unit * (1 + std::fabs(h(i) + bias[i])),
+                   name + " layer_norm's sum");
         }
     }
 }

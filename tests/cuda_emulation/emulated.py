@@ -412,7 +412,7 @@ class LayerNormArgs(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "residual", "y", "sum")),
         ("dtype", ctypes.c_int32),
-        *((name, Param) for name in ("weight", "bias")),
+        *((name, Param) for name in ("weight", "bias", "sum_bias")),
         *((name, ctypes.c_int64) for name in ("rows", "columns")),
         ("eps", ctypes.c_double),
     )
@@ -432,12 +432,13 @@ def layer_norm(
     eps: float,
     residual: Tensor | None,
     return_sum: bool,
+    sum_bias: Tensor | None = None,
     *,
     change: tuple[str, str] | None = None,
     plan: LayerNormPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The registered op `layer_norm`, carried out by the CUDA kernel; `plan` takes how it cut a row."""
-    if not all(t is None or t.is_contiguous() for t in (x, weight, bias, residual)):
+    if not all(t is None or t.is_contiguous() for t in (x, weight, bias, residual, sum_bias)):
         raise RuntimeError("the kernel takes contiguous tensors")
     y, total = torch.empty_like(x), torch.empty_like(x) if return_sum else x.new_empty(0)
     if x.numel() == 0:
@@ -450,6 +451,7 @@ def layer_norm(
         dtype=DTYPES[x.dtype],
         weight=_param(weight),
         bias=_param(bias),
+        sum_bias=_param(sum_bias),
         rows=x.numel() // x.shape[-1],
         columns=x.shape[-1],
         eps=eps,

@@ -24,9 +24,14 @@ def test_against_the_oracle(backend: str, shape: Any, dtype: torch.dtype, check:
     with ops.use_backend(backend):
         y, total = ops.layer_norm(x, w, b, residual=r, return_sum=True)
         assert ops.layer_norm(x, w, b, return_sum=True)[1] is x
+        same, more = ops.layer_norm(x, w, b, residual=r, return_sum=True, sum_bias=b.to(dtype))
+        alone = ops.layer_norm(x, w, b, return_sum=True, sum_bias=b)[1]
+    assert torch.equal(same, y)
     if y.numel():
         check(y, eager, oracle)
         check(total, x + r, h)
+        check(more, x + r + b.to(dtype), h + b.to(dtype).double())
+        check(alone, x + b.to(dtype), x.double() + b.double())
 
 
 @pytest.mark.parametrize("mean", [1e3, 1e5])
@@ -71,18 +76,18 @@ def test_compiles_without_a_break(backend: str) -> None:
 
 
 def test_gradients() -> None:
-    shapes = [(2, 3, 5), (5,), (5,), (2, 3, 5)]
-    x, w, b, r = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
-    assert torch.autograd.gradcheck(lambda *t: ops.layer_norm(*t[:3], residual=t[3]), [x, w, b, r])
-    narrow = [t.detach().float().requires_grad_() for t in (x, w, b, r)]
-    for leaves in ([x, w, b, r], narrow):  # the reference, which PyTorch differentiates; the op's formula
-        y, total = ops.layer_norm(*leaves[:3], residual=leaves[3], return_sum=True)
+    shapes = [(2, 3, 5), (5,), (5,), (2, 3, 5), (5,)]
+    wide = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert torch.autograd.gradcheck(lambda *t: ops.layer_norm(*t[:3], residual=t[3]), wide[:4])
+    narrow = [t.detach().float().requires_grad_() for t in wide]
+    for leaves in (wide, narrow):  # the reference, which PyTorch differentiates; the op's formula
+        y, total = ops.layer_norm(*leaves[:3], residual=leaves[3], return_sum=True, sum_bias=leaves[4])
         ((y * torch.arange(5.0)).sum() + total.square().sum()).backward()
-    for got, want in zip(narrow, (x, w, b, r), strict=True):
+    for got, want in zip(narrow, wide, strict=True):
         torch.testing.assert_close(got.grad.double(), want.grad, rtol=1e-5, atol=1e-5)
     op = torch.ops.difusores.layer_norm.default
-    torch.library.opcheck(op, (*narrow[:3], 1e-5, narrow[3], True))
-    torch.library.opcheck(op, (narrow[0], None, None, 1e-5, None, False))
+    torch.library.opcheck(op, (*narrow[:3], 1e-5, narrow[3], True, narrow[4]))
+    torch.library.opcheck(op, (narrow[0], None, None, 1e-5, None, False, None))
 
 
 def test_bad_input_is_named() -> None:
@@ -91,5 +96,7 @@ def test_bad_input_is_named() -> None:
         ops.layer_norm(x, torch.zeros(3), None)
     with pytest.raises(ValueError, match="residual must be like x"):
         ops.layer_norm(x, None, None, residual=torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="sum_bias is added to the sum"):
+        ops.layer_norm(x, None, None, sum_bias=torch.zeros(4))
     with pytest.raises(ValueError, match="floating-point"):
         ops.layer_norm(torch.zeros(2, 4, dtype=torch.int64), None, None)

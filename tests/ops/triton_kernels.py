@@ -180,10 +180,10 @@ def test_group_norm_silu_bits(layout: str) -> None:
 def test_layer_norm(shape: Any, dtype: torch.dtype, check: Any) -> None:
     x, r = (torch.randn(shape) + 3).to(dtype), torch.randn(shape).to(dtype)
     w, b = torch.randn(shape[-1]), torch.randn(shape[-1]).to(dtype)
-    y, total = ops.layer_norm(x, w, b, residual=r, return_sum=True)
+    y, total = ops.layer_norm(x, w, b, residual=r, return_sum=True, sum_bias=w)
     if y.numel():
-        eager = layer_norm_reference(x, w, b, 1e-5, r, True)
-        oracle = layer_norm_reference(x.double(), w.double(), b.double(), 1e-5, r.double(), True)
+        eager = layer_norm_reference(x, w, b, 1e-5, r, True, w)
+        oracle = layer_norm_reference(x.double(), w.double(), b.double(), 1e-5, r.double(), True, w.double())
         check(y, eager[0], oracle[0])
         check(total, eager[1], oracle[1])
     columns = torch.stack((x, x), dim=-1)[..., 0]

@@ -1,8 +1,9 @@
 """Layer normalisation: h = x + residual; y = weight * (h - mean) / sqrt(var + eps) + bias.
 
-Bytes: x and residual once in, y and h once out. A program takes whole rows, as many as fill its tile, and
-keeps them in registers; mean and variance are two passes over those, about the row's first element, so that a
-mean far above the deviation costs no digits. Layout: rows of any stride, each contiguous.
+Bytes: x and residual once in, y and total, which is h + sum_bias, once out. A program takes whole rows, as
+many as fill its tile, and keeps them in registers; mean and variance are two passes over those, about the
+row's first element, so that a mean far above the deviation costs no digits. Layout: rows of any stride, each
+contiguous.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ def layer_norm(
     residual,
     weight,
     bias,
+    sum_bias,
     y,
     total,
     rows,
@@ -41,7 +43,10 @@ def layer_norm(
         h += tl.load(residual + row[:, None] * residual_stride + column, inside, other=0.0).to(tl.float32)
         pivot += tl.load(residual + row * residual_stride, row < rows, other=0.0).to(tl.float32)
     if total is not None:
-        tl.store(total + row[:, None] * columns + column, h.to(total.dtype.element_ty), inside)
+        written = h
+        if sum_bias is not None:
+            written += tl.load(sum_bias + column, column < columns, other=0.0).to(tl.float32)
+        tl.store(total + row[:, None] * columns + column, written.to(total.dtype.element_ty), inside)
     h = tl.where(inside, h - pivot[:, None], 0.0)
     mean = tl.sum(h, axis=1) / columns
     h = tl.where(inside, h - mean[:, None], 0.0)
@@ -68,6 +73,7 @@ def launch(
     eps: float,
     residual: Tensor | None,
     return_sum: bool,
+    sum_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape)
     total = x.new_empty(x.shape if return_sum else 0)
@@ -76,7 +82,7 @@ def launch(
     columns = x.shape[-1]
     flat, more = _rows(x, columns), _rows(residual, columns)
     assert flat is not None
-    weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
+    weight, bias, sum_bias = (None if p is None else p.contiguous() for p in (weight, bias, sum_bias))
     width = power_of_2(columns)
     height = max(1, TILE // width)
     rows = flat.shape[0]
@@ -88,6 +94,7 @@ def launch(
         more,
         weight,
         bias,
+        sum_bias,
         y,
         total if return_sum else None,
         rows,
