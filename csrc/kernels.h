@@ -207,9 +207,12 @@ struct Gradient {
     int64_t stride[3];
 };
 
-// CUDA: the gradients of attention without a mask; see cuda/attention_backward.cuh.
+// CUDA: the gradients of attention but for that of the mask; see cuda/attention_backward.cuh.
 struct AttentionGradArgs {
     Heads q, k, v, grad, out;
+    Heads mask;  // as in AttentionArgs
+    DType mask_dtype;
+    bool mask_is_bool;
     Gradient grad_q, grad_k, grad_v;
     const float* log2_sums;  // [B, H, padded_l], of the forward pass
     float* delta;            // like log2_sums, written

@@ -68,12 +68,8 @@ def output_of(*command: str | Path) -> str:
 def short_name(symbol: str) -> str:
     """A kernel's name with its template arguments, without namespaces and parameters."""
     whole = output_of("c++filt", symbol).strip()
-    return (
-        whole.replace("(difusores::DType)", "")
-        .replace("difusores::cuda::", "")
-        .split("(")[0]
-        .removeprefix("void ")
-    )
+    bare = re.sub(r"\(difusores::[\w:]+\)", "", whole)  # of an enumerator
+    return bare.replace("difusores::cuda::", "").split("(")[0].removeprefix("void ")
 
 
 def usage_of(source: Path, architecture: str) -> dict[str, Usage]:

@@ -27,7 +27,11 @@ BUDGET = Path(__file__).with_name("triton_budget.json")
 ARCHITECTURES = (80, 89, 90, 100, 120)
 MATRIX = {"matrix": r"HMMA\S*|HGMMA\S*|UTC\w*MMA\S*"}
 # What a kernel copies to shared memory without registers is a load too.
-PRODUCTS = {"attention": MATRIX, "linear": {**MATRIX, "wide_loads": r"LDG(?:STS)?\.\S*128"}}
+PRODUCTS = {
+    "attention": MATRIX,
+    "attention_gradients": MATRIX,
+    "linear": {**MATRIX, "wide_loads": r"LDG(?:STS)?\.\S*128"},
+}
 HALF = torch.float16
 
 
@@ -68,6 +72,12 @@ def heads(length: int, keys: int, count: int, width: int, dtype: torch.dtype = H
         for rows in (length, keys, keys)
     )
     return (q, k, v, None, width**-0.5)
+
+
+def heads_grads(length: int, keys: int, count: int, width: int, dtype: torch.dtype = HALF) -> tuple[Any, ...]:
+    """Arguments of attention_gradients."""
+    q, k, v, _, scale = heads(length, keys, count, width, dtype)
+    return (q, q, k, v, None, q, meta(2, count, length, dtype=torch.float32), scale)
 
 
 def step(noise: bool) -> tuple[Any, ...]:
@@ -156,6 +166,16 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "attention 256 of 160": ("attention", heads(256, 256, 8, 160)),
     "attention 4096 of 512": ("attention", heads(4096, 4096, 1, 512)),
     "attention 4096 of 40 float32": ("attention", heads(4096, 4096, 8, 40, F32)),
+    "attention_gradients 4096 of 40": ("attention_gradients", heads_grads(4096, 4096, 8, 40)),
+    "attention_gradients 4096 to 77 of 40": ("attention_gradients", heads_grads(4096, 77, 8, 40)),
+    "attention_gradients 4096 of 64 bfloat16": (
+        "attention_gradients",
+        heads_grads(4096, 4096, 10, 64, torch.bfloat16),
+    ),
+    "attention_gradients 1024 of 80": ("attention_gradients", heads_grads(1024, 1024, 8, 80)),
+    "attention_gradients 256 of 160": ("attention_gradients", heads_grads(256, 256, 8, 160)),
+    "attention_gradients 1024 of 40 float32": ("attention_gradients", heads_grads(1024, 1024, 8, 40, F32)),
+    "attention_gradients 1024 of 80 float32": ("attention_gradients", heads_grads(1024, 1024, 8, 80, F32)),
 }
 
 

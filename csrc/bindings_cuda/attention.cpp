@@ -67,21 +67,22 @@ Tensor attention_wgmma(Tensor q, Tensor k, Tensor v, double scale) {
     return out;
 }
 
-std::tuple<Tensor, Tensor> attention_with_sums(Tensor q, Tensor k, Tensor v, double scale) {
+std::tuple<Tensor, Tensor> attention_with_sums(Tensor q, Tensor k, Tensor v, OptionalTensor mask, double scale) {
     STD_TORCH_CHECK(q.dim() == 4, "attention: q, k, v must have 4 dimensions");
     const OnDevice device(q);
     const int64_t padded = (q.size(2) + 63) / 64 * 64;
     const int64_t sizes[3] = {q.size(0), q.size(1), padded}, strides[3] = {q.size(1) * padded, padded, 1};
     Tensor sums = device.empty(aoti_torch_dtype_float32(), 3, sizes, strides);
-    Tensor out = forward(q, k, v, {}, scale, &sums);
+    Tensor out = forward(q, k, v, mask, scale, &sums);
     return {out, sums};
 }
 
 Gradient gradient_of(const Tensor& t) { return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2)}}; }
 
-std::tuple<Tensor, Tensor, Tensor> attention_gradients(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out,
-                                                       Tensor sums, double scale) {
-    const AttentionArgs forward = attention_args(q, k, v, scale);
+std::tuple<Tensor, Tensor, Tensor> attention_gradients(Tensor grad, Tensor q, Tensor k, Tensor v, OptionalTensor mask,
+                                                       Tensor out, Tensor sums, double scale) {
+    AttentionArgs forward = attention_args(q, k, v, scale);
+    if (mask) set_mask(*mask, forward);
     const OnDevice device(q);
     Tensor grad_q = heads_inside(device, q, forward.l, forward.d);
     Tensor grad_k = heads_inside(device, k, forward.s, forward.d);
@@ -93,6 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_gradients(Tensor grad, Tensor q, Te
     }
     AttentionGradArgs a{};
     a.q = forward.q, a.k = forward.k, a.v = forward.v;
+    a.mask = forward.mask, a.mask_dtype = forward.mask_dtype, a.mask_is_bool = forward.mask_is_bool;
     a.b = forward.b, a.h = forward.h, a.l = forward.l, a.s = forward.s, a.d = forward.d, a.dv = forward.dv;
     a.dtype = forward.dtype, a.scale = forward.scale;
     a.grad = heads_of(grad, a.b, a.h, a.l, a.dv, "grad");
@@ -106,8 +108,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_gradients(Tensor grad, Tensor q, Te
     const Tensor delta = device.empty(aoti_torch_dtype_float32(), 1, sizes, strides);
     a.log2_sums = static_cast<float*>(sums.data_ptr()), a.delta = static_cast<float*>(delta.data_ptr());
     a.grad_q = gradient_of(grad_q), a.grad_k = gradient_of(grad_k), a.grad_v = gradient_of(grad_v);
-    for (const char* const reason :
-         {cuda::attention_refuses(forward, device.shared_limit()), cuda::attention_gradients_refuses(a)})
+    for (const char* const reason : {cuda::attention_refuses(forward, device.shared_limit()),
+                                     cuda::attention_gradients_refuses(a, device.shared_limit())})
         STD_TORCH_CHECK(reason == nullptr, "attention: the CUDA kernels of the gradients take ", reason);
     OnDevice::check(cuda::attention_gradients(a, device.stream()), "attention_gradients");
     return {grad_q, grad_k, grad_v};

@@ -4,7 +4,9 @@
 namespace difusores {
 namespace cuda {
 
-const char* attention_gradients_refuses(const AttentionGradArgs& args) { return refuses_attention_gradients(args); }
+const char* attention_gradients_refuses(const AttentionGradArgs& args, int64_t shared_limit) {
+    return refuses_attention_gradients(args, shared_limit);
+}
 
 cudaError_t attention_gradients(const AttentionGradArgs& args, cudaStream_t stream) {
     return launch_attention_gradients(args, OnStream{stream});

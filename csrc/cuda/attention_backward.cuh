@@ -6,15 +6,18 @@
 // and dv, which holds everything transposed. In both a warp keeps 16 rows of two factors ("own": q and grad, or k and
 // v) and takes the other two ("theirs": k and v, or q and grad) 32 rows at a time from shared memory:
 //     s = own0 theirs0^T    dp = own1 theirs1^T    sum0 += ds theirs0    (keys only) sum1 += p theirs1
-// 14 L S D operations in 7 products, where one pass with atomics has 10 in 5. Reads of shared memory: 2 D cycles for
-// 16 x 32 scores, products 1.2 D to 1.6 D. Bytes: all tensors once; theirs once per 64 own rows, from L2.
+// Above a width of 80 the registers of a warp hold one sum: dk and dv have a pass each, and s is made once more.
+// 14 L S D operations in 7 products (16 in 8 above 80), where one pass with atomics has 10 in 5. Reads of shared
+// memory: 2 D cycles for 16 x 32 scores, products 1.2 D to 1.6 D. Bytes: all tensors once; theirs once per 64 own rows,
+// from L2.
 #pragma once
 #include "cuda/attention_parts.cuh"
 
 namespace difusores {
 namespace cuda {
 
-constexpr int kWidestGradient = 80;
+constexpr int kWidestGradient = 160, kWidestPair = 80;  // the latter: of dk and dv in one pass
+enum class Pass { of_q, of_k_and_v, of_k, of_v };
 constexpr int kGradRows = 64, kGradThreads = 128, kGradTile = 64, kGradStages = 2;
 constexpr int kDeltaLanes = 8;  // lanes of a row
 
@@ -46,8 +49,23 @@ __global__ void __launch_bounds__(kGradThreads) attention_delta(const __grid_con
     if (threadIdx.x % kDeltaLanes == 0) args.delta[row] = sum;
 }
 
-template <DType T, int kWidth, bool kOfKeys>
+// Scores, scaled, with their mask. Rows are keys where `of_keys`, else queries.
+__device__ __forceinline__ void add_mask(Scores<1>& s, const MaskView& mask, float scale, int row0, int rows,
+                                         int column0, int columns, bool of_keys) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int n = 0; n < kChunkKeys / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int row = row0 + 8 * (e / 2) + lane / 4, column = column0 + 8 * n + lane % 4 * 2 + e % 2;
+            if (row < rows && column < columns)
+                s[0][n][e] = mask.apply(s[0][n][e] * scale, of_keys ? column : row, of_keys ? row : column);
+        }
+}
+
+template <DType T, int kWidth, Pass kPass>
 __global__ void __launch_bounds__(256, 1) attention_gradient(const __grid_constant__ AttentionGradArgs args) {
+    constexpr bool kOfKeys = kPass != Pass::of_q;
     constexpr int kHalf = kGradTile * row_bytes(kWidth), kStage = grad_stage_bytes(kWidth);
     DIFUSORES_DYNAMIC_SHARED(shared);
     const Heads &own0 = kOfKeys ? args.k : args.q, &own1 = kOfKeys ? args.v : args.grad;
@@ -84,7 +102,7 @@ __global__ void __launch_bounds__(256, 1) attention_gradient(const __grid_consta
 
     Rows<T, kWidth, 1> mine0, mine1;
     mine0.load(rows_of(own0), own0.stride[2], first, rows, d, false);
-    mine1.load(rows_of(own1), own1.stride[2], first, rows, dv, false);
+    if constexpr (kPass != Pass::of_v) mine1.load(rows_of(own1), own1.stride[2], first, rows, dv, false);
     float sum0[1][kWidth / 8][4] = {}, sum1[1][kWidth / 8][4] = {}, row_log2[2] = {}, row_delta[2] = {};
     if constexpr (!kOfKeys) {
 #pragma unroll
@@ -93,7 +111,8 @@ __global__ void __launch_bounds__(256, 1) attention_gradient(const __grid_consta
             row_log2[half] = log2_sums[row], row_delta[half] = delta[row];
         }
     }
-    const float c = args.scale * kLog2E;
+    const bool masked = args.mask.ptr != nullptr;
+    const float c = masked ? kLog2E : args.scale * kLog2E;
     for (int tile = 0; tile < tiles; ++tile) {
         copies_done<0>();
         __syncthreads();  // this tile is there for all, and nobody reads the last one any more
@@ -103,9 +122,10 @@ __global__ void __launch_bounds__(256, 1) attention_gradient(const __grid_consta
             const int column0 = tile * kGradTile + part;
             if (column0 >= columns) break;
             const unsigned char *const at0 = at + part * row_bytes(kWidth), *const at1 = at0 + kHalf;
-            float s[1][kChunkKeys / 8][4], dp[1][kChunkKeys / 8][4];
+            float s[1][kChunkKeys / 8][4], dp[1][kChunkKeys / 8][4] = {};
             mine0.times_rows(s, at0);
-            mine1.times_rows(dp, at1);
+            if constexpr (kPass != Pass::of_v) mine1.times_rows(dp, at1);
+            if (masked) add_mask(s, mask_of(args, batch, head), args.scale, first, rows, column0, columns, kOfKeys);
 #pragma unroll
             for (int n = 0; n < kChunkKeys / 8; ++n)
 #pragma unroll
@@ -116,6 +136,7 @@ __global__ void __launch_bounds__(256, 1) attention_gradient(const __grid_consta
                             reinterpret_cast<const float*>(at + 2 * kHalf) + part + 8 * n + lane % 4 * 2 + e % 2;
                         sum = of[0], minus = of[kGradTile];
                     }
+                    if (masked && sum == -INFINITY) sum = 0.0f;  // all of its keys are masked: weights of 0
                     s[0][n][e] = exp2_fast(fmaf(s[0][n][e], c, -sum));
                     dp[0][n][e] = s[0][n][e] * (dp[0][n][e] - minus);
                 }
@@ -126,8 +147,8 @@ __global__ void __launch_bounds__(256, 1) attention_gradient(const __grid_consta
                     for (int e = 0; e < 4; ++e)
                         if (column0 + 8 * n + lane % 4 * 2 + e % 2 >= columns) s[0][n][e] = dp[0][n][e] = 0.0f;
             }
-            if constexpr (kOfKeys) add_product<T, kWidth>(sum1, s, at1);
-            add_product<T, kWidth>(sum0, dp, at0);
+            if constexpr (kPass == Pass::of_k_and_v || kPass == Pass::of_v) add_product<T, kWidth>(sum1, s, at1);
+            if constexpr (kPass != Pass::of_v) add_product<T, kWidth>(sum0, dp, at0);
         }
     }
 
@@ -138,13 +159,16 @@ __global__ void __launch_bounds__(256, 1) attention_gradient(const __grid_consta
         for (int half = 0; half < 2; ++half)
             store_row<T>(sum[0], half, factor, rows_to, to.stride[2], first + 8 * half + lane / 4, rows, 0, width);
     };
-    store(sum0, kOfKeys ? args.grad_k : args.grad_q, d, args.scale);
-    if constexpr (kOfKeys) store(sum1, args.grad_v, dv, 1.0f);
+    if constexpr (kPass != Pass::of_v) store(sum0, kOfKeys ? args.grad_k : args.grad_q, d, args.scale);
+    if constexpr (kPass == Pass::of_k_and_v || kPass == Pass::of_v) store(sum1, args.grad_v, dv, 1.0f);
 }
 
 // nullptr, or what the kernels take and this is not; beyond what the forward pass refuses.
-inline __host__ const char* refuses_attention_gradients(const AttentionGradArgs& args) {
-    if (args.d > kWidestGradient || args.dv > kWidestGradient) return "heads of at most 80 elements";
+inline __host__ const char* refuses_attention_gradients(const AttentionGradArgs& args, int64_t shared_limit) {
+    const int64_t widest = args.d > args.dv ? args.d : args.dv;
+    if (widest > kWidestGradient) return "heads of at most 160 elements";
+    if (widest > 96 && kGradStages * grad_stage_bytes(widest > 128 ? 160 : 128) > shared_limit)
+        return "heads of at most 96 elements on this GPU, whose shared memory is too small for more";
     for (const Heads* t : {&args.grad, &args.out}) {
         const int64_t sizes[] = {args.b, args.h, args.l};
         bool fits = aligned(t->ptr, 0, args.dtype, 16) && t->stride[3] == 1;
@@ -163,10 +187,16 @@ __host__ auto launch_gradients(const AttentionGradArgs& args, const Launch& laun
     const size_t shared = static_cast<size_t>(kGradStages * grad_stage_bytes(kWidth));
     auto result =
         launch(attention_delta<T>, blocks(args.padded_l, kGradThreads / kDeltaLanes), kGradThreads, size_t{0}, args);
-    if (Launch::ok(result))
-        result = launch(attention_gradient<T, kWidth, false>, blocks(args.l, kGradRows), kGradThreads, shared, args);
-    if (Launch::ok(result))
-        result = launch(attention_gradient<T, kWidth, true>, blocks(args.s, kGradRows), kGradThreads, shared, args);
+    const auto go = [&](auto kernel, int64_t rows) {
+        if (Launch::ok(result)) result = launch(kernel, blocks(rows, kGradRows), kGradThreads, shared, args);
+    };
+    go(attention_gradient<T, kWidth, Pass::of_q>, args.l);
+    if constexpr (kWidth <= kWidestPair) {
+        go(attention_gradient<T, kWidth, Pass::of_k_and_v>, args.s);
+    } else {
+        go(attention_gradient<T, kWidth, Pass::of_k>, args.s);
+        go(attention_gradient<T, kWidth, Pass::of_v>, args.s);
+    }
     return result;
 }
 
@@ -181,7 +211,10 @@ __host__ auto launch_attention_gradients(const AttentionGradArgs& args, const La
     const int64_t wanted = args.d > args.dv ? args.d : args.dv;
     if (wanted <= 40) return of_width(Constant<40>{});
     if (wanted <= 64) return of_width(Constant<64>{});
-    return of_width(Constant<80>{});
+    if (wanted <= 80) return of_width(Constant<80>{});
+    if (wanted <= 96) return of_width(Constant<96>{});
+    if (wanted <= 128) return of_width(Constant<128>{});
+    return of_width(Constant<160>{});
 }
 
 }  // namespace cuda

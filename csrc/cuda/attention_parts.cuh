@@ -165,6 +165,14 @@ struct MaskView {
     }
 };
 
+// Of a head; Args has a mask.
+template <class Args>
+__device__ __forceinline__ MaskView mask_of(const Args& args, unsigned batch, unsigned head) {
+    const int64_t at = batch * args.mask.stride[0] + head * args.mask.stride[1];
+    return {static_cast<const char*>(args.mask.ptr) + at * (args.mask_is_bool ? 1 : bytes_of(args.mask_dtype)),
+            args.mask.stride[2], args.mask.stride[3], args.mask_dtype, args.mask_is_bool};
+}
+
 // Scores of keys that are not there become minus infinity; scores under a mask are scaled and get theirs.
 template <bool kMask, int kTiles, int kCount>
 __device__ __forceinline__ void hide_keys(float (&s)[kTiles][kCount][4], const MaskView& mask, float scale, int query0,
@@ -243,11 +251,7 @@ struct BlockOf {
     __device__ __forceinline__ unsigned short* out(const AttentionArgs& args) const {
         return static_cast<unsigned short*>(args.out) + batch * args.out_stride[0] + head * args.out_stride[1];
     }
-    __device__ __forceinline__ MaskView mask(const AttentionArgs& args) const {
-        const int64_t at = batch * args.mask.stride[0] + head * args.mask.stride[1];
-        return {static_cast<const char*>(args.mask.ptr) + at * (args.mask_is_bool ? 1 : bytes_of(args.mask_dtype)),
-                args.mask.stride[2], args.mask.stride[3], args.mask_dtype, args.mask_is_bool};
-    }
+    __device__ __forceinline__ MaskView mask(const AttentionArgs& args) const { return mask_of(args, batch, head); }
 };
 
 // What a query's sums of weights times v are multiplied by: zero where all of its keys are masked.

@@ -20,7 +20,7 @@ cudaError_t attention(const AttentionArgs& args, int64_t shared_limit, int multi
 const char* attention_wgmma_refuses(const AttentionArgs& args, int64_t shared_limit, int capability);
 cudaError_t attention_wgmma(const AttentionArgs& args, cudaStream_t stream);
 // The same; the forward pass takes these arguments.
-const char* attention_gradients_refuses(const AttentionGradArgs& args);
+const char* attention_gradients_refuses(const AttentionGradArgs& args, int64_t shared_limit);
 cudaError_t attention_gradients(const AttentionGradArgs& args, cudaStream_t stream);
 
 // Whether the kernel counts as far as these sizes.

@@ -24,13 +24,25 @@ from difusores.ops.dispatch import (
 _SIGNATURE = "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor"
 LIBRARY.define("attention" + _SIGNATURE)
 _OP = torch.ops.difusores.attention.default
-LIBRARY.define("attention_with_sums(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)")
+for _suffix in ("", "_triton"):
+    LIBRARY.define(
+        f"attention_with_sums{_suffix}(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale)"
+        " -> (Tensor, Tensor)"
+    )
 LIBRARY.define(
-    "attention_gradients(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums, float scale)"
-    " -> (Tensor, Tensor, Tensor)"
+    "attention_gradients(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor sums,"
+    " float scale) -> (Tensor, Tensor, Tensor)"
 )
-_WITH_SUMS = torch.ops.difusores.attention_with_sums.default
+_WITH_SUMS = {
+    "cuda": torch.ops.difusores.attention_with_sums.default,
+    "triton": torch.ops.difusores.attention_with_sums_triton.default,
+}
 _GRADIENTS = torch.ops.difusores.attention_gradients.default
+_GRADIENTS_TRITON = register_triton(
+    "attention_gradients",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor sums, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+)
 LIBRARY.define("attention_wgmma(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
 _WGMMA_OP = torch.ops.difusores.attention_wgmma.default
 _TRITON_OP = register_triton("attention", _SIGNATURE)
@@ -40,11 +52,16 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKWARD_WEIGHTS = 1 << 20  # weights that the backward pass holds at a time
 
 
-def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.matmul(q.to(wide), k.to(wide).transpose(-1, -2)) * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask.to(wide)
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask.to(wide)
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    scores = _scores(q, k, mask, scale)
     nothing = (scores == -math.inf).all(dim=-1, keepdim=True)  # filled twice: once for the gradient's sake
     return torch.softmax(scores.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
 
@@ -83,42 +100,58 @@ def _padded(length: int) -> int:
     return -(-length // 64) * 64
 
 
-def reference_with_sums(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The op without a mask, and what its gradients need: log2 of each query's sum of exp(score).
+def reference_with_sums(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The op, and what its gradients need: log2 of each query's sum of exp(score).
 
     Returns:
         [B, H, L, Dv] as `attention`; [B, H, L rounded up to 64] fp32, beyond L unspecified.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.matmul(q.to(wide), k.to(wide).transpose(-1, -2)) * scale
-    sums = torch.logsumexp(scores, dim=-1) / math.log(2.0)
+    sums = torch.logsumexp(_scores(q, k, mask, scale), dim=-1) / math.log(2.0)
     padded = F.pad(sums.float(), (0, _padded(q.shape[2]) - q.shape[2]))
-    return reference(q, k, v, None, scale), padded
+    return reference(q, k, v, mask, scale), padded
 
 
 def reference_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    sums: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k, v (Dao et al. 2022, algorithm 4), by formula."""
     context = SimpleNamespace(
-        saved_tensors=(q, k, v, None), scale=scale, needs_input_grad=(True,) * 3 + (False,)
+        saved_tensors=(q, k, v, mask), scale=scale, needs_input_grad=(True,) * 3 + (False,)
     )
     of_q, of_k, of_v, *_ = _backward(context, grad)
     assert of_q is not None and of_k is not None and of_v is not None
     return _heads_inside(of_q), _heads_inside(of_k), _heads_inside(of_v)
 
 
+def _triton_with_sums(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    from difusores.ops.triton.attention import launch_with_sums
+
+    return launch_with_sums(q, k, v, mask, scale)
+
+
 LIBRARY.impl("attention_with_sums", reference_with_sums, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_with_sums_triton", _triton_with_sums, "CompositeExplicitAutograd")
 LIBRARY.impl("attention_gradients", reference_gradients, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("difusores::attention_with_sums", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _fake_with_sums(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _fake_with_sums(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     sums = q.new_empty((*q.shape[:2], _padded(q.shape[2])), dtype=torch.float32)
     return _fake(q, k, v, None, scale), sums
 
 
-@torch.library.register_fake("difusores::attention_gradients", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(
         t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])).transpose(1, 2) for t in (q, k, v)
@@ -126,21 +159,27 @@ def _fake_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> t
 
 
 def _setup_sums(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    q, k, v, mask, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, mask, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward_with_sums(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, sums = ctx.saved_tensors
     if not _in_steps_of_16_bytes(grad):
         grad = _heads_inside(grad)
-    return (*_GRADIENTS(grad, q, k, v, out, sums, ctx.scale), None)
+    return (*_GRADIENTS(grad, *ctx.saved_tensors, ctx.scale), None, None)
 
 
-torch.library.register_autograd(
-    "difusores::attention_with_sums", _backward_with_sums, setup_context=_setup_sums, lib=LIBRARY
-)
+def _backward_with_sums_triton(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*_GRADIENTS_TRITON(grad, *ctx.saved_tensors, ctx.scale), None, None)
+
+
+for _suffix, _rule in (("", _backward_with_sums), ("_triton", _backward_with_sums_triton)):
+    for _name, _meta in (("with_sums", _fake_with_sums), ("gradients", _fake_gradients)):
+        torch.library.register_fake(f"difusores::attention_{_name}{_suffix}", _meta, lib=LIBRARY)
+    torch.library.register_autograd(
+        f"difusores::attention_with_sums{_suffix}", _rule, setup_context=_setup_sums, lib=LIBRARY
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -189,7 +228,9 @@ def _broadcasts(mask: Tensor, shape: tuple[int, ...]) -> bool:
     )
 
 
-_WIDEST_GRADIENT = 80  # head that fits the registers of the CUDA kernels of the gradients
+# Heads that the kernels of the gradients take; bytes of shared memory for a block of CUDA's above 96.
+_WIDEST_GRADIENT, _WIDEST_FP32_GRADIENT = 160, 80
+_GRADIENT_BYTES = {128: 70656, 160: 87040}
 _WIDEST = 512  # head that fits the registers of a kernel
 # That a block of the CUDA kernels needs for heads above 160, in 16 bits and in fp32.
 _SHARED_BYTES = {2: {256: 111616, 512: 209920}, 4: {256: 51200, 512: 83200}}
@@ -303,10 +344,16 @@ def _torch_is_faster(q: Tensor, k: Tensor) -> bool:
     return not fits or (_device(q.device)[0] >= 9 and k.shape[2] > FEW_KEYS)
 
 
-def _has_gradients(q: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Whether CUDA has kernels of the gradients for this call."""
-    fits = max(q.shape[3], v.shape[3]) <= _WIDEST_GRADIENT
-    return mask is None and fits and q.dtype is not torch.float32
+def _has_gradients(backend: str, q: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether `backend` has kernels of the gradients for this call."""
+    widest = max(q.shape[3], v.shape[3])
+    if widest > _WIDEST_GRADIENT or (mask is not None and mask.requires_grad):
+        return False
+    if backend == "triton":
+        return q.dtype is not torch.float32 or widest <= _WIDEST_FP32_GRADIENT
+    if backend != "cuda" or q.dtype is torch.float32:
+        return False
+    return widest <= 96 or _device(q.device)[1] >= _GRADIENT_BYTES[128 if widest <= 128 else 160]
 
 
 def attention(
@@ -324,8 +371,8 @@ def attention(
         [B, H, L, Dv] in q's dtype; from our kernels in memory [B, L, H, Dv], so that joining the heads
         copies nothing. Zeros for a query without keys, or whose keys are all masked. Differentiable: through
         PyTorch's own attention unless a backend was asked for by name. The kernels' backward pass computes
-        the weights again, for some queries at a time; CUDA's in 16 bits, without a mask and for heads up to
-        80, in kernels of its own with the same bits twice.
+        the weights again, for some queries at a time; Triton's, and CUDA's in 16 bits, for heads up to 160
+        (80 in fp32) and a mask that needs no gradient itself, in kernels of its own with the same bits twice.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, named.
@@ -356,8 +403,8 @@ def attention(
         # Whose backward pass is fused: several times as fast as the formula above.
         if recorded or (backend == "cuda" and _torch_is_faster(q, k)):
             backend = "torch"
-    elif backend == "cuda" and recorded and _has_gradients(q, v, mask):
-        result: Tensor = _WITH_SUMS(q, k, v, scale)[0]
+    elif recorded and _has_gradients(backend, q, v, mask):
+        result: Tensor = _WITH_SUMS[backend](q, k, v, mask, scale)[0]
         return result
     if backend == "wgmma":
         return below_autograd(_WGMMA_OP, q, k, v, scale)  # type: ignore[no-any-return]

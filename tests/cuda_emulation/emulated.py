@@ -544,7 +544,9 @@ class Gradient(ctypes.Structure):
 
 class AttentionGradArgs(ctypes.Structure):
     _fields_ = (
-        *((name, Heads) for name in ("q", "k", "v", "grad", "out")),
+        *((name, Heads) for name in ("q", "k", "v", "grad", "out", "mask")),
+        ("mask_dtype", ctypes.c_int32),
+        ("mask_is_bool", ctypes.c_bool),
         *((name, Gradient) for name in ("grad_q", "grad_k", "grad_v")),
         *((name, ctypes.c_void_p) for name in ("log2_sums", "delta")),
         ("dtype", ctypes.c_int32),
@@ -592,11 +594,7 @@ def attention(
     )
     if sums is not None:
         args.log2_sums, args.padded_l = sums.data_ptr(), sums.shape[2]
-    if mask is not None:
-        whole = mask.expand(b, h, length, keys)
-        args.mask = Heads(mask.data_ptr(), (ctypes.c_int64 * 4)(*whole.stride()))
-        args.mask_is_bool = mask.dtype is torch.bool
-        args.mask_dtype = 0 if args.mask_is_bool else DTYPES[mask.dtype]
+    _set_mask(args, mask, (b, h, length, keys))
     function = library("attention", change).attention
     function.restype = ctypes.c_char_p
     limit = ctypes.c_int64(SHARED_LIMIT)
@@ -612,19 +610,31 @@ def _heads(t: Tensor) -> Heads:
     return Heads(t.data_ptr(), (ctypes.c_int64 * 4)(*t.stride()))
 
 
+def _set_mask(args: AttentionArgs | AttentionGradArgs, mask: Tensor | None, shape: tuple[int, ...]) -> None:
+    if mask is not None:
+        args.mask = _heads(mask.expand(shape))
+        args.mask_is_bool = mask.dtype is torch.bool
+        args.mask_dtype = 0 if args.mask_is_bool else DTYPES[mask.dtype]
+
+
 def attention_with_sums(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, change: tuple[str, str] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    change: tuple[str, str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The registered op of this name, carried out by the CUDA kernel."""
     sums = torch.full((*q.shape[:2], -(-q.shape[2] // 64) * 64), torch.nan)
-    return attention(q, k, v, None, scale, change=change, sums=sums), sums
+    return attention(q, k, v, mask, scale, change=change, sums=sums), sums
 
 
 def attention_gradients(
     *tensors: Any, change: tuple[str, str] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The registered op of this name, carried out by the CUDA kernels."""
-    grad, q, k, v, out, sums, scale = tensors
+    grad, q, k, v, mask, out, sums, scale = tensors
     (b, h, length, d), (keys, dv) = q.shape, v.shape[2:]
     results = tuple(
         t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (q, k, v)
@@ -632,21 +642,18 @@ def attention_gradients(
     delta = torch.full_like(sums, torch.nan)
     args = AttentionGradArgs(
         *map(_heads, (q, k, v, grad, out)),
-        *(Gradient(t.data_ptr(), (ctypes.c_int64 * 3)(*t.stride()[:3])) for t in results),
-        *(
-            sums.data_ptr(),
-            delta.data_ptr(),
-            DTYPES[q.dtype],
-            b,
-            h,
-            length,
-            keys,
-            d,
-            dv,
-            sums.shape[2],
-            scale,
-        ),
+        log2_sums=sums.data_ptr(),
+        delta=delta.data_ptr(),
+        dtype=DTYPES[q.dtype],
+        padded_l=sums.shape[2],
+        scale=scale,
+        **dict(zip(("b", "h", "l", "s", "d", "dv"), (b, h, length, keys, d, dv), strict=True)),
+        **{
+            f"grad_{name}": Gradient(t.data_ptr(), (ctypes.c_int64 * 3)(*t.stride()[:3]))
+            for name, t in zip("qkv", results, strict=True)
+        },
     )
+    _set_mask(args, mask, (b, h, length, keys))
     function = library("attention", change).attention_gradients
     function.restype = ctypes.c_char_p
     under_all_schedules(lambda schedule: function(ctypes.byref(args), schedule), results)

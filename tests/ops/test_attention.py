@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -335,6 +336,9 @@ GRADIENT_CASES = [
     (1, 2, 130, 65, 64, 64),
     (1, 1, 65, 100, 80, 72),
     (1, 1, 20, 20, 96, 96),
+    (1, 1, 33, 70, 128, 120),
+    (1, 1, 40, 20, 160, 160),
+    (1, 1, 9, 8, 168, 168),
 ]
 
 
@@ -344,28 +348,31 @@ def test_gradients_in_half_precision(backend: str, case: Any, dtype: torch.dtype
     b, h, length, keys, d, dv = case
     sizes = ((length, d), (keys, d), (keys, dv), (length, dv))
     tensors = [heads(b, h, n, width, dtype) for n, width in sizes]
+    mask = torch.rand(b, 1, length, keys) > 0.3 if d in (40, 160) else None
+    ours, eagerly = partial(ops.attention, mask=mask), partial(F.scaled_dot_product_attention, attn_mask=mask)
     with ops.use_backend(backend):
-        got = gradients(ops.attention, *tensors)
+        got = gradients(ours, *tensors)
         if backend != "torch":
-            assert all(map(torch.equal, got, gradients(ops.attention, *tensors)))
-    eager = gradients(F.scaled_dot_product_attention, *tensors)
-    oracle = gradients(F.scaled_dot_product_attention, *(t.double() for t in tensors))
-    for ours, theirs, true in zip(got, eager, oracle, strict=True):
-        check(ours, theirs, true)
+            assert all(map(torch.equal, got, gradients(ours, *tensors)))
+    eager = gradients(eagerly, *tensors)
+    oracle = gradients(eagerly, *(t.double() for t in tensors))
+    for result, theirs, true in zip(got, eager, oracle, strict=True):
+        check(result, theirs, true)
 
 
 def test_sums_and_gradients_are_ops() -> None:
     """Their references, fakes and the gradient between them."""
     q, k, v = (heads(1, 2, n, 8, torch.float32) for n in (5, 7, 7))
+    mask = torch.randn(1, 1, 5, 7)
     leaves = [t.requires_grad_() for t in (q, k, v)]
-    torch.library.opcheck(torch.ops.difusores.attention_with_sums.default, (*leaves, 0.3))
-    out, sums = torch.ops.difusores.attention_with_sums.default(*leaves, 0.3)
-    scores = torch.matmul(q, k.transpose(2, 3)) * 0.3
+    torch.library.opcheck(torch.ops.difusores.attention_with_sums.default, (*leaves, None, 0.3))
+    out, sums = torch.ops.difusores.attention_with_sums.default(*leaves, mask, 0.3)
+    scores = torch.matmul(q, k.transpose(2, 3)) * 0.3 + mask
     torch.testing.assert_close(sums[..., :5], scores.exp().sum(-1).log2())
-    detached = [t.detach() for t in (torch.randn_like(out), q, k, v, out, sums)]
-    torch.library.opcheck(torch.ops.difusores.attention_gradients.default, (*detached, 0.3))
-    got = torch.autograd.grad(out, leaves, detached[0])
-    expected = torch.autograd.grad(reference(q, k, v, None, 0.3), leaves, detached[0])
+    grad, *kept = (t.detach() for t in (torch.randn_like(out), q, k, v, mask, out, sums))
+    torch.library.opcheck(torch.ops.difusores.attention_gradients.default, (grad, *kept, 0.3))
+    got = torch.autograd.grad(out, leaves, grad)
+    expected = torch.autograd.grad(reference(q, k, v, mask, 0.3), leaves, grad)
     for ours, right in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, right)
 

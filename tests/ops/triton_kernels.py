@@ -301,6 +301,41 @@ def test_attention(shape: Any, dtype: torch.dtype, check: Any) -> None:
             check(got, F.scaled_dot_product_attention(q, k, v, attn_mask=mask), oracle)
 
 
+# (batch, heads, queries, keys, width of q and k, of v): heads cut in two and not, several blocks of both
+GRADIENTS = [
+    ((1, 2, 33, 77, 40, 40), torch.float16),
+    ((1, 1, 70, 20, 64, 24), torch.bfloat16),
+    ((1, 1, 9, 70, 80, 80), torch.float32),
+    ((1, 1, 20, 17, 160, 160), torch.float16),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), GRADIENTS, ids=str)
+def test_gradients_of_attention(shape: Any, dtype: torch.dtype, check: Any) -> None:
+    b, h, length, keys, d, dv = shape
+    sizes = ((length, d), (keys, d), (keys, dv), (length, dv))
+    tensors = [heads(b, h, n, width, dtype) for n, width in sizes]
+    known = torch.rand(b, 1, length, keys) > 0.3
+    known[:, :, 3] = False  # a query without keys
+    masks = {40: (None, known), 64: (torch.randn(b, 1, 1, keys).to(dtype),)}.get(d, (None,))
+
+    def gradients(tensors: list[Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
+        *leaves, grad = (t.detach().requires_grad_() for t in tensors)
+        return torch.autograd.grad(ops.attention(*leaves, mask=mask), leaves, grad.detach())
+
+    for mask in masks:
+        got = gradients(tensors, mask)
+        assert all(map(torch.equal, got, gradients(tensors, mask)))
+        assert all(t.transpose(1, 2).is_contiguous() for t in got)
+        wide_mask = mask.double() if mask is not None and mask.is_floating_point() else mask
+        with ops.use_backend("reference"):
+            oracle = gradients([t.double() for t in tensors], wide_mask)
+        with ops.use_backend("torch"):
+            eager = gradients(tensors, mask)
+        for ours, theirs, exact in zip(got, eager, oracle, strict=True):
+            check(ours, theirs, exact)
+
+
 def test_attention_of_hostile_values() -> None:
     """Scores far above what exp can take; NaN and Inf in their head alone; a width of v that is not q's."""
     q, k, v = 30 * torch.randn(1, 3, 9, 16), 30 * torch.randn(1, 3, 40, 16), torch.randn(1, 3, 40, 24)

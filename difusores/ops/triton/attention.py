@@ -41,9 +41,11 @@ def attention(
     v,
     mask,
     out,
+    sums,
     heads,
     queries,
     keys,
+    padded,
     scale,
     q_batch,
     q_head,
@@ -120,6 +122,9 @@ def attention(
         if DV > V1:
             v2 = tl.load(v + at * v_row * ALIGN + c2, known & (c2 < DV), other=0.0)
             sum2 = _dot(p, v2, sum2 * fade[:, None], WIDEN)
+    if sums is not None:
+        tl.store(sums + of.to(tl.int64) * padded + row, top + tl.log2(total), row < queries)
+    total = tl.where(total == 0.0, 1.0, total)  # all keys are masked: the result is zero
     out += ((batch * queries + wide) * heads + head) * DV
     tl.store(out + c1, (sum1 / total[:, None]).to(out.dtype.element_ty), real & (c1 < DV))
     if DV > V1:
@@ -160,7 +165,17 @@ def blocks(queries: int, keys: int, width: int, itemsize: int) -> Blocks:
     return most._replace(queries=max(16, min(most.queries, power_of_2(queries))), keys=step)
 
 
-def launch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def mask_arguments(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, list[int]]:
+    """A mask as kernels take it, bools as bytes, and its strides as if it had this shape."""
+    if mask is None:
+        return None, [0, 0, 0, 0]
+    mask = mask.expand(shape)
+    return mask.view(torch.uint8) if mask.dtype is torch.bool else mask, list(mask.stride())
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, sums: Tensor | None = None
+) -> Tensor:
     batch, heads, queries, width = q.shape
     keys, out_width = k.shape[2], v.shape[3]
     out = q.new_empty(batch, queries, heads, out_width)
@@ -168,28 +183,38 @@ def launch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         return out.zero_().transpose(1, 2)
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     strides = [t.stride(dim) for t in (q, k, v) for dim in range(3)]
-    grid = [0, 0, 0, 0]
-    is_bool = mask is not None and mask.dtype is torch.bool
-    if mask is not None:
-        mask = mask.expand(batch, heads, queries, keys)
-        grid = list(mask.stride())
-        mask = mask.view(torch.uint8) if is_bool else mask
+    mask, grid = mask_arguments(mask, (batch, heads, queries, keys))
     align = min(16 // q.element_size(), alignment(*strides))
     d1, d2 = split(width, 16)
     v1, v2 = split(out_width, 8)
     cut = blocks(queries, keys, max(width, out_width), q.element_size())
+    padded = 0 if sums is None else sums.shape[2]
     run(
         attention,
         batch * heads * -(-queries // cut.queries),
         q,
-        *(q, k, v, mask, out, heads, queries, keys, scale, *(s // align for s in strides), *grid),
+        *(
+            q,
+            k,
+            v,
+            mask,
+            out,
+            sums,
+            heads,
+            queries,
+            keys,
+            padded,
+            scale,
+            *(s // align for s in strides),
+            *grid,
+        ),
         D=width,
         D1=d1,
         D2=d2,
         DV=out_width,
         V1=v1,
         V2=v2,
-        BOOL=is_bool,
+        BOOL=mask is not None and mask.dtype is torch.uint8,
         ALIGN=align,
         WIDEN=INTERPRETED and q.dtype is torch.bfloat16,
         BLOCK_Q=cut.queries,
@@ -198,3 +223,11 @@ def launch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         num_stages=cut.stages,
     )
     return out.transpose(1, 2)
+
+
+def launch_with_sums(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What the gradients need beside the result: [B, H, L rounded up to 64], log2 of the sums of weights."""
+    sums = q.new_empty((*q.shape[:2], -(-q.shape[2] // 64) * 64), dtype=torch.float32)
+    return launch(q, k, v, mask, scale, sums), sums
