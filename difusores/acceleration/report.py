@@ -9,7 +9,7 @@ from time import perf_counter
 
 from torch import nn
 
-from difusores.acceleration.session import SESSION, Forward
+from difusores.acceleration.session import SESSION, Forward, Session
 from difusores.acceleration.table import replacement
 from difusores.models.layers import GroupNormAct
 from difusores.models.transformer import LayerNorm
@@ -65,13 +65,21 @@ class Report:
         return sum(layer.packed_bytes for layer in self.layers)
 
     @property
+    def preparing_seconds(self) -> float:
+        """That making prepared weights has taken so far, within the calls that used them first."""
+        return sum(session.preparing for session in self._sessions())
+
+    def _sessions(self) -> list[Session]:
+        return [model.__dict__[SESSION] for model in self.models.values() if SESSION in model.__dict__]
+
+    @property
     def model_bytes(self) -> int:
         """Of all parameters."""
         return sum(size(model) for model in self.models.values())
 
     def share_not_replaced(self, call: Callable[[], object]) -> float:
         """Part of the time of one `call` that is spent outside replaced layers, from 0 to 1."""
-        sessions = [model.__dict__[SESSION] for model in self.models.values() if SESSION in model.__dict__]
+        sessions = self._sessions()
         call()
         start, inside = perf_counter(), 0.0
         for session in sessions:
@@ -89,7 +97,8 @@ class Report:
         replaced = [layer for layer in layers if layer.replaced]
         lines = [
             f"{len(replaced)} of {len(layers)} layers replaced; prepared weights "
-            f"{self.packed_bytes / 2**20:.0f} MiB beside {self.model_bytes / 2**20:.0f} MiB of parameters"
+            f"{self.packed_bytes / 2**20:.0f} MiB beside {self.model_bytes / 2**20:.0f} MiB of parameters, "
+            f"made in {self.preparing_seconds:.1f} s"
         ]
         groups: dict[tuple[bool, str, str], list[LayerReport]] = {}
         for layer in layers:

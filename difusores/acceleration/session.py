@@ -33,6 +33,7 @@ class Session:
         budget: bytes that prepared weights may take.
         forms: the prepared weights that there are now.
         generation: counts how often bytes were given back.
+        preparing: seconds that making prepared weights has taken so far.
         times: on a GPU, the time projections of its residual blocks.
         here: what belongs to the forward pass that runs in a thread.
         clock: seconds within replaced layers while somebody counts them, else None.
@@ -57,6 +58,7 @@ class Session:
         self.budget = budget
         self.forms: list[Packed] = []
         self.generation = 0
+        self.preparing = 0.0
         self.clock: float | None = None
         self.lock = threading.RLock()
         self.here = threading.local()
@@ -120,7 +122,9 @@ class Packed:
             if self.session.make_room(size, gain):
                 self.bytes, self.gain = size, gain
                 self.session.forms.append(self)
+                start = time.perf_counter()
                 result = make()
+                self.session.preparing += time.perf_counter() - start
             self._made = (
                 [fingerprint(source, _SAMPLES) for source in sources],
                 result,
