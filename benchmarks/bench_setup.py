@@ -1,16 +1,19 @@
 """What `accelerate` costs before the first image: the call itself, and the weights that are then prepared.
 
     python benchmarks/bench_setup.py [--model sd15|cifar10|cat] [--pixels 256] [--dtype bfloat16]
-        [--memory fast] [--cpu-time]
+        [--batch 2] [--memory fast] [--cpu-time]
 
 Weights are random: nothing here depends on their values. `accelerate_s` is the call; `preparing_s` the part
 of the first forward that makes weights for later ones; `first_s` and `later_s` are whole forwards.
+`statistics_share` is the part of a later forward in which the group norms before Winograd convolutions read
+their input (`group_norm_affine`): what computing these sums within the convolution before could save at most.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +23,7 @@ from bench_unet import CONFIGS
 from timing import stamp
 
 import difusores
+from difusores.acceleration import layers
 
 STABLE_DIFFUSION: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 
@@ -41,24 +45,44 @@ def seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
     return round(clock() - start, 2)
 
 
-def measure(name: str, pixels: int, clock: Callable[[], float], **options: Any) -> dict[str, Any]:
+def statistics_share(forward: Callable[[], object], clock: Callable[[], float]) -> float:
+    """The part of a forward that is spent in `group_norm_affine`; median of five."""
+    op, shares = layers.group_norm_affine, []
+
+    def timed(*call: Any, **options: Any) -> Any:
+        nonlocal inside
+        start = clock()
+        result = op(*call, **options)
+        inside += clock() - start
+        return result
+
+    layers.group_norm_affine = timed
+    try:
+        for _ in range(5):
+            inside, start = 0.0, clock()
+            forward()
+            shares.append(inside / (clock() - start))
+    finally:
+        layers.group_norm_affine = op
+    return round(statistics.median(shares), 4)
+
+
+def measure(name: str, batch: int, pixels: int, clock: Callable[[], float], **options: Any) -> dict[str, Any]:
     """The figures of one network at one size of image."""
     torch.manual_seed(0)
     model = build(name)
     side = pixels // 8 if name == "sd15" else pixels
-    inputs = [
-        torch.randn(2 if name == "sd15" else 1, 4 if name == "sd15" else 3, side, side),
-        torch.tensor(500),
-    ]
+    inputs = [torch.randn(batch, 4 if name == "sd15" else 3, side, side), torch.tensor(500)]
     if name == "sd15":
-        inputs.append(torch.randn(2, 77, 768))
-    row: dict[str, Any] = {"model": name, "pixels": pixels}
+        inputs.append(torch.randn(batch, 77, 768))
+    row: dict[str, Any] = {"model": name, "batch": batch, "pixels": pixels}
     start = clock()
     report = difusores.accelerate(model, **options)
     row["accelerate_s"] = round(clock() - start, 2)
     row["first_s"] = seconds(lambda: model(*inputs), clock)
     row["preparing_s"] = round(report.preparing_seconds, 2)
     row["later_s"] = min(seconds(lambda: model(*inputs), clock) for _ in range(2))
+    row["statistics_share"] = statistics_share(lambda: model(*inputs), clock)
     row["packed_gb"] = round(report.packed_bytes / 1e9, 2)
     row["model_gb"] = round(report.model_bytes / 1e9, 2)
     return row
@@ -68,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", choices=("sd15", "cifar10", "cat"), default="sd15")
     parser.add_argument("--pixels", type=int, default=256, help="height and width of the image")
+    parser.add_argument("--batch", type=int, default=2, help="images of a forward")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--memory", choices=("balanced", "fast"), default="balanced")
     parser.add_argument(
@@ -81,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(1)
         clock = time.process_time
     with torch.no_grad():
-        row = measure(args.model, args.pixels, clock, dtype=args.dtype, memory=args.memory)
+        row = measure(args.model, args.batch, args.pixels, clock, dtype=args.dtype, memory=args.memory)
     print(json.dumps({**row, "machine": stamp()}))
 
 
