@@ -56,7 +56,7 @@ def main() -> None:
     model = difusores.UNet2DModel(block_out_channels=[8], add_attention=False, **CONFIG).eval()
     case = torch.randn(1, 3, 320, 336), torch.tensor([371])
     difusores.accelerate(model)
-    faults(model, case, 6)
+    faults(model, case, 12)
     print(((several - one).norm() / one.norm()).item(), grown, small, faults(model, case, 4))
 
 

@@ -513,4 +513,4 @@ def test_memory_is_flat_and_pages_are_kept() -> None:
     assert away <= 1e-5
     assert kibibytes < 1024
     assert faults < 80, "less than one in ten forwards"
-    assert faults_of_large < 400, "of 30,000 without `heap.keep`"
+    assert faults_of_large < 2000, "of 30,000 without `heap.keep`"
