@@ -1,0 +1,102 @@
+// The two products of attention, "broadcast an element of a, multiply a row of b", on fp32 or on pairs of bf16.
+// Included by attention.cpp and its parts only.
+#pragma once
+#include "simd.h"
+
+namespace difusores {
+namespace DIFUSORES_ISA_NAME {
+namespace {
+
+constexpr int kVecs = kWidth == 16 ? 4 : 2;  // vectors of queries, and
+constexpr int kRows = 6;                     // rows of a product that stay in registers together
+constexpr int kQueries = kVecs * kWidth;     // queries that go through a task together
+constexpr int64_t kDepth = 128;              // depth of a product whose part of b stays in L1
+constexpr float kLowest = -3.402823466e38f;
+constexpr float kLog2E = 1.44269504088896341f;
+
+DIFUSORES_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+DIFUSORES_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// --- elements of a product ---
+
+struct Floats {
+    typedef float Element;
+    static constexpr int64_t kKeys = 96;  // keys of a block: their scores stay in L1
+    static constexpr int64_t kDeep = 1;   // elements of memory in one step of depth
+    static DIFUSORES_INLINE void add(f32v& c, float a, f32v b) { c += splat(a) * b; }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+    typedef uint32_t Element;  // two bf16
+    static constexpr int64_t kKeys = 128;
+    static constexpr int64_t kDeep = 2;
+    static DIFUSORES_INLINE void add(f32v& c, uint32_t a, f32v b) {
+        c = (f32v)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
+    }
+};
+template <DType D>
+constexpr bool kInPairs = D == DType::bf16;
+#else
+template <DType D>
+constexpr bool kInPairs = false;
+#endif
+
+constexpr int64_t kChunk = 32;  // packed keys of v, and the unit to which packed k and v are padded
+
+// --- c[row][query] (+)= sum_t a[row][t] b[t][query]; rows of b and c are kQueries long ---
+
+template <class T>
+struct Rows {
+    const T* ptr;
+    int64_t row, step;  // strides, in elements
+};
+
+// What is added to c is summed from zero: rounding errors grow with the depth of one block, not of all of them.
+template <class Dot, int kCount, int V>
+void product_tile(Rows<typename Dot::Element> a, const float* b, float* c, int64_t depth, bool accumulate) {
+    f32v sum[kCount][V] = {};
+    for (int64_t t = 0; t < depth; ++t, a.ptr += a.step, b += kQueries) {
+        f32v across[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) across[v] = load<DType::f32>(b, v * kWidth);
+#pragma GCC unroll 8
+        for (int r = 0; r < kCount; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) Dot::add(sum[r][v], a.ptr[r * a.row], across[v]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kCount; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+            const int64_t i = r * kQueries + v * kWidth;
+            store<DType::f32>(c, i, accumulate ? load<DType::f32>(c, i) + sum[r][v] : sum[r][v]);
+        }
+}
+
+// The last 0 < rows < kCount rows.
+template <class Dot, int kCount, int V>
+void product_tail(const Rows<typename Dot::Element>& a, const float* b, float* c, int64_t rows, int64_t depth,
+                  bool accumulate) {
+    if constexpr (kCount > 1) {
+        if (rows == kCount - 1) product_tile<Dot, kCount - 1, V>(a, b, c, depth, accumulate);
+        else product_tail<Dot, kCount - 1, V>(a, b, c, rows, depth, accumulate);
+    }
+}
+
+template <class Dot, int V>
+void product(const Rows<typename Dot::Element>& a, const float* b, float* c, int64_t rows, int64_t depth,
+             bool accumulate) {
+    for (int64_t t = 0; t < depth; t += kDepth, accumulate = true) {
+        const int64_t deep = least(kDepth, depth - t);
+        Rows<typename Dot::Element> part{a.ptr + t * a.step, a.row, a.step};
+        int64_t r = 0;
+        for (; r + kRows <= rows; r += kRows, part.ptr += kRows * a.row)
+            product_tile<Dot, kRows, V>(part, b + t * kQueries, c + r * kQueries, deep, accumulate);
+        if (r < rows) product_tail<Dot, kRows, V>(part, b + t * kQueries, c + r * kQueries, rows - r, deep, accumulate);
+    }
+}
+
+}  // namespace
+}  // namespace DIFUSORES_ISA_NAME
+}  // namespace difusores
