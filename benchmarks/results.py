@@ -213,25 +213,19 @@ def _us(microseconds: float) -> str:
     return f"{microseconds:.0f} µs" if microseconds < 1000 else f"{microseconds / 1000:.1f} ms"
 
 
+def approximation(result: Mapping[str, Any]) -> list[str]:
+    """The rows of one workload of docs/approximate.md."""
+    rows = [
+        [name, f"{row['ms']:.0f}", f"{row['times_base']:.2f}", f"{row['distance']:.1e}", f"{row['psnr']:.1f}"]
+        for name, row in result["rows"].items()
+    ]
+    head = ["", "ms", "× exact", "distance of latents", "PSNR, dB"]
+    return [f"**{result['workload']}**: {where(result['machine'])}", "", *table(head, rows), ""]
+
+
 def approximations() -> list[str]:
-    """The table of docs/approximate.md."""
-    lines = []
-    for result in load("approximate-*"):
-        rows = [
-            [
-                name,
-                f"{row['ms']:.0f}",
-                f"{row['times_base']:.2f}",
-                f"{row['distance']:.1e}",
-                f"{row['psnr']:.1f}",
-            ]
-            for name, row in result["rows"].items()
-            if "ms" in row
-        ]
-        lines += [f"**{result['workload']}**: {where(result['machine'])}", ""]
-        lines += table(["approximation", "ms", "× exact", "distance of latents", "PSNR, dB"], rows)
-        lines.append("")
-    return lines[:-1]
+    """The tables of docs/approximate.md."""
+    return [line for result in load("approximate-*") for line in approximation(result)][:-1]
 
 
 def draw() -> None:

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from difusores.acceleration import accelerate as accelerate
+    from difusores.acceleration import calibrate as calibrate
     from difusores.acceleration import restore as restore
     from difusores.cuda_graph import disable_cuda_graph as disable_cuda_graph
     from difusores.cuda_graph import enable_cuda_graph as enable_cuda_graph
@@ -152,6 +153,7 @@ _PUBLIC = {
     "UniPCMultistepScheduler": "difusores.schedulers",
     "VQModel": "difusores.models",
     "accelerate": "difusores.acceleration",
+    "calibrate": "difusores.acceleration",
     "disable_cuda_graph": "difusores.cuda_graph",
     "enable_cuda_graph": "difusores.cuda_graph",
     "restore": "difusores.acceleration",

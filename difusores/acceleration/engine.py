@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
 
-from difusores.acceleration import heap, layers
+from difusores.acceleration import feature_cache, heap, layers
+from difusores.acceleration.approximations import Approximations, parse
 from difusores.acceleration.cuda_blocks import TimeProjections
-from difusores.acceleration.layers import ConvForward, LinearForward
+from difusores.acceleration.layers import ConvForward, LayerForward, LinearForward
 from difusores.acceleration.report import Report, size
 from difusores.acceleration.session import DTYPES, SESSION, Forward, Session
 from difusores.acceleration.table import KEEPS_DTYPE, OURS, THEIRS, replacement
+from difusores.acceleration.transformer import AttentionForward
 
 BUDGETS = {"balanced": 1.2, "fast": 2.5}  # of the model's size
 MEMORY_FORMATS = ("auto",)
+ENDS = ("conv_in", "conv_out")  # of a UNet: never in 8 bits
+GUIDANCE = "_guidance_limits"  # attribute of pipelines: shares of a run outside which there is no guidance
 
 
 def accelerate(
@@ -25,7 +30,7 @@ def accelerate(
     dtype: torch.dtype | str | None = None,
     memory_format: str = "auto",
     memory: str = "balanced",
-    approximate: Sequence[str] = (),
+    approximate: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
 ) -> Report:
     """Make a model, or the models of a pipeline, faster on a CPU or GPU, with the same parameters and images.
 
@@ -42,7 +47,9 @@ def accelerate(
             the weights of convolutions take that memory format too, until `restore`.
         memory: on a CPU, prepared weights take at most 1.2 ("balanced") or 2.5 ("fast") times the model's
             size. On a GPU parameters are laid side by side and nothing is kept twice.
-        approximate: names of approximations to allow. This version has none.
+        approximate: what may change the image, by name; nothing if left out. On a CPU: "int8",
+            "feature_cache" and "token_merging" for UNets, "partial_guidance" for pipelines of this package;
+            a mapping gives options too, as {"feature_cache": {"interval": 2}} (docs/approximate.md).
 
     Returns:
         The report: what was replaced, how, and why the rest was not. A second call with the same arguments
@@ -51,19 +58,63 @@ def accelerate(
     Raises:
         TypeError: no model or pipeline of either package.
         ValueError: an argument has another value, the model is in training mode, on another kind of device or
-            on several.
+            on several, or an approximation is not for it.
     """
-    dtype = _check_arguments(dtype, memory_format, memory, approximate)
+    dtype = _check_arguments(dtype, memory_format, memory)
+    allowed = parse(approximate)
     models = _models(model_or_pipe)
     devices = {
         name: _check_model(name or type(model).__name__, model, dtype) for name, model in models.items()
     }
+    of_unets = _check_approximations(model_or_pipe, models, devices, allowed)
     notes: list[str] = []
     for name, model in models.items():
-        reason = install(model, devices[name], devices[name] == "cuda", dtype, memory_format, memory)
+        options = of_unets if is_unet(model) else ()
+        reason = install(model, devices[name], devices[name] == "cuda", dtype, memory_format, memory, options)
         if reason is not None and reason not in notes:
             notes.append(reason)
+    model_or_pipe.__dict__.pop(GUIDANCE, None)
+    guidance = dict(allowed).get("partial_guidance")
+    if guidance is not None:
+        model_or_pipe.__dict__[GUIDANCE] = guidance.interval
     return Report(models, notes)
+
+
+def calibrate(model_or_pipe: Any, run: Callable[[], object]) -> Report:
+    """Show layers that may be in 8 bits what goes through them; after it they compute in 8 bits.
+
+    Args:
+        model_or_pipe: what was accelerated with approximate=("int8",).
+        run: calls it on typical inputs, as `lambda: pipe(prompts, num_inference_steps=20)`: the least and
+            greatest inputs of each layer count, in all steps. Layers that it does not reach stay exact.
+            Another call adds to what was seen.
+
+    Returns:
+        The report.
+
+    Raises:
+        TypeError: no model or pipeline of either package.
+        ValueError: nothing was accelerated with "int8", or `run` reached no layer.
+    """
+    models = _models(model_or_pipe)
+    sessions: list[Session] = [m.__dict__[SESSION] for m in models.values() if SESSION in m.__dict__]
+    sessions = [session for session in sessions if "int8" in session.approximate]
+    if not sessions:
+        raise ValueError('calibrate needs accelerate(..., approximate=("int8",)) first')
+    for session in sessions:
+        session.calibrating = True
+    try:
+        run()
+    finally:
+        for session in sessions:
+            session.calibrating = False
+    forwards = [m.__dict__.get("forward") for model in models.values() for m in model.modules()]
+    for forward in forwards:
+        if isinstance(forward, AttentionForward):
+            forward.prompts.clear()  # made by exact layers
+    if not any(isinstance(f, LayerForward) and f.quantized and f.quantized.ready for f in forwards):
+        raise ValueError("run() reached no layer that may be in 8 bits")
+    return Report(models)
 
 
 def install(
@@ -73,14 +124,16 @@ def install(
     dtype: torch.dtype | None = None,
     memory_format: str = "auto",
     memory: str = "balanced",
+    approximate: Approximations = (),
 ) -> str | None:
     """Put the replacements into one model; returns what could not be had, in words, or None.
 
     Args:
         device: type of the device on which its parameters are.
         cuda: use the replacements for a GPU, wherever the parameters are; else those for a CPU.
+        approximate: approximations of a UNet.
     """
-    settings = (device, cuda, dtype, memory_format, memory)
+    settings = (device, cuda, dtype, memory_format, memory, approximate)
     session = model.__dict__.get(SESSION)
     if session is not None and session.settings != settings:
         restore(model)
@@ -88,7 +141,7 @@ def install(
     if session is None:
         of_images = dtype if dtype is torch.float32 or layers.fast_bfloat16_convolution() else None
         budget = int(BUDGETS[memory] * size(model))
-        session = Session(settings, dtype, of_images, budget, device, cuda)
+        session = Session(settings, dtype, of_images, budget, device, cuda, dict(approximate))
         session.times = TimeProjections(session) if cuda else None
         model.__dict__[SESSION] = session
     reason = None if cuda else heap.keep(session)
@@ -97,9 +150,14 @@ def install(
         if kind is None or refused is not None:
             continue
         if issubclass(kind, (LinearForward, ConvForward)):
-            module.__dict__["forward"] = kind(module, session, any(part in name for part in KEEPS_DTYPE))
+            keeps = any(part in name for part in KEEPS_DTYPE)
+            forward = module.__dict__["forward"] = kind(module, session, keeps)
+            if "int8" in session.approximate and not keeps and name not in ENDS:
+                forward.allow_int8()
         else:
             module.__dict__["forward"] = kind(module, session)
+    if "feature_cache" in session.approximate:
+        feature_cache.install(model, session, session.approximate["feature_cache"].depth)
     return reason if reason is None else f"freed memory goes back to the system: {reason}"
 
 
@@ -118,11 +176,40 @@ def restore(model_or_pipe: Any) -> None:
         session = model.__dict__.pop(SESSION, None)
         if session is not None:
             heap.release(session)
+    model_or_pipe.__dict__.pop(GUIDANCE, None)
 
 
-def _check_arguments(
-    dtype: torch.dtype | str | None, memory_format: str, memory: str, approximate: Sequence[str]
-) -> torch.dtype | None:
+def is_unet(model: nn.Module) -> bool:
+    """Whether it is a network that goes down and up again, of either package."""
+    return hasattr(model, "down_blocks") and hasattr(model, "up_blocks")
+
+
+def _check_approximations(
+    given: Any, models: Mapping[str, nn.Module], devices: Mapping[str, str], allowed: Approximations
+) -> Approximations:
+    """Those for UNets; refuses what is not for these models."""
+    of_unets = tuple(entry for entry in allowed if entry[0] != "partial_guidance")
+    if of_unets and not any(map(is_unet, models.values())):
+        names = ", ".join(repr(name) for name, _ in of_unets)
+        raise ValueError(f"approximate has {names}, for UNets; {type(given).__name__} has none")
+    if "int8" in dict(allowed) and not torch.backends.mkldnn.is_available():
+        raise ValueError("approximate has 'int8', which needs a torch with oneDNN")
+    if allowed and "cuda" in devices.values():
+        raise ValueError(
+            f"approximate is {[name for name, _ in allowed]}, and the model is on a GPU; allowed is ()"
+        )
+    takes = (
+        hasattr(type(given), GUIDANCE) and "guidance_interval" in signature(type(given).__call__).parameters
+    )
+    if len(of_unets) < len(allowed) and not takes:
+        raise ValueError(
+            "approximate has 'partial_guidance', for this package's pipelines that take guidance_interval; "
+            f"got {type(given).__module__}.{type(given).__name__}"
+        )
+    return of_unets
+
+
+def _check_arguments(dtype: torch.dtype | str | None, memory_format: str, memory: str) -> torch.dtype | None:
     if isinstance(dtype, str):
         dtype = {str(t).removeprefix("torch."): t for t in DTYPES}.get(dtype, dtype)
     if dtype is not None and dtype not in DTYPES:
@@ -131,9 +218,6 @@ def _check_arguments(
         raise ValueError(f"memory_format is {memory_format!r}; allowed is 'auto'")
     if memory not in BUDGETS:
         raise ValueError(f"memory is {memory!r}; allowed are {', '.join(map(repr, BUDGETS))}")
-    if isinstance(approximate, str) or approximate:
-        names = [approximate] if isinstance(approximate, str) else approximate
-        raise ValueError(f"approximate has {', '.join(map(repr, names))}; this version has no approximation")
     return dtype
 
 

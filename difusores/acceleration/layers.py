@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from difusores.acceleration.quantized import PACKING_SIDE, Quantized
 from difusores.acceleration.session import DTYPES, GPU_DTYPES, Forward, Packed, Session, hooked
 from difusores.models.layers import GroupNormAct
 from difusores.ops import group_norm_affine, group_norm_silu, winograd_conv
@@ -24,7 +25,6 @@ from difusores.ops.winograd_conv import LayerPlan, pack_weight, plan
 
 CHANNELS_LAST = torch.channels_last
 _MKLDNN = torch.ops.mkldnn
-PACKING_SIDE = 32  # height and width for which oneDNN chooses the layout of packed weights
 PACKED_GAIN = 1.4  # of convolutions' weights packed by oneDNN: time without over time with them
 WORTH_PACKING = 1.1  # of weights transformed for Winograd, from which on they take their memory
 POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1))  # kernel, stride, padding, dilation
@@ -56,7 +56,23 @@ def linear_wants_packing(dtype: torch.dtype) -> bool:
     return dtype is torch.bfloat16 or "GenuineIntel" not in _cpuinfo()
 
 
-class LinearForward(Forward):
+class LayerForward(Forward):
+    """Base of linear layers and convolutions, which may be in 8 bits.
+
+    Attributes:
+        quantized: how, where that is allowed.
+    """
+
+    quantized: Quantized | None = None
+
+    def allow_int8(self) -> None:
+        """From calibration on, compute in 8 bits."""
+        self.quantized = Quantized(self.session)
+        self.levels = self.quantized.weights
+        self.how = f"int8 once calibrated; {type(self).how}"
+
+
+class LinearForward(LayerForward):
     """A linear layer in the session's dtype, by oneDNN with packed weights where that is faster."""
 
     how = "linear: one GEMM, weights packed by oneDNN where that is faster"
@@ -79,7 +95,7 @@ class LinearForward(Forward):
 
     def rows(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The layer on rows, plus the residual."""
-        return plus(matmul(x, self.module, self.dtype, self.weights), residual)
+        return plus(matmul(x, self.module, self.dtype, self.weights, self.quantized), residual)
 
 
 def plus(out: Tensor, residual: Tensor | None) -> Tensor:
@@ -101,15 +117,20 @@ def why_not_weight(weight: object, session: Session | None = None) -> str | None
     return "its weight was made in inference mode" if weight.is_inference() else None
 
 
-def matmul(x: Tensor, layer: Any, dtype: torch.dtype | None, packed: Packed) -> Tensor:
+def matmul(
+    x: Tensor, layer: Any, dtype: torch.dtype | None, packed: Packed, quantized: Quantized | None = None
+) -> Tensor:
     """x [..., in] times the layer's weight [out, in] or [out, in, 1, 1], plus its bias.
 
     Args:
         dtype: to compute in; None for the weight's.
+        quantized: where 8 bits are allowed.
     """
     weight, bias = layer.weight, layer.bias
     dtype = dtype or weight.dtype
     x = x.to(dtype)
+    if quantized is not None and (result := quantized.linear(x, layer)) is not None:
+        return result
     matrix = weight.flatten(1)
     if linear_wants_packing(dtype):
         form = packed.get(
@@ -150,7 +171,7 @@ class Surroundings(NamedTuple):
 NOTHING = Surroundings()
 
 
-class ConvForward(Forward):
+class ConvForward(LayerForward):
     """A convolution in channels_last: a GEMM, Winograd's F(4x4, 3x3), or oneDNN with packed weights."""
 
     # `invariant` tells about the last call
@@ -183,7 +204,7 @@ class ConvForward(Forward):
 
     def rows(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """A 1x1 convolution on the pixels of an image as rows, plus the residual."""
-        return plus(matmul(x, self.module, self.dtype, self.weights), residual)
+        return plus(matmul(x, self.module, self.dtype, self.weights, self.quantized), residual)
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -203,8 +224,8 @@ class ConvForward(Forward):
             x = normalize(around.norm, x, silu=True, **around.modulation)
         if self.shape == POINTWISE:
             n, _, height, width = x.shape
-            rows = x.permute(0, 2, 3, 1).reshape(n, height * width, -1)
-            out = matmul(rows, m, self.dtype, self.weights).view(n, height, width, -1).permute(0, 3, 1, 2)
+            rows = self.rows(x.permute(0, 2, 3, 1).reshape(n, height * width, -1))
+            out = rows.view(n, height, width, -1).permute(0, 3, 1, 2)
             if around.residual is not None:
                 out.add_(around.residual)
         else:
@@ -216,7 +237,7 @@ class ConvForward(Forward):
     def winograd_plan(self, x: Tensor) -> LayerPlan | None:
         """How Winograd's algorithm is used for this image; None where it is not."""
         m = self.module
-        if self.shape != WINOGRAD:
+        if self.shape != WINOGRAD or (self.quantized is not None and self.quantized.active):
             return None
         if (self.dtype or m.weight.dtype) is not torch.float32 or m.weight.dtype is not torch.float32:
             return None
@@ -253,6 +274,8 @@ class ConvForward(Forward):
 
     def _direct(self, x: Tensor, residual: Tensor | None, owned: bool) -> Tensor:
         m = self.module
+        if self.quantized is not None and (result := self.quantized.convolution(x, m)) is not None:
+            return result if residual is None else result.add_(residual)
         weight, bias = m.weight, m.bias
         bias = bias if bias is None else bias.to(x.dtype)
         options = [list(m.padding), list(m.stride), list(m.dilation), 1]

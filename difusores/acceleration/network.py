@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from difusores.acceleration.feature_cache import caching
 from difusores.acceleration.layers import CHANNELS_LAST
 from difusores.acceleration.session import Forward
 
@@ -28,7 +30,8 @@ class NetworkForward(Forward):
             args = (inside, *args[1:])
         else:
             kwargs = {**kwargs, name: inside}
-        out = type(self.module).forward(self.module, *args, **kwargs)
+        with self._approximations(args, kwargs):
+            out = type(self.module).forward(self.module, *args, **kwargs)
         last = x.is_contiguous(memory_format=CHANNELS_LAST) and not x.is_contiguous()
         layout = CHANNELS_LAST if last else torch.contiguous_format
 
@@ -44,3 +47,11 @@ class NetworkForward(Forward):
         for key in list(out):
             out[key] = outside(out[key])
         return out
+
+    def _approximations(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+        """What is around a call of the network with these arguments."""
+        session = self.session
+        if "token_merging" in session.approximate:
+            session.here.full = (args[0] if args else kwargs["sample"]).shape[2:]
+        cache = session.approximate.get("feature_cache")
+        return nullcontext() if cache is None else caching(session, cache.interval, args, kwargs)

@@ -61,6 +61,10 @@ class Prompts:
         entries[key] = _Entry(reference, seen, [fingerprint(w, self.session.samples) for w in weights], made)
         return made
 
+    def clear(self) -> None:
+        """Forget all."""
+        self._entries.clear()
+
     def _seen(self, prompt: Tensor) -> tuple[Any, ...]:
         # On a GPU what one stream computes, another may read too early.
         stream = torch.cuda.current_stream(prompt.device).cuda_stream if prompt.is_cuda else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +30,8 @@ class Session:
         image_dtype: the same for images: residual blocks and convolutions of more than a pixel.
         device: type of the device on which the model's parameters are.
         cuda: whether layers are replaced by what is fast on a GPU; else by what is fast on a CPU.
+        approximate: the approximations that are allowed, name -> options.
+        calibrating: whether layers in 8 bits watch their inputs.
         budget: bytes that prepared weights may take.
         forms: the prepared weights that there are now.
         generation: counts how often bytes were given back.
@@ -47,12 +49,15 @@ class Session:
         budget: int,
         device: str = "cpu",
         cuda: bool = False,
+        approximate: Mapping[str, Any] | None = None,
     ) -> None:
         self.settings = settings
         self.dtype = dtype
         self.image_dtype = image_dtype
         self.device = device
         self.cuda = cuda
+        self.approximate = dict(approximate or {})
+        self.calibrating = False
         self.dtypes = GPU_DTYPES if cuda else DTYPES
         self.samples = 0 if cuda else _SAMPLES  # to compare values on a GPU would wait for it
         self.budget = budget
@@ -177,7 +182,7 @@ class Forward:
         declined: reason -> number of calls that the class's forward answered.
     """
 
-    how: ClassVar[str] = ""
+    how: str = ""
     invariant = False
 
     module: Any  # of classes that two packages define: checked by name, not by type

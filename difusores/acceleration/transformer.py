@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difusores.acceleration.layers import CHANNELS_LAST, apply_linear, direct, normalize, plain_norm
+from difusores.acceleration.layers import CHANNELS_LAST, apply_linear, direct, normalize, plain_norm, plus
 from difusores.acceleration.merged import Merged
 from difusores.acceleration.prompts import Prompts
 from difusores.acceleration.session import Forward, Session, hooked
+from difusores.acceleration.token_merging import Merging
 from difusores.models.transformer import NO_CONTEXT, Context
 from difusores.ops import attention, geglu, linear
 
@@ -45,6 +46,15 @@ class AttentionForward(Forward):
         self, tokens: Tensor, states: Tensor | None, mask: Tensor | None, residual: Tensor | None = None
     ) -> Tensor:
         """[N, L, C], with [N, S, D] or themselves, to [N, L, C], plus the residual."""
+        size = getattr(self.session.here, "size", None)
+        if size is None or states is not None or mask is not None:
+            return self._attend(tokens, states, mask, residual)
+        merging = Merging(tokens, size, self.session.approximate["token_merging"].ratio)
+        return plus(merging.spread(self._attend(merging.merge(tokens), None, None, None)), residual)
+
+    def _attend(
+        self, tokens: Tensor, states: Tensor | None, mask: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
         heads, parts = self.module.heads, self.module._modules  # whose own lookup takes a microsecond each
         projected = self._itself(parts, tokens) if states is None else self._prompt(parts, tokens, states)
         q, k, v = (t.view(*t.shape[:2], heads, -1).transpose(1, 2) for t in projected)
@@ -81,7 +91,7 @@ class AttentionForward(Forward):
             return tuple(apply_linear(layer, states) for layer in layers)
 
         q = apply_linear(first, tokens)
-        if not plain:  # an adapter's matrices may change unseen
+        if not plain or self.session.calibrating:  # an adapter's matrices may change unseen
             return q, *project()
         own = [p for layer in layers for p in layer._parameters.values() if p is not None]
         return q, *self.prompts.get(states, own, project)
@@ -240,8 +250,14 @@ def transform(forward: Forward, x: Tensor, args: tuple[Any, ...], kwargs: Mappin
     m = forward.module
     x = x.to(forward.session.image_dtype or x.dtype).contiguous(memory_format=CHANNELS_LAST)
     tokens = project(m.proj_in, as_tokens(normalize(m.norm, x, silu=False)), x)
-    for block in m.transformer_blocks:
-        tokens = block(tokens, *args, **kwargs)
+    here = forward.session.here
+    if "token_merging" in forward.session.approximate and x.shape[2:] == getattr(here, "full", None):
+        here.size = tuple(x.shape[2:])  # of the tokens that attention merges
+    try:
+        for block in m.transformer_blocks:
+            tokens = block(tokens, *args, **kwargs)
+    finally:
+        here.size = None
     return as_image(project(m.proj_out, tokens, x, as_tokens(x)), x)
 
 

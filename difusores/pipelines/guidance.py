@@ -59,6 +59,7 @@ def guided(
     steps: int,
     rescale: float = 0.0,
     interval: tuple[float, float] = (0.0, 1.0),
+    limits: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[Model, tuple[float, ...]]:
     """Guidance without a classifier (Ho & Salimans 2022) for `Plan.run`: (model, weights).
 
@@ -73,6 +74,7 @@ def guided(
         rescale: see `rescaled`.
         interval: share of the calls from which and up to which there is guidance (Kynkäänniemi et al. 2024,
             "Applying guidance in a limited interval improves sample and distribution quality").
+        limits: shares outside which there is none either.
 
     Raises:
         ValueError: the interval is none.
@@ -84,7 +86,8 @@ def guided(
     def model(x: Tensor, t: Tensor) -> Tensor:
         nonlocal calls
         now, half = weight(), len(x) // 2
-        inside = interval[0] <= calls / steps < interval[1]
+        share = calls / steps
+        inside = interval[0] <= share < interval[1] and limits[0] <= share < limits[1]
         calls += 1
         if not inside or now <= 1 or rows() == half:
             conditional = as_tensor(predict(x[:half], t))

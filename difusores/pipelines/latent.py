@@ -74,6 +74,8 @@ class LatentPipeline(GuidedPipeline):
     (`guidance_scale`, `num_timesteps`, `interrupt`) is of their own call, so threads may share a pipeline.
     """
 
+    _guidance_limits = (0.0, 1.0)  # `accelerate(approximate=("partial_guidance",))` sets others
+
     vae: Any
     scheduler: Any
     _callback_tensor_inputs: tuple[str, ...] = ("latents",)
@@ -329,6 +331,7 @@ class LatentPipeline(GuidedPipeline):
     ) -> tuple[Model, tuple[float, ...]]:
         """(predict, weights) for `_denoise`, with the call's guidance; see `guided`.
 
+        interval: the call's; there is no guidance outside `accelerate`'s either.
         rows_of: the condition whose number of rows says whether a callback has ended the guidance.
         """
         model, weights = guided(
@@ -338,6 +341,7 @@ class LatentPipeline(GuidedPipeline):
             len(run.timesteps),
             rescale,
             interval,
+            self._guidance_limits,
         )
         return (model, weights) if self.do_classifier_free_guidance else (predict, (1.0,))
 
