@@ -116,7 +116,7 @@ bench: .venv/bench.stamp
 	@mkdir -p benchmarks/results
 	@for of in schedulers ops attention unet; do $(BIN)/python benchmarks/bench_$$of.py --json benchmarks/results/$$of.json; done
 	@$(BIN)/python -m pytest -p no:xdist benchmarks/test_ops_benchmark.py
-	@for of in models loops approximate memory; do $(BIN)/python benchmarks/bench_$$of.py; done
+	@for of in models loops approximate setup memory; do $(BIN)/python benchmarks/bench_$$of.py; done
 	@$(BIN)/python benchmarks/bench_models.py --table
 
 clean:
