@@ -145,7 +145,7 @@ def measure(name: str, rounds: int) -> dict[str, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each approximation that are timed")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each approximation that are timed")
     arguments = parser.parse_args()
     where = machine()
     for name in arguments.workload:

@@ -262,7 +262,7 @@ def main() -> None:
     diffusers.utils.logging.set_verbosity_error()
     workloads, peers, seconds = arguments.workload, arguments.peer, arguments.seconds
     if arguments.quick:
-        workloads, peers, seconds = ["cifar10-batch1", "cifar10-batch8"], QUICK, 15.0
+        workloads, peers, seconds = ["cifar10-batch1", "cifar10-batch8"], QUICK, 10.0
     where = machine()
     for name in ("openvino", "onnxruntime"):  # before the forks: an import is no part of the preparation
         if find_spec(name):
