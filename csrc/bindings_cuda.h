@@ -67,6 +67,7 @@ class OnDevice {
         check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_), "compute capability");
         return 10 * major + minor;
     }
+    int32_t index() const { return device_; }
     static void check(cudaError_t error, const char* what) {
         STD_TORCH_CHECK(error == cudaSuccess, "difusores: ", what, ": ", cudaGetErrorString(error));
     }

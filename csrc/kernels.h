@@ -45,11 +45,12 @@ struct GroupNormSiluArgs {
 struct GroupNormPlan {
     bool channels_last;
     int vec;     // elements of an access
-    bool whole;  // a tile holds all of its groups: one kernel, which keeps it in shared memory
+    bool whole;  // one kernel, which keeps its tile in shared memory: of whole groups, or of a cluster's share of them
     int64_t chunk, chunks;
     int64_t span, spans, groups_in_span, parts;
     int64_t table;         // channels first: channels of a tile at most, rounded up to 4
     unsigned threads;      // of a block
+    unsigned cluster;      // blocks that share whole groups, which are then `chunks`; else 1
     int64_t partials;      // channels' moments between the two kernels, 16 bytes each; 0: one kernel
     int64_t shared_bytes;  // of the first kernel
 };

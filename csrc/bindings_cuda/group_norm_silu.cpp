@@ -1,11 +1,26 @@
 // group_norm_silu on CUDA: check the tensors, fill the struct, launch.
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <tuple>
 
 #include "bindings_cuda.h"
 
 namespace difusores {
 namespace {
+
+// Asked of each device once; a second thread that asks meanwhile is told the same.
+unsigned most_cluster(const OnDevice& device) {
+    static std::array<std::atomic<unsigned>, 64> known{};
+    const auto index = static_cast<size_t>(device.index());
+    if (index >= known.size()) return 1;
+    unsigned blocks = known[index].load(std::memory_order_relaxed);
+    if (blocks == 0) {
+        blocks = cuda::group_norm_silu_cluster(device.capability(), device.shared_limit());
+        known[index].store(blocks, std::memory_order_relaxed);
+    }
+    return blocks;
+}
 
 std::tuple<Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, OptionalTensor weight, OptionalTensor bias,
                                            double eps, bool silu, OptionalTensor scale, OptionalTensor shift,
@@ -21,7 +36,8 @@ std::tuple<Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, Optiona
     if (x.numel() == 0) return {y, sum};
     const GroupNormSiluArgs args =
         group_norm_silu_args(x, num_groups, weight, bias, eps, silu, scale, shift, add, residual, y, sum, return_sum);
-    const GroupNormPlan plan = cuda::group_norm_silu_plan(args, channels_last, device.shared_limit());
+    const GroupNormPlan plan =
+        cuda::group_norm_silu_plan(args, channels_last, device.shared_limit(), most_cluster(device));
     STD_TORCH_CHECK(plan.threads > 0, "group_norm_silu: the CUDA kernel takes at most 2^30 positions and tiles");
     // Returned to torch's allocator at the end of this call, which gives it away again in the order of the stream.
     const int64_t floats = std::max<int64_t>(4 * plan.partials, 4);

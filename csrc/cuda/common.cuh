@@ -210,6 +210,33 @@ __device__ __forceinline__ float2 row_sum(float a, float b, unsigned lanes, floa
     return make_float2(a, b);
 }
 
+// --- clusters of blocks, sm_90 and later; the emulation has its own ---
+
+#ifndef DIFUSORES_EMULATION
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kClusters = false;
+#else
+constexpr bool kClusters = true;
+#endif
+
+// Waits for every thread of the cluster; what they wrote to shared memory before is seen after.
+__device__ __forceinline__ void cluster_barrier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// The place of `own`, which lies in this block's shared memory, in that of the cluster's block `rank`.
+template <class T>
+__device__ __forceinline__ const T* in_block(const T* own, unsigned rank) {
+    const T* there = own;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(own), "r"(rank));
+#endif
+    return there;
+}
+#endif
+
 // Quotients of numbers below 2^31 by a divisor below 2^31, without a division (Granlund and Montgomery 1994).
 struct Divisor {
     unsigned factor = 0, shift = 0;

@@ -2,10 +2,12 @@
 // mean and rstd over each image's group of C / G channels and S positions.
 //
 // Bytes: where a tile in shared memory holds whole groups, x (and residual) once and y (and sum) once, by one kernel.
-// Else two kernels: moments of tiles, which many blocks share, and the map; x is read twice (the sum in its place,
-// where it is wanted, so that the residual is read once), with 16 bytes per group and tile between them. 128-bit
-// accesses. Layouts: [N, C, S], a tile is a run of a group; [N, S, C], rows of as many groups as fill a few sectors:
-// there a thread stays in its columns, whose coefficients it keeps in registers.
+// The same on sm_90 and later where the blocks of a cluster hold them together: each reads the others' moments from
+// their shared memory, between two barriers of the cluster. Else two kernels: moments of tiles, which many blocks
+// share, and the map; x is read twice (the sum in its place, where it is wanted, so that the residual is read once),
+// with 16 bytes per group and tile between them. 128-bit accesses. Layouts: [N, C, S], a tile is a run of a group; [N,
+// S, C], rows of as many groups as fill a few sectors: there a thread stays in its columns, whose coefficients it keeps
+// in registers.
 //
 // Statistics: a thread takes the mean and the squared deviations of a few elements in registers, two passes, and joins
 // them to its own by Chan's formula; threads and tiles are joined in a fixed order, first the mean, then the deviations
@@ -50,11 +52,12 @@ __device__ __forceinline__ void map_run(const GroupNormSiluArgs& args, const Tab
     put<kVec>(args.y, i, args.dtype, pack<kVec>(args.dtype, h));
 }
 
-// The moments of a tile; of a whole group also y.
-template <int kVec>
+// The moments of a tile; of a whole group, or of all of it together as a cluster, also y.
+template <int kVec, bool kCluster>
 __global__ void __launch_bounds__(kNormThreads, 2)
     group_norm_first_tile(const __grid_constant__ GroupNormSiluArgs args, const __grid_constant__ GroupNormPlan plan,
                           const Divisor vectors_of_channel, float4* partial) {
+    if (kCluster && !kClusters) return;  // nothing to compile: the plan has no clusters there
     DIFUSORES_DYNAMIC_SHARED(dynamic);
     DIFUSORES_SHARED(float2, parts, 2 * kNormThreads / kWarp);
     const RunTile tile = RunTile::of<kVec>(args, plan);
@@ -87,16 +90,25 @@ __global__ void __launch_bounds__(kNormThreads, 2)
         mean = fmaf(d, weight, mean);
         count += kVec;
     });
-    const Moments moments = join(
+    Moments moments = join(
         tile.count, 0, 1, 1, [&](int) { return float4{count, mean, 0.0f, m2}; },
         [&](float a, float b, int k) { return block_sum(a, b, parts + k * kNormThreads / kWarp); });
+    float group_count = tile.count;
+    if constexpr (kCluster) {
+        DIFUSORES_SHARED(Moments, own, 1);
+        if (threadIdx.x == 0) *own = moments;
+        cluster_barrier();  // every block's moments are there
+        moments = join_cluster<false>(args, plan, own);
+        cluster_barrier();  // nobody reads them any more
+        group_count = static_cast<float>(args.c / args.groups * args.s);
+    }
     if (!plan.whole) {
         if (threadIdx.x == 0)
             partial[(tile.n * args.groups + tile.group) * plan.chunks + tile.chunk] = {moments.mean, moments.delta,
                                                                                        moments.m2, 0.0f};
         return;
     }
-    table.fill(args, tile, moments, rstd_of(moments, tile.count, args.eps));
+    table.fill(args, tile, moments, rstd_of(moments, group_count, args.eps));
     __syncthreads();
     for (int v = threadIdx.x; v < tile.vectors; v += blockDim.x)
         map_run<kVec>(args, table, vectors_of_channel.quotient(tile.offset + v), tile.at + int64_t{v} * kVec,
@@ -143,6 +155,7 @@ struct RowShared {
     float* table;       // center, a, b of each column, in the place of `columns` when those are done with
     float2* sums;       // of each group
     Moments* of_group;  // the same
+    Moments* of_tile;   // the same of this block's tile, which other blocks of a cluster read
     unsigned char* kept;
     template <int kVec>
     static __device__ __forceinline__ RowShared of(unsigned char* dynamic, const GroupNormPlan& plan) {
@@ -151,7 +164,8 @@ struct RowShared {
         s.columns = reinterpret_cast<float2*>(dynamic), s.table = reinterpret_cast<float*>(dynamic);
         s.sums = reinterpret_cast<float2*>(s.table + blockDim.x * kVec * 3);
         s.of_group = reinterpret_cast<Moments*>(s.sums + groups);
-        s.kept = reinterpret_cast<unsigned char*>(s.of_group + groups);
+        s.of_tile = plan.cluster > 1 ? s.of_group + groups : s.of_group;
+        s.kept = reinterpret_cast<unsigned char*>(s.of_tile + groups);
         return s;
     }
 };
@@ -246,7 +260,7 @@ __device__ __forceinline__ void group_sums(const RowTile& tile, const float2 (&o
     __syncthreads();
 }
 
-// The moments of a tile's groups into shared.of_group, from those of each thread's columns of `count` elements: the
+// The moments of a tile's groups into shared.of_tile, from those of each thread's columns of `count` elements: the
 // mean, then the deviations from it.
 template <int kVec>
 __device__ __forceinline__ void join_columns(const RowTile& tile, float count, const float (&mean)[kVec],
@@ -264,21 +278,22 @@ __device__ __forceinline__ void join_columns(const RowTile& tile, float count, c
         if (++within == tile.per_group) within = 0, ++group;
     }
     for (int g = static_cast<int>(threadIdx.x); g < tile.groups; g += static_cast<int>(blockDim.x))
-        shared.of_group[g].mean = shared.sums[g].x / total;
+        shared.of_tile[g].mean = shared.sums[g].x / total;
     group_sums<kVec>(tile, own, shared);
     for (int g = static_cast<int>(threadIdx.x); g < tile.groups; g += static_cast<int>(blockDim.x)) {
         const float2 both = shared.sums[g];
         const float delta = both.x / total, squares = fmaf(-both.x, delta, both.y);
-        shared.of_group[g].delta = delta, shared.of_group[g].m2 = squares < 0.0f ? 0.0f : squares;
+        shared.of_tile[g].delta = delta, shared.of_tile[g].m2 = squares < 0.0f ? 0.0f : squares;
     }
     __syncthreads();
 }
 
-// The moments of a tile's groups, or of its part of one; of whole groups also y.
-template <int kVec>
-__global__ void __launch_bounds__(kRowThreads, 3)
+// The moments of a tile's groups, or of its part of one; of whole groups, or of all of them as a cluster, also y.
+template <int kVec, bool kCluster>
+__global__ void __launch_bounds__(kCluster ? kClusterThreads : kRowThreads, kCluster ? 1 : 3)
     group_norm_last_tile(const __grid_constant__ GroupNormSiluArgs args, const __grid_constant__ GroupNormPlan plan,
                          float4* partial) {
+    if (kCluster && !kClusters) return;  // nothing to compile: the plan has no clusters there
     DIFUSORES_DYNAMIC_SHARED(dynamic);
     const RowTile tile = RowTile::of<kVec>(args, plan);
     const RowShared shared = RowShared::of<kVec>(dynamic, plan);
@@ -312,15 +327,25 @@ __global__ void __launch_bounds__(kRowThreads, 3)
                         count += rows;
                     });
     join_columns<kVec>(tile, count, mean, m2, shared);
+    float group_count = static_cast<float>(int64_t{tile.rows} * tile.per_group);
+    if constexpr (kCluster) {
+        cluster_barrier();  // every block's moments are there
+        for (int g = threadIdx.x / kWarp; g < tile.groups; g += blockDim.x / kWarp) {
+            const Moments moments = join_cluster<true>(args, plan, shared.of_tile + g);
+            if (threadIdx.x % kWarp == 0) shared.of_group[g] = moments;
+        }
+        cluster_barrier();  // nobody reads them any more, and of_group is there
+        group_count = static_cast<float>(args.s * tile.per_group);
+    }
     if (!plan.whole) {
         for (int g = threadIdx.x; g < tile.groups; g += blockDim.x) {
             const int64_t at = (tile.n * args.groups + tile.group + g) * plan.chunks + tile.chunk;
-            const Moments m = shared.of_group[g];
+            const Moments m = shared.of_tile[g];
             partial[at * plan.parts + tile.part] = {m.mean, m.delta, m.m2, 0.0f};
         }
         return;
     }
-    own.fill(args, tile, shared, static_cast<float>(int64_t{tile.rows} * tile.per_group));
+    own.fill(args, tile, shared, group_count);
     if (!tile.active) return;
     for (int row = tile.row; row < tile.rows; row += tile.step)
         own.map(args, tile.at + int64_t{row} * args.c + tile.column,
@@ -370,9 +395,14 @@ __host__ auto launch_group_norm_tiles(const GroupNormSiluArgs& args, const Group
                                       const Launch& launch) {
     const dim3 grid = {static_cast<unsigned>(args.n * plan.spans * plan.chunks), 1, 1};
     const size_t shared = static_cast<size_t>(plan.shared_bytes);
-    if (plan.channels_last) return launch(group_norm_last_tile<kVec>, grid, plan.threads, shared, args, plan, partial);
-    const Divisor divisor(args.s / kVec);
-    return launch(group_norm_first_tile<kVec>, grid, plan.threads, shared, args, plan, divisor, partial);
+    const auto go = [&](auto last, auto first, const Launch& as) {
+        if (plan.channels_last) return as(last, grid, plan.threads, shared, args, plan, partial);
+        return as(first, grid, plan.threads, shared, args, plan, Divisor(args.s / kVec), partial);
+    };
+    if (plan.cluster > 1)
+        return go(group_norm_last_tile<kVec, true>, group_norm_first_tile<kVec, true>,
+                  launch.in_clusters(plan.cluster));
+    return go(group_norm_last_tile<kVec, false>, group_norm_first_tile<kVec, false>, launch);
 }
 
 template <int kVec, class Launch>

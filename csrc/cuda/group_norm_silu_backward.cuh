@@ -325,7 +325,7 @@ inline __host__ GroupNormBackwardPlan plan_group_norm_silu_backward(const GroupN
     GroupNormSiluArgs as_forward = args;
     for (const void* p : {grads.y, grads.sum, static_cast<const void*>(grads.x)})
         if (!aligned(p, 0, args.dtype, 16)) as_forward.x = p;
-    plan.tiles = plan_group_norm_silu(as_forward, channels_last, 0);
+    plan.tiles = plan_group_norm_silu(as_forward, channels_last, 0, 1);
     if (plan.tiles.threads == 0) return plan;
     plan.chunks = plan.tiles.chunks;
     if (!channels_last) {

@@ -36,10 +36,9 @@ __device__ __forceinline__ Moments join(float count, int first, int step, int pa
     return {mean, delta, m2 < 0.0f ? 0.0f : m2};
 }
 
-// A group's k-th tile as `join` takes it, from what the kernels of tiles wrote: its count, mean, delta and m2.
+// Elements of a group's k-th tile.
 template <bool kLast>
-__device__ __forceinline__ float4 part_of(const GroupNormSiluArgs& args, const GroupNormPlan& plan,
-                                          const float4* of_group, int k) {
+__device__ __forceinline__ float count_of(const GroupNormSiluArgs& args, const GroupNormPlan& plan, int k) {
     const int64_t per_group = args.c / args.groups, run = per_group * args.s;
     int64_t count;
     if constexpr (kLast) {
@@ -51,7 +50,28 @@ __device__ __forceinline__ float4 part_of(const GroupNormSiluArgs& args, const G
     } else {
         count = run - k * plan.chunk < plan.chunk ? run - k * plan.chunk : plan.chunk;
     }
-    return float4{static_cast<float>(count), of_group[k].x, of_group[k].y, of_group[k].z};
+    return static_cast<float>(count);
+}
+
+// The tile as `join` takes it, from what the kernels of tiles wrote: its count, mean, delta and m2.
+template <bool kLast>
+__device__ __forceinline__ float4 part_of(const GroupNormSiluArgs& args, const GroupNormPlan& plan,
+                                          const float4* of_group, int k) {
+    return float4{count_of<kLast>(args, plan, k), of_group[k].x, of_group[k].y, of_group[k].z};
+}
+
+// Of a group whose tiles are those of a cluster's blocks: lane k of a warp reads block k's moments from its `own`. The
+// same bits in every lane of every block. No block may leave, or write there again, before all have read.
+template <bool kLast>
+__device__ __forceinline__ Moments join_cluster(const GroupNormSiluArgs& args, const GroupNormPlan& plan,
+                                                const Moments* own) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, blocks = static_cast<int>(plan.cluster);
+    Moments there{};
+    if (lane < blocks) there = *in_block(own, static_cast<unsigned>(lane));
+    return join(
+        static_cast<float>(args.c / args.groups * args.s), lane, kWarp, blocks,
+        [&](int k) { return float4{count_of<kLast>(args, plan, k), there.mean, there.delta, there.m2}; },
+        [](float a, float b, int) { return make_float2(warp_sum(a), warp_sum(b)); });
 }
 
 // y = act((h - center) * a + b) for one channel. What fp32 loses of mean + delta - add is `rest`, and goes into b:
@@ -204,6 +224,9 @@ constexpr int64_t kRowTileBytes = 16 << 10;  // the same, channels last
 constexpr int64_t kWholeBytes = 48 << 10;    // of a whole group, channels last, at most: one block has all its work
 constexpr int64_t kTableChannels = 1024;     // of a tile, channels first, about, where it is not a whole group
 constexpr int64_t kMapThreads = 256;         // channels first, tiles that are not a whole group
+constexpr unsigned kMostCluster = 8;         // blocks, which every device with clusters takes
+constexpr unsigned kClusterThreads = 512;    // channels last, where one such block fills a multiprocessor
+constexpr int64_t kClusterBytes = 96 << 10;  // that a block of a cluster keeps, channels first, at most if it can
 constexpr int64_t kStaticShared = 512;       // bytes that the kernels declare, rounded up
 
 inline __host__ int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -218,7 +241,38 @@ inline __host__ int64_t least_tile(int64_t run, int64_t size) {
     return tile;
 }
 
-inline __host__ void plan_runs(const GroupNormSiluArgs& args, int64_t shared_limit, GroupNormPlan& plan) {
+// Blocks of a cluster that divides n elements or rows, in units of `unit`: the fewest up to `most` whose shares are
+// small, else the most whose shares fit; 1 if none do.
+template <class Fits, class Small>
+__host__ unsigned cluster_of(int64_t n, int64_t unit, unsigned most, const Fits& fits, const Small& small) {
+    unsigned found = 1;
+    for (unsigned blocks = 2; blocks <= most && blocks <= kMostCluster; blocks *= 2) {
+        const int64_t chunk = up(up(n, blocks), unit) * unit;
+        if (up(n, chunk) != blocks || !fits(chunk)) continue;
+        found = blocks;
+        if (small(chunk)) break;
+    }
+    return found;
+}
+
+inline __host__ void plan_run_cluster(const GroupNormSiluArgs& args, int64_t shared_limit, unsigned most,
+                                      GroupNormPlan& plan) {
+    const int64_t per_group = args.c / args.groups, run = per_group * args.s, size = bytes_of(args.dtype);
+    const auto table_of = [&](int64_t chunk) { return up(at_most(per_group, (chunk - 1) / args.s + 2), 4) * 4; };
+    const auto shared_of = [&](int64_t chunk) { return 16 * table_of(chunk) + chunk * size; };
+    const auto fits = [&](int64_t chunk) {
+        return table_of(chunk) <= 2 * kTableChannels && shared_of(chunk) + kStaticShared <= shared_limit;
+    };
+    plan.cluster = cluster_of(run, plan.vec, most, fits, [&](int64_t chunk) { return chunk * size <= kClusterBytes; });
+    if (plan.cluster == 1) return;
+    plan.whole = true;
+    plan.chunk = up(up(run, plan.cluster), plan.vec) * plan.vec;
+    plan.table = table_of(plan.chunk), plan.shared_bytes = shared_of(plan.chunk);
+    plan.threads = kNormThreads;
+}
+
+inline __host__ void plan_runs(const GroupNormSiluArgs& args, int64_t shared_limit, unsigned most_cluster,
+                               GroupNormPlan& plan) {
     const int64_t per_group = args.c / args.groups, run = per_group * args.s, size = bytes_of(args.dtype);
     if (args.s % plan.vec) plan.vec = 1;
     plan.spans = args.groups, plan.groups_in_span = plan.parts = 1;
@@ -227,6 +281,7 @@ inline __host__ void plan_runs(const GroupNormSiluArgs& args, int64_t shared_lim
     plan.whole = per_group <= 2 * kTableChannels && plan.shared_bytes + kStaticShared <= shared_limit;
     plan.chunk = run;
     plan.threads = static_cast<unsigned>(at_most(up(run / plan.vec, kWarp) * kWarp, kNormThreads));
+    if (!plan.whole) plan_run_cluster(args, shared_limit, most_cluster, plan);
     if (!plan.whole) {
         plan.chunk = at_most(at_least(kTileBytes / size, least_tile(run, size)), kTableChannels * args.s);
         plan.chunk = at_most(plan.chunk / plan.vec * plan.vec, run);
@@ -251,46 +306,60 @@ inline __host__ int64_t groups_of_span(const GroupNormSiluArgs& args, int64_t ve
 
 // Channels last, the shared memory but for what is kept: a thread's columns or the table of all, sums and moments.
 inline __host__ int64_t row_bytes(const GroupNormPlan& plan) {
-    return plan.threads * plan.vec * 12 + up(plan.groups_in_span, 4) * 80;
+    return plan.threads * plan.vec * 12 + up(plan.groups_in_span, 4) * (plan.cluster > 1 ? 128 : 80);
 }
 
-inline __host__ void plan_rows(const GroupNormSiluArgs& args, int64_t shared_limit, GroupNormPlan& plan) {
+inline __host__ void plan_rows(const GroupNormSiluArgs& args, int64_t shared_limit, unsigned most_cluster,
+                               GroupNormPlan& plan) {
     const int64_t per_group = args.c / args.groups, size = bytes_of(args.dtype);
-    const auto set = [&](int64_t bytes) {
+    const auto set = [&](int64_t bytes, unsigned threads) {
         const int64_t k = groups_of_span(args, plan.vec, bytes);
         plan.parts = k ? 1 : up(per_group, int64_t{kRowThreads} * plan.vec);
         plan.groups_in_span = k ? k : 1;
         plan.span = k ? k * per_group : up(up(per_group, plan.parts), plan.vec) * plan.vec;
         plan.spans = k ? args.groups / k : args.groups * plan.parts;
-        const int64_t vectors = plan.span / plan.vec, rows = at_most(at_least(kRowThreads / vectors, 1), args.s);
+        const int64_t vectors = plan.span / plan.vec, rows = at_most(at_least(threads / vectors, 1), args.s);
         plan.threads = static_cast<unsigned>(up(vectors * rows, kWarp) * kWarp);
         plan.shared_bytes = row_bytes(plan);
     };
     if (args.c % plan.vec || (!groups_of_span(args, plan.vec, kSpanBytes) && per_group % plan.vec)) plan.vec = 1;
-    set(kSpanBytes);
+    set(kSpanBytes, kRowThreads);
     const int64_t kept = args.s * plan.span * size;
     plan.whole = plan.parts == 1 && kept <= kWholeBytes && plan.shared_bytes + kept + kStaticShared <= shared_limit;
     plan.chunk = args.s;
+    if (!plan.whole && plan.parts == 1) {
+        const auto small = [&](int64_t chunk) { return chunk * plan.span * size <= kWholeBytes; };
+        const auto threads = [&](int64_t chunk) { return small(chunk) ? kRowThreads : kClusterThreads; };
+        const auto fits = [&](int64_t chunk) {
+            const int64_t others = threads(chunk) * plan.vec * 12 + up(plan.groups_in_span, 4) * 128;
+            return chunk * plan.span * size + others + kStaticShared <= shared_limit;
+        };
+        plan.cluster = cluster_of(args.s, 1, most_cluster, fits, small);
+        plan.whole = plan.cluster > 1, plan.chunk = up(args.s, plan.cluster);
+        if (plan.whole) set(kSpanBytes, threads(plan.chunk));
+    }
     if (plan.whole) {
-        plan.shared_bytes += kept;
+        plan.shared_bytes += plan.chunk * plan.span * size;
     } else {
-        set(2 * kSpanBytes);
+        set(2 * kSpanBytes, kRowThreads);
         plan.chunk = at_least(up(kRowTileBytes, plan.span * size), least_tile(args.s * per_group, size) / per_group);
         plan.chunk = at_most(plan.chunk, args.s);
     }
     plan.chunks = up(args.s, plan.chunk);
 }
 
-// shared_limit: bytes of shared memory that a block may have. threads == 0: beyond what the kernels count.
+// shared_limit: bytes of shared memory that a block may have. most_cluster: blocks of a cluster; 1 on a device without.
+// threads == 0: beyond what the kernels count.
 inline __host__ GroupNormPlan plan_group_norm_silu(const GroupNormSiluArgs& args, bool channels_last,
-                                                   int64_t shared_limit) {
+                                                   int64_t shared_limit, unsigned most_cluster) {
     GroupNormPlan plan{};
+    plan.cluster = 1;
     plan.channels_last = channels_last;
     plan.vec = 16 / bytes_of(args.dtype);
     for (const void* p : {args.x, args.residual, static_cast<const void*>(args.y), static_cast<const void*>(args.sum)})
         if (!aligned(p, 0, args.dtype, 16)) plan.vec = 1;
-    if (channels_last) plan_rows(args, shared_limit, plan);
-    else plan_runs(args, shared_limit, plan);
+    if (channels_last) plan_rows(args, shared_limit, most_cluster, plan);
+    else plan_runs(args, shared_limit, most_cluster, plan);
     plan.partials = plan.whole ? 0 : args.n * args.groups * plan.chunks * plan.parts;
     constexpr int64_t kLimit = int64_t{1} << 30;
     if (args.n * plan.spans * plan.chunks > kLimit || args.s > kLimit || args.c > kLimit) plan.threads = 0;

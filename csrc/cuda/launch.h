@@ -8,7 +8,10 @@
 namespace difusores {
 namespace cuda {
 
-GroupNormPlan group_norm_silu_plan(const GroupNormSiluArgs& args, bool channels_last, int64_t shared_limit);
+// Blocks of a cluster at most, on the current device, where each may take all of its shared memory; 1: no clusters.
+unsigned group_norm_silu_cluster(int capability, int64_t shared_limit);
+GroupNormPlan group_norm_silu_plan(const GroupNormSiluArgs& args, bool channels_last, int64_t shared_limit,
+                                   unsigned most_cluster);
 // partial: plan.partials of 16 bytes.
 cudaError_t group_norm_silu(const GroupNormSiluArgs& args, const GroupNormPlan& plan, void* partial,
                             cudaStream_t stream);

@@ -236,13 +236,15 @@ class GroupNormPlan(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("chunk", "chunks", "span", "spans", "groups_in_span", "parts", "table")
         ),
-        ("threads", ctypes.c_uint32),
+        *((name, ctypes.c_uint32) for name in ("threads", "cluster")),
         *((name, ctypes.c_int64) for name in ("partials", "shared_bytes")),
     )
 
 
 SHARED_LIMIT = 227 << 10
 """Bytes of shared memory that a block may have; of sm_90. A test sets less, and tiles become smaller."""
+CLUSTER = 8
+"""Blocks of a cluster at most; 1 on a device without clusters."""
 
 
 def _param(t: Tensor | None) -> Param:
@@ -263,6 +265,7 @@ def group_norm_silu(
     return_sum: bool,
     *,
     shared_limit: int | None = None,
+    cluster: int | None = None,
     change: tuple[str, str] | None = None,
     plan: GroupNormPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -300,9 +303,12 @@ def group_norm_silu(
     function = library("group_norm_silu", change).group_norm_silu
     function.restype = ctypes.c_char_p
     limit = ctypes.c_int64(SHARED_LIMIT if shared_limit is None else shared_limit)
+    most = ctypes.c_uint32(CLUSTER if cluster is None else cluster)
     found = GroupNormPlan() if plan is None else plan
     under_all_schedules(
-        lambda schedule: function(ctypes.byref(args), channels_last, limit, schedule, ctypes.byref(found)),
+        lambda schedule: function(
+            ctypes.byref(args), channels_last, limit, most, schedule, ctypes.byref(found)
+        ),
         [y, total] if return_sum else [y],
     )
     return y, total

@@ -5,9 +5,10 @@
 // lanes is next is the schedule's choice: in order, reversed, or at random. A kernel that forgets a barrier gives other
 // bits under another schedule. Blocks run one after another, in the schedule's order.
 // Shared memory, static and dynamic, is a fresh heap block for every block of threads, filled with NaN (all bits one);
-// a sanitizer therefore sees accesses beyond it. What hardware leaves undefined ends the launch with a message:
-// threads that wait for others which have ended, for each other, at different places of the source, or for lanes that
-// do not exist.
+// a sanitizer therefore sees accesses beyond it. The blocks of a cluster run by turns, each until it waits for the
+// others; one that has ended may not be read from any more. What hardware leaves undefined ends the launch with a
+// message: threads that wait for others which have ended, for each other, at different places of the source, or for
+// lanes that do not exist.
 //
 // Not covered: the memory model (every store is seen at once), the bits of approximate functions, wgmma, TMA.
 #pragma once
@@ -135,10 +136,10 @@ emulation_switch:
 namespace emulation {
 
 constexpr int kWarp = 32;
-constexpr unsigned kMaxThreads = 1024;
+constexpr unsigned kMaxThreads = 1024, kMaxCluster = 8;
 constexpr size_t kStackBytes = 256 << 10, kPage = 4 << 10;
 
-enum class Wait { nothing, barrier, warp, end };
+enum class Wait { nothing, barrier, warp, cluster, end };
 
 // 16 bytes to shared memory, zeros where `from` is nullptr; only asked for as yet (mma.h).
 struct Copy {
@@ -163,17 +164,21 @@ struct Shared {
     std::unique_ptr<unsigned char[]> memory;
 };
 
-// What runs now: one launch at a time.
-inline Fiber fibers[kMaxThreads];
+// What runs now: one launch at a time, of that a cluster. Block r of it has the fibers from r * kMaxThreads on.
+inline Fiber fibers[kMaxCluster * kMaxThreads];
 inline void* scheduler_stack = nullptr;
 inline unsigned running = 0;
-inline std::vector<Shared> shared_arrays;
+inline unsigned cluster_blocks = 1;
+inline std::vector<Shared> shared_arrays[kMaxCluster];
 inline std::string failure;
 inline void (*thread_body)(void*) = nullptr;
 inline void* thread_argument = nullptr;
 
-inline unsigned char* stack_of(unsigned thread) {
-    static unsigned char* const all = [] {
+inline unsigned char* stack_of(unsigned fiber) {
+    static unsigned char* of_block[kMaxCluster];
+    const unsigned thread = fiber % kMaxThreads;
+    unsigned char*& all = of_block[fiber / kMaxThreads];
+    if (!all) {
         void* p = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (p == MAP_FAILED) std::abort();
@@ -181,8 +186,8 @@ inline unsigned char* stack_of(unsigned thread) {
         for (unsigned k = 0; k < kMaxThreads; ++k)  // a page below each stack that may not be touched
             mprotect(static_cast<unsigned char*>(p) + k * kStackBytes, kPage, PROT_NONE);
 #endif
-        return static_cast<unsigned char*>(p);
-    }();
+        all = static_cast<unsigned char*>(p);
+    }
     return all + thread * kStackBytes;
 }
 
@@ -210,12 +215,29 @@ inline void prepare(unsigned thread) {
     std::fill_n(static_cast<void**>(fiber.stack_pointer), 6, nullptr);
 }
 
-inline void* shared_array(const void* tag, size_t bytes) {
-    for (const Shared& array : shared_arrays)
+inline unsigned char* shared_array_of(unsigned rank, const void* tag, size_t bytes) {
+    for (const Shared& array : shared_arrays[rank])
         if (array.tag == tag) return array.memory.get();
-    shared_arrays.push_back({tag, bytes, std::make_unique<unsigned char[]>(bytes)});
-    std::memset(shared_arrays.back().memory.get(), 0xFF, bytes);
-    return shared_arrays.back().memory.get();
+    shared_arrays[rank].push_back({tag, bytes, std::make_unique<unsigned char[]>(bytes)});
+    std::memset(shared_arrays[rank].back().memory.get(), 0xFF, bytes);
+    return shared_arrays[rank].back().memory.get();
+}
+
+inline void* shared_array(const void* tag, size_t bytes) { return shared_array_of(running / kMaxThreads, tag, bytes); }
+
+// The place in the shared memory of the cluster's block `rank` where `own` lies in that of the block that runs.
+inline const void* in_block(const void* own, unsigned rank) {
+    const unsigned first = rank * kMaxThreads;
+    if (rank >= cluster_blocks) failure = "a cluster has no such block";
+    else if (std::all_of(fibers + first, fibers + first + blockDim.x, [](auto& f) { return f.wait == Wait::end; }))
+        failure = "the shared memory of a block that has ended is read";
+    for (const Shared& array : shared_arrays[running / kMaxThreads]) {
+        const auto offset = static_cast<const unsigned char*>(own) - array.memory.get();
+        if (offset >= 0 && offset < static_cast<std::ptrdiff_t>(array.bytes) && failure.empty())
+            return shared_array_of(rank, array.tag, array.bytes) + offset;
+    }
+    if (failure.empty()) failure = "what a cluster shares lies in shared memory";
+    return own;
 }
 
 inline const char dynamic_tag = 0;
@@ -246,32 +268,41 @@ inline std::string place(const Fiber& fiber) {
     return file.substr(file.find_last_of('/') + 1) + ":" + std::to_string(fiber.where.line());
 }
 
-// Lets all threads go on if they wait at one barrier; false if they do not.
-inline bool release_barrier(unsigned threads) {
-    for (unsigned t = 0; t < threads; ++t)
-        if (fibers[t].wait != Wait::barrier) return false;
+// Lets all threads of block `rank` go on if they wait at one barrier, `what`; false if they do not.
+inline bool release_barrier(unsigned rank, unsigned threads, Wait what) {
+    Fiber* const block = fibers + rank * kMaxThreads;
+    if (!std::all_of(block, block + threads, [&](const Fiber& f) { return f.wait == what; })) return false;
     for (unsigned t = 0; t < threads; ++t) {
-        if (fibers[t].where.line() != fibers[0].where.line()) {
-            failure = "threads of a block wait at different barriers: thread 0 at " + place(fibers[0]) + ", thread " +
-                      std::to_string(t) + " at " + place(fibers[t]);
+        if (block[t].where.line() != block[0].where.line()) {
+            failure = "threads of a block wait at different barriers: thread 0 at " + place(block[0]) + ", thread " +
+                      std::to_string(t) + " at " + place(block[t]);
             return false;
         }
-        fibers[t].wait = Wait::nothing;
+        block[t].wait = Wait::nothing;
     }
     return true;
 }
 
-// Lets the lanes of a warp go on whose exchange is complete; false if there are none.
-inline bool release_warp(unsigned warp, unsigned threads) {
+// The same for all threads of the cluster.
+inline bool release_cluster(unsigned threads) {
+    for (unsigned rank = 0; rank < cluster_blocks; ++rank)
+        for (const Fiber* f = fibers + rank * kMaxThreads; f < fibers + rank * kMaxThreads + threads; ++f)
+            if (f->wait != Wait::cluster || f->where.line() != fibers[0].where.line()) return false;
+    for (unsigned rank = 0; rank < cluster_blocks; ++rank) release_barrier(rank, threads, Wait::cluster);
+    return true;
+}
+
+// Lets the lanes of a warp go on whose exchange is complete; false if there are none. end: of its block's threads.
+inline bool release_warp(unsigned warp, unsigned end) {
     bool any = false;
-    for (unsigned t = warp; t < warp + kWarp && t < threads; ++t) {
+    for (unsigned t = warp; t < warp + kWarp && t < end; ++t) {
         const Fiber& fiber = fibers[t];
         if (fiber.wait != Wait::warp) continue;
         bool complete = fiber.mask >> (t - warp) & 1;
         for (unsigned lane = 0; lane < kWarp && complete; ++lane) {
             if (!(fiber.mask >> lane & 1)) continue;
             const Fiber& other = fibers[warp + lane];
-            complete = warp + lane < threads && other.wait == Wait::warp && other.mask == fiber.mask &&
+            complete = warp + lane < end && other.wait == Wait::warp && other.mask == fiber.mask &&
                        other.where.line() == fiber.where.line();
         }
         if (!complete) continue;
@@ -289,10 +320,12 @@ inline bool release_warp(unsigned warp, unsigned threads) {
 inline void describe_deadlock(unsigned threads) {
     failure = "deadlock in block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + "):";
     std::string last;
+    const Fiber* const block = fibers + running / kMaxThreads * kMaxThreads;
     for (unsigned t = 0; t < threads; ++t) {
-        const Fiber& fiber = fibers[t];
+        const Fiber& fiber = block[t];
         const std::string state = fiber.wait == Wait::end       ? "has ended"
                                   : fiber.wait == Wait::barrier ? "waits at the barrier in " + place(fiber)
+                                  : fiber.wait == Wait::cluster ? "waits for its cluster in " + place(fiber)
                                                                 : "waits for its warp in " + place(fiber);
         if (state != last) failure += " thread " + std::to_string(t) + " " + state + ";";
         last = state;
@@ -317,50 +350,63 @@ struct Order {
 };
 
 // Runs a warp until all of it waits for other warps or has ended; returns how many threads ended.
-inline unsigned run_warp(unsigned warp, unsigned threads, Order& order, bool& ran) {
+inline unsigned run_warp(unsigned warp, unsigned end, Order& order, bool& ran) {
     unsigned ended = 0;
     do {
         for (const unsigned lane : order.of(kWarp)) {
             const unsigned t = warp + lane;
-            if (t >= threads || fibers[t].wait != Wait::nothing) continue;
-            running = t, threadIdx = {t, 0, 0}, ran = true;
+            if (t >= end || fibers[t].wait != Wait::nothing) continue;
+            running = t, threadIdx = {t % kMaxThreads, 0, 0}, ran = true;
             emulation_switch(&scheduler_stack, fibers[t].stack_pointer);
             ended += fibers[t].wait == Wait::end;
             if (!failure.empty()) return ended;
         }
-    } while (release_warp(warp, threads));
+    } while (release_warp(warp, end));
     return ended;
 }
 
-inline void run_block(unsigned threads, Order& order) {
-    for (unsigned t = 0; t < threads; ++t) prepare(t);
+// Runs the cluster's blocks, of which the first is `block`.
+inline void run_cluster(unsigned block, unsigned threads, Order& order) {
     const unsigned warps = (threads + kWarp - 1) / kWarp;
-    unsigned left = threads;
+    for (unsigned rank = 0; rank < cluster_blocks; ++rank)
+        for (unsigned t = 0; t < threads; ++t) prepare(rank * kMaxThreads + t);
+    unsigned left = threads * cluster_blocks;
     while (left > 0 && failure.empty()) {
         bool ran = false;
-        for (const unsigned warp : order.of(warps)) {
-            left -= run_warp(warp * kWarp, threads, order, ran);
-            if (!failure.empty()) return;
+        for (const unsigned rank : order.of(cluster_blocks)) {
+            blockIdx = {(block + rank) % gridDim.x, (block + rank) / gridDim.x, 0};
+            const unsigned first = rank * kMaxThreads;
+            do {
+                for (const unsigned warp : order.of(warps)) {
+                    left -= run_warp(first + warp * kWarp, first + threads, order, ran);
+                    if (!failure.empty()) return;
+                }
+            } while (release_barrier(rank, threads, Wait::barrier));
         }
-        if (left > 0 && !release_barrier(threads) && !ran && failure.empty()) describe_deadlock(threads);
+        if (left > 0 && !release_cluster(threads) && !ran && failure.empty()) describe_deadlock(threads);
     }
 }
 
 // Runs `body` as every thread of the grid; the message if that could not be done, else an empty string.
 template <class Body>
-std::string launch(dim3 grid, unsigned threads, size_t dynamic_shared, Schedule schedule, const Body& body) {
+std::string launch(dim3 grid, unsigned threads, size_t dynamic_shared, Schedule schedule, const Body& body,
+                   unsigned cluster = 1) {
     failure.clear();
     if (threads == 0 || threads > kMaxThreads) return "a block has 1 to 1024 threads";
     if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || grid.z != 1) return "the grid is empty, or beyond the limits";
+    if (cluster == 0 || cluster > kMaxCluster || grid.x % cluster)
+        return "a row of the grid is whole clusters of 1 to 8";
     Order order{schedule};
+    cluster_blocks = cluster;
     gridDim = grid, blockDim = {threads, 1, 1};
     thread_body = [](void* b) { (*static_cast<const Body*>(b))(); };
     thread_argument = const_cast<Body*>(&body);
-    for (const unsigned block : order.of(grid.x * grid.y)) {
-        blockIdx = {block % grid.x, block / grid.x, 0};
-        shared_arrays.clear();
-        shared_array(&dynamic_tag, dynamic_shared);
-        run_block(threads, order);
+    for (const unsigned number : order.of(grid.x * grid.y / cluster)) {
+        for (unsigned rank = 0; rank < cluster; ++rank) {
+            shared_arrays[rank].clear();
+            shared_array_of(rank, &dynamic_tag, dynamic_shared);
+        }
+        run_cluster(number * cluster, threads, order);
         if (!failure.empty()) break;
     }
     return failure;
@@ -378,6 +424,19 @@ std::string launch(dim3 grid, unsigned threads, size_t dynamic_shared, Schedule 
 inline void __syncthreads(std::source_location where = std::source_location::current()) {
     emulation::wait_for(emulation::Wait::barrier, where);
 }
+namespace difusores::cuda {
+
+constexpr bool kClusters = true;
+inline void cluster_barrier(std::source_location where = std::source_location::current()) {
+    emulation::wait_for(emulation::Wait::cluster, where);
+}
+template <class T>
+const T* in_block(const T* own, unsigned rank) {
+    return static_cast<const T*>(emulation::in_block(own, rank));
+}
+
+}  // namespace difusores::cuda
+
 inline void __syncwarp(unsigned mask = ~0u, std::source_location where = std::source_location::current()) {
     emulation::exchange(mask, 0, where);
 }

@@ -11,13 +11,15 @@ inline std::string message;             // of the last launch that failed
 
 struct OnFibers {
     Schedule schedule;
+    unsigned cluster = 1;
+    OnFibers in_clusters(unsigned blocks) const { return {schedule, blocks}; }
     static bool ok(const std::string& message) { return message.empty(); }
     template <class... Parameters, class... Arguments>
     std::string operator()(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared,
                            const Arguments&... arguments) const {
         Dl_info info{};
         if (dladdr(reinterpret_cast<void*>(kernel), &info) && info.dli_sname) launched.insert(info.dli_sname);
-        return launch(grid, threads, shared, schedule, [&] { kernel(arguments...); });
+        return launch(grid, threads, shared, schedule, [&] { kernel(arguments...); }, cluster);
     }
 };
 

@@ -77,7 +77,7 @@ def test_the_kernels_under_sanitizers() -> None:
         for name in ("asan", "ubsan")
     ]
     cases = "((everything or ddim) and 7) or table or philox"
-    cases += " or (against and (17 or 63 or 126)) or 5000 or 1030 or within"
+    cases += " or (against and (17 or 63 or 126)) or 5000 or 1030 or within or cluster"
     tests = emulated.ROOT / "tests" / "ops" / "test_emulated_cuda.py"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", cases, str(tests)],

@@ -70,6 +70,42 @@ def test_a_missing_barrier(op: str) -> None:
         run(BARRIERS[op])
 
 
+EARLY = "cluster_barrier();  // every block's moments are there\n        "
+LEAVING = "cluster_barrier();  // nobody reads them any more, and of_group is there\n"
+CLUSTERS: dict[str, tuple[str, Change]] = {
+    "last: nothing": ("channels_last", None),
+    "last: moments too early": ("channels_last", (EARLY + "for", "for")),
+    "last: a block that leaves": ("channels_last", (LEAVING, "__syncthreads();\n")),
+    "first: nothing": ("contiguous", None),
+    "first: moments too early": ("contiguous", (EARLY + "moments", "moments")),
+}
+
+
+@pytest.mark.parametrize("fault", CLUSTERS)
+def test_faults_of_clusters(fault: str) -> None:
+    """Moments that are read before they are there, or from a block that has ended."""
+    layout, change = CLUSTERS[fault]
+    x = torch.randn(1, 16, 32, 32)
+    x = x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
+    plan = emulated.GroupNormPlan()
+    try:
+        got, _ = emulated.group_norm_silu(
+            *(x, 2, *[None] * 2, 1e-5, False, *[None] * 4, False),
+            shared_limit=30 << 10,
+            change=change,
+            plan=plan,
+        )
+    except AssertionError as error:
+        assert "a barrier is missing" in str(error) and "too early" in fault
+        return
+    except emulated.EmulationError as error:
+        assert "of a block that has ended" in str(error) and "leaves" in fault
+        return
+    assert plan.cluster > 1
+    want = torch.nn.functional.group_norm(x.double(), 2)
+    caught(not torch.allclose(got.double(), want, atol=1e-5), change)
+
+
 ATTENTION: dict[str, Change] = {
     "none": None,
     "an off-by-one mask": ("if (key >= keys) s", "if (key > keys) s"),

@@ -288,14 +288,22 @@ class TestGroupNormSiluBackward(UnderItsOwnName):
     [
         # SD 1.5's first level, of one image and fewer channels: 80 KB of a group in one block
         ((1, 20, 64, 64), 2, "contiguous", 227 << 10, {"whole": True, "vec": 8, "chunks": 1}),
-        ((1, 20, 64, 64), 2, "contiguous", 64 << 10, {"whole": False, "chunks": 3, "partials": 6}),
-        ((1, 80, 64, 64), 8, "channels_last", 227 << 10, {"whole": False, "vec": 8, "chunks": 25}),
+        ((1, 20, 64, 64), 2, "contiguous", 8 << 10, {"whole": False, "chunks": 3, "partials": 6}),
+        ((1, 80, 64, 64), 8, "channels_last", 24 << 10, {"whole": False, "vec": 8, "chunks": 25}),
         ((1, 160, 16, 16), 4, "channels_last", 99 << 10, {"whole": True, "spans": 4, "groups_in_span": 1}),
         # a group wider than a block: several blocks for a row of it
         ((2, 5000, 3, 1), 1, "channels_last", 0, {"vec": 8, "parts": 3, "span": 1672}),
         ((2, 1030, 3, 1), 2, "channels_last", 0, {"vec": 1, "parts": 3, "span": 172}),
         # more channels than a tile's table may have
-        ((1, 4096, 1, 1), 1, "contiguous", 227 << 10, {"whole": False, "chunks": 4, "table": 1028}),
+        ((1, 4096, 1, 1), 1, "contiguous", 8 << 10, {"whole": False, "chunks": 4, "table": 1028}),
+        # clusters: two blocks with little each; four, as much as one may have; eight, of 512 threads; rows
+        # that two divide and four do not; shares that begin within a channel, the last one smaller
+        ((1, 80, 32, 32), 8, "channels_last", 227 << 10, {"cluster": 2, "chunk": 512, "threads": 256}),
+        ((2, 40, 32, 32), 4, "channels_last", 48 << 10, {"cluster": 4, "partials": 0}),
+        ((1, 32, 80, 80), 2, "channels_last", 227 << 10, {"cluster": 8, "threads": 512, "vec": 8}),
+        ((1, 510, 3, 2), 2, "channels_last", 6 << 10, {"cluster": 2, "chunk": 3, "vec": 1}),
+        ((1, 20, 64, 64), 2, "contiguous", 64 << 10, {"cluster": 2, "chunk": 20480, "vec": 8}),
+        ((2, 10, 33, 31), 2, "contiguous", 3 << 10, {"cluster": 8, "chunk": 640, "vec": 1}),
     ],
     ids=str,
 )
@@ -304,12 +312,21 @@ def test_how_group_norm_is_cut(
 ) -> None:
     call = NORM.make(shape, torch.float16, layout, NORM.OPTIONS["all"])
     found = emulated.GroupNormPlan()
-    order = ("weight", "bias", "scale", "shift", "add", "residual")
-    weight, bias, *others = (call[name] for name in order)
-    got = emulated.group_norm_silu(
-        *(call["x"], groups, weight, bias, 1e-5, True, *others, True), shared_limit=limit, plan=found
-    )
+    per_image = ("x", "scale", "shift", "add", "residual")
+
+    def kernels(images: slice) -> tuple[torch.Tensor, ...]:
+        x, scale, shift, add, residual = (call[name][images] for name in per_image)
+        head, tail = (
+            (x, groups, call["weight"], call["bias"], 1e-5, True),
+            (scale, shift, add, residual, True),
+        )
+        return emulated.group_norm_silu(*head, *tail, shared_limit=limit, plan=found)
+
+    got = kernels(slice(None))
     assert {name: getattr(found, name) for name in plan} == plan
+    if found.cluster > 1 and shape[0] > 1:
+        for together, alone in zip(got, kernels(slice(1, None)), strict=True):
+            assert torch.equal(together[1:], alone), "other bits in a batch"
     eager = NORM.run("reference", call, groups)
     oracle = NORM.run("reference", NORM.wide(call), groups)
     for ours, theirs, exact in zip(got, eager, oracle, strict=True):

@@ -24,8 +24,6 @@ from difusores.ops.triton import group_norm_silu as norm_kernels
 
 linear_op: Any = importlib.import_module("difusores.ops.linear")  # the package has a function of that name
 
-# What numpy says of NaN and Inf.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 DEVICE = "cpu" if dispatch.interpreted() else "cuda"
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
