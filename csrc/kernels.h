@@ -177,6 +177,21 @@ struct WinogradConvArgs {
     float* v;             // [groups, C / 64][36 * (64 * tiles of a group + kMaxWidth)]: the transformed tiles
 };
 
+constexpr int64_t kGemmColumns = 64;  // of a panel of packed weights
+
+// y = conv(x, weight) + bias + residual; see cpu/gemm_conv.cpp.
+struct GemmConvArgs {
+    const float* x;         // [N, H, W, C]
+    const float* packed;    // [O / 64][taps * C][64], the last panel as wide as O, rounded up to kMaxWidth
+    Param bias;             // [O]
+    const float* residual;  // like y, or nullptr
+    float* y;               // [N, out_h, out_w, O]
+    int64_t n, h, w, c, o, out_h, out_w;
+    int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+    bool gathers;  // else every output pixel's row lies in x
+    int64_t run;   // rows of a task
+};
+
 // [B, H, rows, columns], any strides, in elements.
 struct Heads {
     const void* ptr = nullptr;
@@ -258,6 +273,8 @@ constexpr int64_t kAttentionKeys = 256;    // keys of a task of packing
     void winograd_conv_output(const WinogradConvArgs&, float* scratch, int64_t, int64_t);                             \
     /* tasks: blocks of O * blocks of C; packed: tasks * 36 kWinogradPoint floats; scratch: 9 kWinogradPoint */       \
     void winograd_conv_pack(const WinogradConvArgs&, float* packed, float* scratch, int64_t, int64_t);                \
+    /* tasks: runs of rows * panels of O; scratch: run * (kGemmColumns + taps * C if it gathers) floats */            \
+    void gemm_conv(const GemmConvArgs&, float* scratch, int64_t begin, int64_t end);                                  \
     DIFUSORES_DECLARE_PRODUCTS                                                                                        \
     /* micro-benchmark: act, and statistics if asked, of a row of n, `repeats` times */                               \
     void group_norm_silu_floor(DType, const void*, void*, int64_t n, int64_t, bool);                                  \
@@ -288,6 +305,7 @@ struct Kernels {
     decltype(&base::winograd_conv_input) winograd_conv_input;
     decltype(&base::winograd_conv_output) winograd_conv_output;
     decltype(&base::winograd_conv_pack) winograd_conv_pack;
+    decltype(&base::gemm_conv) gemm_conv;
     decltype(&base::attention_packed_bytes) attention_packed_bytes;
     decltype(&base::attention_scratch_bytes) attention_scratch_bytes;
     decltype(&base::attention_pack) attention_pack;

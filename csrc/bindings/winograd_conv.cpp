@@ -1,11 +1,8 @@
 // winograd_conv: checks, groups of tiles, scratch memory, and the steps of cpu/winograd_conv.cpp over torch's threads.
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 
-#include "../bindings.h"
+#include "convolution.h"
 
 namespace difusores {
 namespace {
@@ -13,37 +10,9 @@ namespace {
 constexpr int64_t kTiles = 64;           // of a group at most: its products for 64 channels fill a third of 2 MB
 constexpr int64_t kTogether = 16 << 20;  // bytes of transformed tiles that are made before they are multiplied
 constexpr int64_t kShared = 64 << 20;    // bytes of transformed weights that several groups of one call may share
-constexpr int64_t kWork = 2 << 20;       // multiplications below which a second thread costs more than it brings
 constexpr int64_t kBlock = kWinogradBlock;
 
-int64_t parts(int64_t a, int64_t size) { return (a + size - 1) / size; }
-
-// Memory that a thread keeps for its next call: fresh pages would cost more than what is computed in them.
-class Scratch {
-  public:
-    float* of(int64_t floats) {
-        if (floats > size_) {
-            constexpr size_t kPage = 2 << 20;
-            const size_t bytes = (floats * sizeof(float) + kPage - 1) / kPage * kPage;
-            memory_.reset();
-            size_ = 0;
-            memory_.reset(static_cast<float*>(std::aligned_alloc(kPage, bytes)));
-            if (!memory_) throw std::bad_alloc();
-            want_huge_pages(memory_.get(), bytes);
-            size_ = floats;
-        }
-        return memory_.get();
-    }
-
-  private:
-    struct Free {
-        void operator()(float* p) const { std::free(p); }
-    };
-    std::unique_ptr<float, Free> memory_;
-    int64_t size_ = 0;
-};
-
-thread_local Scratch t_tiles, t_weights, t_work;
+thread_local Scratch t_tiles, t_weights;
 
 // Groups as large as kTiles allows and of even sizes: whole images, or rectangles near a square, which share fewer
 // pixels. Returns their number.
@@ -61,37 +30,14 @@ int64_t cut_into_groups(WinogradConvArgs& args) {
     return parts(args.n, args.group_n) * parts(down, args.group_h) * parts(across, args.group_w);
 }
 
-// fp32 [N, C, H, W] whose elements lie as [N, H, W, C].
-const float* image(const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float, "winograd_conv: ", name,
-                    " must be 4-D float32");
-    int64_t expected = 1;
-    for (const int64_t d : {1, 3, 2, 0}) {
-        STD_TORCH_CHECK(t.size(d) == 1 || t.stride(d) == expected, "winograd_conv: ", name, " must be channels_last");
-        expected *= t.size(d);
-    }
-    return static_cast<const float*>(t.data_ptr());
-}
-
-// fp32 [rows, columns] or, of no row, [columns].
-Param floats(const OptionalTensor& t, int64_t rows, int64_t columns, const char* name) {
-    if (!t) return {};
-    const bool fits =
-        rows ? t->dim() == 2 && t->size(0) == rows && t->size(1) == columns : t->dim() == 1 && t->size(0) == columns;
-    STD_TORCH_CHECK(fits && t->scalar_type() == ScalarType::Float, "winograd_conv: ", name,
-                    " has the wrong shape or dtype");
-    STD_TORCH_CHECK(columns == 1 || t->stride(rows ? 1 : 0) == 1, "winograd_conv: ", name,
-                    " must be contiguous along the channels");
-    return {t->data_ptr(), DType::f32, rows ? t->stride(0) : 0};
-}
-
 void set_weight(WinogradConvArgs& args, const Tensor& weight) {
     STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.size(1) >= 1 &&
                         weight.scalar_type() == ScalarType::Float,
                     "winograd_conv: weight must be float32 [O, C, 3, 3]");
     args.o = weight.size(0), args.c = weight.size(1);
     args.weight_last = !weight.is_contiguous();
-    args.weight = args.weight_last ? image(weight, "weight") : static_cast<const float*>(weight.data_ptr());
+    args.weight =
+        args.weight_last ? image("winograd_conv", weight, "weight") : static_cast<const float*>(weight.data_ptr());
 }
 
 int64_t packed_floats(const WinogradConvArgs& args) {
@@ -139,7 +85,7 @@ Tensor winograd_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTenso
                      bool silu, OptionalTensor add, OptionalTensor residual, double output_scale,
                      OptionalTensor packed) {
     WinogradConvArgs args{};
-    args.x = image(x, "x");
+    args.x = image("winograd_conv", x, "x");
     set_weight(args, weight);
     args.n = x.size(0), args.h = x.size(2), args.w = x.size(3);
     STD_TORCH_CHECK(x.size(1) == args.c, "winograd_conv: weight must be [O, C, 3, 3] with the C of x");
@@ -149,15 +95,15 @@ Tensor winograd_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTenso
     if (y.numel() == 0) return y;
     want_huge_pages(y);
     args.y = static_cast<float*>(y.data_ptr());
-    args.bias = floats(bias, 0, args.o, "bias");
-    args.multiplier = floats(multiplier, args.n, args.c, "multiplier");
-    args.offset = floats(offset, args.n, args.c, "offset");
-    args.add = floats(add, args.n, args.o, "add");
+    args.bias = floats("winograd_conv", bias, 0, args.o, "bias");
+    args.multiplier = floats("winograd_conv", multiplier, args.n, args.c, "multiplier");
+    args.offset = floats("winograd_conv", offset, args.n, args.c, "offset");
+    args.add = floats("winograd_conv", add, args.n, args.o, "add");
     if (residual) {
         for (int64_t d = 0; d < 4; ++d)
             STD_TORCH_CHECK(residual->dim() == 4 && residual->size(d) == sizes[d],
                             "winograd_conv: residual must have the shape of the output");
-        args.residual = image(*residual, "residual");
+        args.residual = image("winograd_conv", *residual, "residual");
     }
     args.silu = silu, args.output_scale = static_cast<float>(output_scale);
     if (packed) {

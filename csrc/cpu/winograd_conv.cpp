@@ -9,7 +9,7 @@
 //     output  y = A^T M A and what follows
 // The sum over C runs in order in blocks of 64, each summed from zero: a tile's bits depend on nothing but its inputs.
 // Least bytes: x, y, residual once; the weights (or U, 4 times as large) once per group.
-#include "simd.h"
+#include "product.h"
 
 namespace difusores {
 namespace DIFUSORES_ISA_NAME {
@@ -20,13 +20,6 @@ constexpr int kTile = 4, kInner = 6, kPoints = 36;
 constexpr float kA = 0.625f, kB = 1.5f;
 constexpr float kA2 = kA * kA, kB2 = kB * kB;
 constexpr int64_t kPoint = kWinogradPoint;
-// A micro-kernel keeps kRows tiles times kVectors vectors of output channels in registers.
-constexpr int kRows = 6, kVectors = kWidth == 16 ? 4 : 2;
-
-DIFUSORES_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-DIFUSORES_INLINE int64_t rounded(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
-DIFUSORES_INLINE f32v get(const float* p) { return load<DType::f32>(p, 0); }
-DIFUSORES_INLINE void put(float* p, f32v v) { store<DType::f32>(p, 0, v); }
 
 // --- the three transforms, of one line ---
 
@@ -274,76 +267,12 @@ constexpr decltype(&weights_rows<0>) kWeightsRows[3] = {weights_rows<0>, weights
 
 // --- product ---
 
-// Rows of v `width` apart, of u and m `wide`; `ahead` is what of u comes next.
-struct Panel {
-    const float *v, *u;
-    float* m;
-    int64_t width, wide, channels;
-    const float* ahead;
-};
-
-// m[kCount][kVectors] (+)= v[kCount][channels] u[channels][kVectors]. Meanwhile the next rows of v and m, and a part of
-// the next u, come nearer: v is read from beyond L2, u and m from L2.
-template <int kCount, int kVectorCount, bool kFirst>
-DIFUSORES_INLINE void multiply(const Panel& p, int64_t t) {
-    const float* const v = p.v + t * p.width;
-    float* const m = p.m + t * p.wide;
-    const float* const next_v = v + kCount * p.width;
-    const float* const next_m = m + kCount * p.wide;
-    const float* const next_u = p.ahead + t * p.wide;
-    f32v sum[kCount][kVectorCount] = {};
-    for (int64_t c = 0; c < p.channels; ++c) {
-        f32v b[kVectorCount];
-        for (int k = 0; k < kVectorCount; ++k) b[k] = get(p.u + c * p.wide + k * kWidth);
-        __builtin_prefetch(next_v + kCount * c);
-        __builtin_prefetch(next_m + kCount * c);
-        __builtin_prefetch(next_u + kCount * c);
-        for (int i = 0; i < kCount; ++i) {
-            const f32v a = splat(v[i * p.width + c]);
-            for (int k = 0; k < kVectorCount; ++k) sum[i][k] += a * b[k];
-        }
-    }
-    for (int i = 0; i < kCount; ++i)
-        for (int k = 0; k < kVectorCount; ++k) {
-            float* const to = m + i * p.wide + k * kWidth;
-            put(to, kFirst ? sum[i][k] : get(to) + sum[i][k]);
-        }
-}
-
-// Tiles in runs of kRows at most and of even lengths: a short run waits for its own sums.
-template <int kVectorCount, bool kFirst>
-void multiply_panel(const Panel& p, int64_t tiles) {
-    int64_t t = 0;
-    for (int64_t runs = (tiles + kRows - 1) / kRows; runs; --runs) {
-        const int64_t count = (tiles - t + runs - 1) / runs;
-        switch (count) {
-            case 6: multiply<6, kVectorCount, kFirst>(p, t); break;
-            case 5: multiply<5, kVectorCount, kFirst>(p, t); break;
-            case 4: multiply<4, kVectorCount, kFirst>(p, t); break;
-            case 3: multiply<3, kVectorCount, kFirst>(p, t); break;
-            case 2: multiply<2, kVectorCount, kFirst>(p, t); break;
-            case 1: multiply<1, kVectorCount, kFirst>(p, t); break;
-        }
-        t += count;
-    }
-}
-
 // Six points.
 template <bool kFirst>
 void multiply_row(const float* v, int64_t width, const float* u, float* m, int64_t stride, int64_t wide,
                   int64_t channels, int64_t tiles) {
-    for (int64_t f = 0; f < kInner; ++f, v += stride, m += stride, u += kPoint) {
-        int64_t o = 0;
-        const auto panel = [&] { return Panel{v, u + o, m + o, width, wide, channels, u + kPoint}; };
-        for (; o + kVectors * kWidth <= wide; o += kVectors * kWidth) multiply_panel<kVectors, kFirst>(panel(), tiles);
-        if constexpr (kVectors == 4) {
-            switch ((wide - o) / kWidth) {
-                case 3: multiply_panel<3, kFirst>(panel(), tiles); break;
-                case 2: multiply_panel<2, kFirst>(panel(), tiles); break;
-                case 1: multiply_panel<1, kFirst>(panel(), tiles); break;
-            }
-        }
-    }
+    for (int64_t f = 0; f < kInner; ++f, v += stride, m += stride, u += kPoint)
+        multiply_columns<kFirst>(Panel{v, u, m, width, wide, channels, u + kPoint}, tiles);
 }
 
 // --- output ---

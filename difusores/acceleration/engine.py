@@ -31,6 +31,7 @@ def accelerate(
     memory_format: str = "auto",
     memory: str = "balanced",
     approximate: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
+    invariant: bool = False,
 ) -> Report:
     """Make a model, or the models of a pipeline, faster on a CPU or GPU, with the same parameters and images.
 
@@ -50,6 +51,9 @@ def accelerate(
         approximate: what may change the image, by name; nothing if left out. On a CPU: "int8",
             "feature_cache" and "token_merging" for UNets, "partial_guidance" for pipelines of this package;
             a mapping gives options too, as {"feature_cache": {"interval": 2}} (docs/approximate.md).
+        invariant: on a CPU in float32, use only what gives an image the same bits in any batch and with any
+            number of threads: the package's own product in place of oneDNN's and MKL's. The report says of
+            which layers that is true.
 
     Returns:
         The report: what was replaced, how, and why the rest was not. A second call with the same arguments
@@ -62,15 +66,19 @@ def accelerate(
     """
     dtype = _check_arguments(dtype, memory_format, memory)
     allowed = parse(approximate)
+    if invariant and "int8" in dict(allowed):
+        raise ValueError("invariant=True and int8 exclude each other: its products are oneDNN's")
     models = _models(model_or_pipe)
     devices = {
-        name: _check_model(name or type(model).__name__, model, dtype) for name, model in models.items()
+        name: _check_model(name or type(model).__name__, model, dtype, invariant)
+        for name, model in models.items()
     }
     of_unets = _check_approximations(model_or_pipe, models, devices, allowed)
     notes: list[str] = []
     for name, model in models.items():
         options = of_unets if is_unet(model) else ()
-        reason = install(model, devices[name], devices[name] == "cuda", dtype, memory_format, memory, options)
+        on_gpu = devices[name] == "cuda"
+        reason = install(model, devices[name], on_gpu, dtype, memory_format, memory, options, invariant)
         if reason is not None and reason not in notes:
             notes.append(reason)
     model_or_pipe.__dict__.pop(GUIDANCE, None)
@@ -125,6 +133,7 @@ def install(
     memory_format: str = "auto",
     memory: str = "balanced",
     approximate: Approximations = (),
+    invariant: bool = False,
 ) -> str | None:
     """Put the replacements into one model; returns what could not be had, in words, or None.
 
@@ -133,7 +142,7 @@ def install(
         cuda: use the replacements for a GPU, wherever the parameters are; else those for a CPU.
         approximate: approximations of a UNet.
     """
-    settings = (device, cuda, dtype, memory_format, memory, approximate)
+    settings = (device, cuda, dtype, memory_format, memory, approximate, invariant)
     session = model.__dict__.get(SESSION)
     if session is not None and session.settings != settings:
         restore(model)
@@ -141,7 +150,7 @@ def install(
     if session is None:
         of_images = dtype if dtype is torch.float32 or layers.fast_bfloat16_convolution() else None
         budget = int(BUDGETS[memory] * size(model))
-        session = Session(settings, dtype, of_images, budget, device, cuda, dict(approximate))
+        session = Session(settings, dtype, of_images, budget, device, cuda, dict(approximate), invariant)
         session.times = TimeProjections(session) if cuda else None
         model.__dict__[SESSION] = session
     reason = None if cuda else heap.keep(session)
@@ -241,7 +250,7 @@ def _models(given: Any) -> dict[str, nn.Module]:
     return found
 
 
-def _check_model(name: str, model: nn.Module, dtype: torch.dtype | None) -> str:
+def _check_model(name: str, model: nn.Module, dtype: torch.dtype | None, invariant: bool) -> str:
     """The type of the device on which the model is."""
     if model.training:
         raise ValueError(f"{name} is in training mode: call eval() before accelerate")
@@ -256,4 +265,8 @@ def _check_model(name: str, model: nn.Module, dtype: torch.dtype | None) -> str:
         raise ValueError(
             f"dtype is {dtype}, and {name} is on a GPU, where its parameters' dtype decides; allowed is None"
         )
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} | ({dtype} - {None})
+    if invariant and (device == "cuda" or dtypes - {torch.float32}):
+        found = ", ".join(sorted(str(t).removeprefix("torch.") for t in dtypes))
+        raise ValueError(f"invariant=True is for float32 on a CPU; {name} is on {device} in {found}")
     return device

@@ -1,7 +1,8 @@
 """Replacements of single layers: convolution, linear layer, group normalisation.
 
 Images are computed in channels_last, where the pixels of an image are the rows of a matrix: a 1x1 convolution
-is a matrix product. `apply_conv` and `apply_linear` are for the blocks around them: they go straight to a
+is a matrix product. In a session that is `invariant`, the package's own product takes what Winograd's
+algorithm does not. `apply_conv` and `apply_linear` are for the blocks around them: they go straight to a
 layer's replacement, or call the layer where it has none or is watched by hooks.
 """
 
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from difusores.acceleration.quantized import PACKING_SIDE, Quantized
 from difusores.acceleration.session import DTYPES, GPU_DTYPES, Forward, Packed, Session, hooked
 from difusores.models.layers import GroupNormAct
-from difusores.ops import group_norm_affine, group_norm_silu, winograd_conv
+from difusores.ops import gemm_conv, group_norm_affine, group_norm_silu, winograd_conv
+from difusores.ops.gemm_conv import pack_weight as pack_for_gemm
+from difusores.ops.gemm_conv import packed_numbers
 from difusores.ops.winograd_conv import LayerPlan, pack_weight, plan
 
 CHANNELS_LAST = torch.channels_last
@@ -81,6 +84,7 @@ class LinearForward(LayerForward):
         super().__init__(module, session)
         self.dtype = None if keep_dtype else session.dtype
         self.weights = Packed(session)
+        self.invariant = session.invariant
 
     @classmethod
     def refuses(cls, module: Any) -> str | None:
@@ -131,6 +135,8 @@ def matmul(
     x = x.to(dtype)
     if quantized is not None and (result := quantized.linear(x, layer)) is not None:
         return result
+    if packed.session.invariant:
+        return product(x, weight, bias, packed)
     matrix = weight.flatten(1)
     if linear_wants_packing(dtype):
         form = packed.get(
@@ -145,6 +151,24 @@ def matmul(
             return out
     bias = bias if bias is None else bias.to(dtype)
     return F.linear(x, matrix.to(dtype), bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
+    """x [..., in] times weight [out, in] or [out, in, 1, 1] plus bias; a row's bits are its own."""
+    rows = x.reshape(-1, x.shape[-1]).t()[None, :, :, None]
+    out = gemm_conv(rows, as_kernel(weight), bias, packed=form_for_gemm(weight, packed))
+    return out[0, :, :, 0].t().view(*x.shape[:-1], -1)
+
+
+def form_for_gemm(weight: Tensor, packed: Packed) -> Tensor | None:
+    """The packed weight, made at first use; None where memory is short, and the call makes it."""
+    size = 4 * packed_numbers(weight)
+    return packed.get((weight,), lambda: pack_for_gemm(as_kernel(weight)), size, PACKED_GAIN)
+
+
+def as_kernel(weight: Tensor) -> Tensor:
+    """The weight of a linear layer as that of a 1x1 convolution; a convolution's as it is."""
+    return weight if weight.ndim == 4 else weight[:, :, None, None]
 
 
 class Surroundings(NamedTuple):
@@ -217,7 +241,7 @@ class ConvForward(LayerForward):
         m = self.module
         x = x.to(self.dtype or m.weight.dtype).contiguous(memory_format=CHANNELS_LAST)
         layer = self.winograd_plan(x)
-        self.invariant = layer is not None
+        self.invariant = layer is not None or (self.session.invariant and self.module.dilation == (1, 1))
         if layer is not None:
             return self._winograd(x, around, layer)
         if around.norm is not None:
@@ -278,6 +302,13 @@ class ConvForward(LayerForward):
             return result if residual is None else result.add_(residual)
         weight, bias = m.weight, m.bias
         bias = bias if bias is None else bias.to(x.dtype)
+        if self.session.invariant and m.dilation == (1, 1):
+            if residual is not None:
+                residual = residual.contiguous(memory_format=CHANNELS_LAST)
+            form = form_for_gemm(weight, self.weights)
+            return gemm_conv(
+                x, weight, bias, residual=residual, stride=m.stride, padding=m.padding, packed=form
+            )
         options = [list(m.padding), list(m.stride), list(m.dilation), 1]
         form = None
         if torch.backends.mkldnn.is_available():

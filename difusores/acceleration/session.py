@@ -32,6 +32,8 @@ class Session:
         cuda: whether layers are replaced by what is fast on a GPU; else by what is fast on a CPU.
         approximate: the approximations that are allowed, name -> options.
         calibrating: whether layers in 8 bits watch their inputs.
+        invariant: whether products and convolutions are only such as have bits that depend neither on the
+            batch nor on the number of threads.
         budget: bytes that prepared weights may take.
         forms: the prepared weights that there are now.
         generation: counts how often bytes were given back.
@@ -50,8 +52,10 @@ class Session:
         device: str = "cpu",
         cuda: bool = False,
         approximate: Mapping[str, Any] | None = None,
+        invariant: bool = False,
     ) -> None:
         self.settings = settings
+        self.invariant = invariant
         self.dtype = dtype
         self.image_dtype = image_dtype
         self.device = device

@@ -8,6 +8,7 @@ from difusores.ops.attention import attention
 from difusores.ops.bias_residual import bias_residual
 from difusores.ops.dispatch import BackendUnavailable, availability, use_backend
 from difusores.ops.geglu import geglu
+from difusores.ops.gemm_conv import gemm_conv
 from difusores.ops.group_norm_affine import group_norm_affine
 from difusores.ops.group_norm_silu import group_norm_silu
 from difusores.ops.layer_norm import layer_norm
@@ -23,6 +24,7 @@ __all__ = [
     "availability",
     "bias_residual",
     "geglu",
+    "gemm_conv",
     "group_norm_affine",
     "group_norm_silu",
     "layer_norm",

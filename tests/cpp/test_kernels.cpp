@@ -202,6 +202,40 @@ void tokens(const Kernels& k, int64_t rows, int64_t d, DType dtype) {
     }
 }
 
+// A strided 3x3 convolution with zeros around, or a 1x1 one whose rows are read where they lie.
+void gemm(const Kernels& k, int64_t n, int64_t c, int64_t o, int64_t h, int64_t w, int64_t kernel) {
+    GemmConvArgs a{};
+    a.n = n, a.c = c, a.o = o, a.h = h, a.w = w, a.kernel_h = a.kernel_w = kernel;
+    a.gathers = kernel > 1, a.pad_h = a.pad_w = kernel / 2, a.stride_h = a.stride_w = a.gathers ? 2 : 1;
+    a.out_h = (h - 1) / a.stride_h + 1, a.out_w = (w - 1) / a.stride_w + 1, a.run = 7;
+    const int64_t depth = kernel * kernel * c, rows = n * a.out_h * a.out_w, padded = (o + 15) / 16 * 16;
+    const auto x = normal(n * h * w * c, 1), weight = normal(depth * o, 2), bias = normal(o, 3);
+    const auto residual = normal(rows * o, 4);
+    std::vector<float> packed, y(rows * o), scratch(a.run * (kGemmColumns + (a.gathers ? depth : 0)));
+    for (int64_t o0 = 0; o0 < padded; o0 += kGemmColumns)
+        for (int64_t d = 0; d < depth; ++d)
+            for (int64_t i = o0; i < std::min(padded, o0 + kGemmColumns); ++i)
+                packed.push_back(i < o ? weight[d * o + i] : 0.0f);
+    a.x = x.data(), a.packed = packed.data(), a.bias = {bias.data(), DType::f32, 0};
+    a.residual = residual.data(), a.y = y.data();
+    k.gemm_conv(a, scratch.data(), 0, (rows + a.run - 1) / a.run * ((o + kGemmColumns - 1) / kGemmColumns));
+    bool right = true;
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t i = 0; i < o; ++i) {
+            const int64_t p = row % (a.out_h * a.out_w), image = row / (a.out_h * a.out_w);
+            double want = bias[i] + residual[row * o + i], size = std::fabs(want);
+            for (int64_t d = 0; d < depth; ++d) {
+                const int64_t tap = d / c, iy = p / a.out_w * a.stride_h - a.pad_h + tap / kernel;
+                const int64_t ix = p % a.out_w * a.stride_w - a.pad_w + tap % kernel;
+                if (iy < 0 || iy >= h || ix < 0 || ix >= w) continue;
+                const double term = double(x[((image * h + iy) * w + ix) * c + d % c]) * weight[d * o + i];
+                want += term, size += std::fabs(term);
+            }
+            right = right && std::fabs(y[row * o + i] - want) <= 1e-6 * size;
+        }
+    expect(right, std::string(k.isa) + " gemm_conv " + std::to_string(c) + " to " + std::to_string(o));
+}
+
 struct ConvShape {
     int64_t n, c, o, h, w;
 };
@@ -345,6 +379,7 @@ int main() {
                                avx512::winograd_conv_input,
                                avx512::winograd_conv_output,
                                avx512::winograd_conv_pack,
+                               avx512::gemm_conv,
                                avx512::attention_packed_bytes,
                                avx512::attention_scratch_bytes,
                                avx512::attention_pack,
@@ -372,6 +407,7 @@ int main() {
             for (const int64_t d : {1, 7, 16, 67, 320}) tokens(*k, 3, d, dtype);
         for (const int64_t inner : {1, 7, 1023, 1024, 1025, 5000}) step(*k, 2, inner);
         for (const bool fused : {false, true}) {
+            gemm(*k, 2, fused ? 130 : 5, fused ? 70 : 17, 7, 4, fused ? 1 : 3);
             winograd(*k, {1, 1, 1, 1, 1}, {1, 1, 1}, fused);
             winograd(*k, {3, 5, 18, 4, 7}, {2, 1, 2}, fused);
             winograd(*k, {2, 67, 70, 6, 9}, {2, 2, 3}, fused);

@@ -93,7 +93,7 @@ def test_isa_levels(isa: str) -> None:
     # From AVX-512 on the levels differ in products of matrices alone.
     of_every_level = (
         *("group_norm_silu", "group_norm_affine", "scheduler_step", "winograd_conv"),
-        *("geglu", "layer_norm"),
+        *("geglu", "layer_norm", "gemm_conv"),
     )
     differ = ("attention", *(() if isa.startswith("avx512") else of_every_level))
     tests = [os.path.join(folder, f"test_{op}.py") for op in differ]

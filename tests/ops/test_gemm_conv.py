@@ -1,0 +1,115 @@
+"""gemm_conv on every backend against one float64 oracle."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from difusores import ops
+from difusores.ops.gemm_conv import pack_weight, packed_numbers
+
+OP = "gemm_conv"
+
+# (N, C, O, H, W), kernel, stride, padding: tails of every dimension, one and several panels, blocks and runs
+CASES = [
+    ((1, 1, 1, 1, 1), (1, 1), (1, 1), (0, 0)),
+    ((2, 7, 17, 5, 1), (1, 1), (1, 1), (0, 0)),
+    ((1, 255, 129, 401, 1), (1, 1), (1, 1), (0, 0)),
+    ((3, 3, 20, 6, 7), (3, 3), (1, 1), (1, 1)),
+    ((2, 33, 70, 9, 8), (3, 3), (2, 2), (1, 1)),
+    ((1, 130, 16, 4, 5), (3, 3), (2, 1), (0, 1)),
+    ((2, 4, 65, 7, 5), (2, 3), (1, 2), (1, 0)),
+    ((1, 20, 33, 3, 3), (1, 1), (2, 2), (0, 0)),
+]
+
+
+def make(case: Any, layout: str = "channels_last") -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+    (n, c, o, h, w), kernel, stride, padding = case
+
+    def image(*shape: int) -> Tensor:
+        t = torch.randn(shape)
+        return t.to(memory_format=torch.channels_last) if layout == "channels_last" else t
+
+    weight, bias = torch.randn(o, c, *kernel) / (c * math.prod(kernel)) ** 0.5, torch.randn(o)
+    sizes = [(s + 2 * padding[d] - kernel[d]) // stride[d] + 1 for d, s in enumerate((h, w))]
+    return image(n, c, h, w), weight, bias, image(n, o, *sizes), {"stride": stride, "padding": padding}
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_the_oracle(backend: str, case: Any, layout: str, check: Any) -> None:
+    x, weight, bias, residual, geometry = make(case, layout)
+    eager = F.conv2d(x, weight, bias, **geometry)
+    oracle = F.conv2d(x.double(), weight.double(), bias.double(), **geometry)
+    packed = pack_weight(weight)
+    assert packed.shape == (packed_numbers(weight),)
+    with ops.use_backend(backend):
+        plain = ops.gemm_conv(x, weight, **geometry)
+        y = ops.gemm_conv(x, weight, bias, residual=residual, packed=packed, **geometry)
+        assert torch.equal(ops.gemm_conv(x, weight, bias, residual=residual, **geometry), y)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    check(plain, eager - bias[:, None, None], oracle - bias.double()[:, None, None])
+    check(y, eager + residual, oracle + residual.double())
+
+
+@pytest.mark.parametrize("case", CASES[2:6], ids=str)
+def test_bitwise(backend: str, case: Any) -> None:
+    """Twice; an image alone or among others; one thread or several; a NaN stays where it is read."""
+    x, weight, bias, _, geometry = make(case)
+    x = torch.cat([x, *(torch.randn_like(x) for _ in range(2))]).contiguous(memory_format=torch.channels_last)
+    threads = torch.get_num_threads()
+    try:
+        with ops.use_backend(backend):
+            torch.set_num_threads(1)
+            y = ops.gemm_conv(x, weight, bias, **geometry)
+            torch.set_num_threads(3)
+            assert torch.equal(ops.gemm_conv(x, weight, bias, **geometry), y)
+            if backend == "cpu":  # what libraries do not promise
+                alone = [ops.gemm_conv(x[i : i + 1], weight, bias, **geometry) for i in range(len(x))]
+                assert torch.equal(torch.cat(alone), y)
+            x[1, :, 0, 0] = math.nan
+            broken = ops.gemm_conv(x, weight, bias, **geometry)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.isnan(broken[1, :, 0, 0]).all()
+    assert torch.equal(broken[[0, 2]], y[[0, 2]]) and torch.equal(broken[1, :, -1, -1], y[1, :, -1, -1])
+
+
+def test_registration(backend: str) -> None:
+    x, weight, bias, residual, geometry = make(CASES[4])
+    op = torch.ops.difusores.gemm_conv.default
+    torch.library.opcheck(op, (x, weight, bias, residual, 2, 2, 1, 1, pack_weight(weight)))
+    torch.compiler.reset()  # a graph keeps the backend that was in force when it was traced
+
+    def f(x: Tensor) -> Tensor:
+        return ops.gemm_conv(x, weight, bias, residual=residual, **geometry)
+
+    with ops.use_backend(backend):
+        torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
+
+
+def test_gradients() -> None:
+    *tensors, geometry = make(CASES[6])
+    leaves = [t.double().requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(lambda x, w, b, r: ops.gemm_conv(x, w, b, residual=r, **geometry), leaves)
+
+
+def test_bad_input_is_named() -> None:
+    x, weight, bias, residual, geometry = make(CASES[3])
+    with pytest.raises(ValueError, match=r"x must be \[N, C, H, W\]"):
+        ops.gemm_conv(x[:, :2], weight)
+    with pytest.raises(ValueError, match=r"bias must have shape \[O\] = \[20\]"):
+        ops.gemm_conv(x, weight, bias[:3])
+    with pytest.raises(ValueError, match="residual must have y's shape"):
+        ops.gemm_conv(x, weight, residual=residual)
+    with pytest.raises(ValueError, match="leave nothing of an image"):
+        ops.gemm_conv(x[:, :, :2, :2], weight)
+    with pytest.raises(ValueError, match="packed must be"):
+        ops.gemm_conv(x, weight, packed=torch.zeros(3), **geometry)
+    with pytest.raises(ValueError, match="weight must be float32"):
+        pack_weight(weight.double())
