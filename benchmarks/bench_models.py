@@ -136,9 +136,9 @@ def eager(
     return [partial(network, *cast(case, dtype, last)) for case in cases]
 
 
-def accelerated(model: nn.Module, cases: Sequence[Inputs], dtype: str | None = None) -> list[Call]:
+def accelerated(model: nn.Module, cases: Sequence[Inputs], **options: Any) -> list[Call]:
     """A library's model after `difusores.accelerate`."""
-    report = difusores.accelerate(model, dtype=dtype)
+    report = difusores.accelerate(model, **options)
     calls: list[Any] = [partial(Network(model), *case) for case in cases]
     calls[0].report = report
     return calls
@@ -188,6 +188,7 @@ PEERS: dict[str, tuple[str, str, Callable[..., list[Call]]]] = {
     "OpenVINO bf16": ("bf16", "diffusers", partial(on_openvino, precision="bf16")),
     "difusores accelerated": ("fp32", "difusores", accelerated),
     "difusores accelerated bf16": ("bf16", "difusores", partial(accelerated, dtype="bfloat16")),
+    "difusores accelerated, invariant": ("fp32", "difusores", partial(accelerated, invariant=True)),
     "diffusers accelerated": ("fp32", "diffusers", accelerated),
     "difusores": ("fp32", "difusores", eager),
     "diffusers channels_last": ("fp32", "diffusers", partial(eager, last=True)),

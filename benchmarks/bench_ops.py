@@ -1,6 +1,7 @@
 """The fused operations against eager PyTorch and against what the machine allows, at shapes of real UNets.
 
-    python benchmarks/bench_ops.py [--op group_norm_silu|layer_norm|geglu|scheduler_step|winograd_conv]
+    python benchmarks/bench_ops.py
+        [--op group_norm_silu|layer_norm|geglu|scheduler_step|winograd_conv|gemm_conv]
         [--set limit|sd15|cat|cifar10|vae]
         [--dtype float32|bfloat16|float16] [--seconds S] [--json FILE]
 
@@ -14,6 +15,9 @@ dtype (`_C.group_norm_silu_floor`) over all threads; `/+stats` counts the statis
 winograd_conv, with a bias as in a model: `F.conv2d` in NCHW and channels_last, oneDNN with weights that it
 has packed for this very shape, ours with weights as they are and packed; and half a residual block (group
 norm, SiLU, convolution, residual) by group_norm_silu + oneDNN and by group_norm_affine + ours.
+
+gemm_conv, as a linear layer with a bias: `F.linear` (MKL), oneDNN with packed weights, ours with packed
+weights, in GFLOP/s, and ours as a share of the multiply-adds that peak.py measures.
 """
 
 from __future__ import annotations
@@ -28,11 +32,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peak import fma_peak
 from timing import interleave, stamp
 from torch import Tensor
 
 from difusores import native, ops
 from difusores.bench.cases import Case, cases
+from difusores.ops.gemm_conv import gemm_conv
+from difusores.ops.gemm_conv import pack_weight as pack_for_gemm
 from difusores.ops.scheduler_step import ROW, W
 from difusores.ops.winograd_conv import pack_weight, plan
 
@@ -288,13 +295,63 @@ def print_convs(
     return rows
 
 
+# (M, K, N): the linear layers of Stable Diffusion 1.5's UNet at 64x64, batch 2.
+LINEARS = [
+    *((8192, 320, 320), (8192, 320, 2560), (8192, 1280, 320)),
+    *((2048, 640, 640), (2048, 640, 5120), (2048, 2560, 640)),
+    *((512, 1280, 1280), (512, 1280, 10240), (512, 5120, 1280)),
+    *((154, 768, 320), (154, 768, 640), (154, 768, 1280)),
+]
+
+
+def linear(shape: tuple[int, int, int], seconds: float, clock: Callable[[], float], peak: float) -> Any:
+    m, k, n = shape
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(m, k), torch.randn(n, k) / k**0.5, torch.randn(n)
+    image, kernel = x.t()[None, :, :, None], weight[:, :, None, None]
+    packed = pack_for_gemm(kernel)
+    onednn = torch.ops.mkldnn._reorder_linear_weight(weight)
+    contestants: dict[str, Callable[[], Tensor]] = {
+        "mkl": lambda: F.linear(x, weight, bias),
+        "onednn": lambda: torch.ops.mkldnn._linear_pointwise(x, onednn, bias, "none", [], ""),
+        "ours": lambda: gemm_conv(image, kernel, bias, packed=packed)[0, :, :, 0].t(),
+    }
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    errors = {name: distance(call(), exact) for name, call in contestants.items()}
+    if not errors["ours"] <= 1e-6:
+        raise SystemExit(f"gemm_conv {shape}: error {errors['ours']:.1e}; not timed")
+    times = interleave(contestants, seconds=seconds, clock=clock)
+    gflops = {name: 2e-9 * m * k * n / t for name, t in times.items()}
+    return {
+        "op": "gemm_conv",
+        "shape": list(shape),
+        **{f"{name}_gflops": figure for name, figure in gflops.items()},
+        **{f"{name}_error": e for name, e in errors.items()},
+        "share": gflops["ours"] / peak,
+    }
+
+
+def print_linears(seconds: float, clock: Callable[[], float]) -> list[dict[str, Any]]:
+    """One line per shape as it is measured."""
+    peak = fma_peak(torch.get_num_threads())["fp32"]
+    print(f"gemm_conv, GFLOP/s; {peak} of multiply-adds")
+    print(f"{'M x K x N':18} {'MKL':>6} {'oneDNN':>6} {'ours':>6} share")
+    rows = []
+    for shape in LINEARS:
+        row = linear(shape, seconds, clock, peak)
+        rows.append(row)
+        figures = " ".join(f"{row[f'{name}_gflops']:6.0f}" for name in ("mkl", "onednn", "ours"))
+        print(f"{'x'.join(map(str, shape)):18} {figures} {row['share']:5.2f}", flush=True)
+    return rows
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--op",
-        choices=("group_norm_silu", "layer_norm", "geglu", "scheduler_step", "winograd_conv"),
+        choices=("group_norm_silu", "layer_norm", "geglu", "scheduler_step", "winograd_conv", "gemm_conv"),
         action="append",
     )
     parser.add_argument("--set", choices=(*SHAPES, "vae"), action="append", dest="sets")
@@ -304,7 +361,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--cpu-time",
         action="store_true",
-        help="winograd_conv on one thread, by the processor time it takes: for a machine that others use",
+        help="the products on one thread, by the processor time it takes: for a machine that others use",
     )
     args = parser.parse_args(arguments)
     if args.cpu_time:
@@ -358,6 +415,9 @@ def main(arguments: Sequence[str]) -> None:
             rows += print_convs(
                 shapes, args.seconds, time.process_time if args.cpu_time else time.perf_counter
             )
+    if "gemm_conv" in (args.op or ("gemm_conv",)):
+        with torch.no_grad():
+            rows += print_linears(args.seconds, time.process_time if args.cpu_time else time.perf_counter)
     if args.json:
         args.json.write_text(json.dumps({"machine": stamp(), "rows": rows}, indent=1) + "\n")
 

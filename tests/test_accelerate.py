@@ -467,6 +467,25 @@ def test_bits_of_layers_marked_invariant() -> None:
     assert found or native.status("cpu") is not None
 
 
+@pytest.mark.skipif(native.status("cpu") is not None, reason=native.status("cpu") or "")
+@pytest.mark.parametrize("variant", ["resample", "latents", "vae"])
+def test_invariant(library: str, variant: str) -> None:
+    """An image alone or in a batch, on one thread or two: the same bits, and as near to float64 as ever."""
+    model, case = make(library, variant), inputs(variant, 3)
+    wanted = oracle(model, *case)
+    report = difusores.accelerate(model, invariant=True)
+    whole = run(model, *case)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert torch.equal(run(model, *case), whole)
+        parts = [run(model, *(t[i : i + 1] for t in case)) for i in range(3)]
+        assert torch.equal(torch.cat(parts), whole)
+    assert distance(whole, wanted) <= 5e-5
+    kinds = ("Conv2d", "Linear", "GroupNorm", "GroupNormAct")
+    assert [layer.name for layer in report.layers if layer.kind in kinds and not layer.invariant] == []
+    assert report.packed_bytes > 0
+
+
 def test_what_is_refused() -> None:
     model = make("difusores", "pixels")
     refused: list[tuple[dict[str, Any], str]] = [
@@ -474,6 +493,8 @@ def test_what_is_refused() -> None:
         ({"memory": "huge"}, "memory is 'huge'; allowed are 'balanced', 'fast'"),
         ({"memory_format": "nchw"}, "memory_format is 'nchw'"),
         ({"approximate": ("int8", "tome")}, "approximate has 'tome'; allowed are 'int8'"),
+        ({"invariant": True, "dtype": "bfloat16"}, "invariant=True is for float32 on a CPU"),
+        ({"invariant": True, "approximate": ("int8",)}, "invariant=True and int8 exclude each other"),
     ]
     for options, message in refused:
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):

@@ -207,6 +207,7 @@ class ConvForward(LayerForward):
         self.dtype = None if keep_dtype else dtype
         self.weights = Packed(session)
         self.transformed = Packed(session)
+        self.invariant = session.invariant
 
     @classmethod
     def refuses(cls, module: Any) -> str | None:
