@@ -96,11 +96,11 @@ NORMS = [
     ((1, 1, 3), 1, "all"),
     ((1, 6, 17), 2, "plain"),
     ((1, 4, 1, 1), 2, "adm"),
-    ((2, 7, 9, 9), 7, "block"),
+    ((1, 7, 9, 9), 7, "block"),
     ((2, 7, 9, 9), 1, "all"),
     ((1, 8, 3, 4, 5), 4, "all"),
     ((2, 32, 8, 8), 2, "all"),
-    ((1, 30, 33, 31), 5, "adm"),
+    ((1, 12, 33, 31), 2, "adm"),
     ((1, 96, 16, 16), 3, "block"),
 ]
 
@@ -233,7 +233,7 @@ def test_linear(
     rows: Any, depth: int, width: int, geglu: bool, check: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear_op, "LEAST", 1)
-    for dtype in HALF:
+    for dtype in HALF[: 2 if math.prod(rows) < 300 else 1]:
         x, weight = torch.randn(*rows, depth).to(dtype), torch.randn(width * (1 + geglu), depth).to(dtype)
         bias, residual = torch.randn(len(weight)).to(dtype), torch.randn(*rows, width).to(dtype)
         calls: list[tuple[Any, ...]] = [(x, weight, bias, residual, geglu)]
@@ -370,7 +370,7 @@ def row(**values: float) -> Tensor:
 
 def test_scheduler_step_says_by_nan_what_a_kernel_cannot_raise() -> None:
     """An operand that a row in device memory reads and that was not given; a counter outside the table."""
-    x = torch.randn(2, 1030)
+    x = torch.randn(1, 1030)
     for column, missing in ((3, True), (4, True), (8, True), (0, False), (1, False)):
         table = row(**{f"c{W + column}": 1.0})
         (y,) = ops.scheduler_step(table, x, [x], step=torch.tensor([1]))
@@ -380,10 +380,9 @@ def test_scheduler_step_says_by_nan_what_a_kernel_cannot_raise() -> None:
         assert torch.isnan(y).all() and torch.isnan(x0).all()
 
 
-@pytest.mark.parametrize("seed", [0, 2**40 + 3, -1])
-def test_scheduler_step_makes_the_noise_of_every_backend(seed: int) -> None:
+def test_scheduler_step_makes_the_noise_of_every_backend() -> None:
     """Every element to 1e-6 of the reference in float64, so the integers are the same."""
-    shape, seeds = (2, 3, 11, 37), torch.tensor([7, seed])
+    shape, seeds = (3, 3, 11, 37), torch.tensor([0, 2**40 + 3, -1])
     x = torch.zeros(shape)
     table = row(**{f"c{W + 3}": 1.0, f"c{DRAW}": 4.0})
     (z,) = ops.scheduler_step(table, x, [x], seeds=seeds, step=torch.tensor([0]))
@@ -445,7 +444,7 @@ def test_schemas(layout: str) -> None:
     rows = torch.randn(2, 6)
     torch.library.opcheck(
         torch.ops.difusores.layer_norm_triton.default,
-        (rows, None, None, 1e-5, rows + 1, True),
+        (rows, None, None, 1e-5, rows + 1, True, None),
         test_utils=kinds,
     )
     torch.library.opcheck(torch.ops.difusores.geglu_triton.default, (rows, "none"), test_utils=kinds)
