@@ -416,6 +416,26 @@ def test_dynamic_threshold() -> None:
     assert dynamic_threshold(x0[:0], 0.5, 1.0).shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_threshold_is_the_quantile(dtype: torch.dtype) -> None:
+    """Bit for bit, from one number to many; a NaN in an image makes its threshold NaN and no other."""
+    for numbers, ratio in (
+        (1, 0.995),
+        (2, 0.5),
+        (40, 0.9),
+        (101, 0.99),
+        (3 * 77 * 64, 0.995),
+        (7, 1.0),
+        (9, 0.0),
+    ):
+        x0 = 3 * torch.randn(3, numbers, dtype=dtype)
+        wanted = torch.stack([torch.quantile(image.abs(), ratio) for image in x0])
+        assert torch.equal(dynamic_threshold(x0, ratio, 1e9), wanted.clamp(min=1))
+    x0[1, 3] = math.nan
+    found = dynamic_threshold(x0, 0.5, 1e9)
+    assert found.isnan().tolist() == [False, True, False]
+
+
 def test_threads_that_share_a_plan_get_what_they_get_alone() -> None:
     for name in ("eta", "threshold", "learned"):
         plan = plans()[name]
