@@ -263,7 +263,7 @@ def dynamic_threshold(x0: Tensor, ratio: float, largest: float) -> Tensor:
 
 
 def _quantile(rows: Tensor, ratio: float) -> Tensor:
-    """torch.quantile of each row and its bits, without its reads by the host and its limit of 2**24 numbers."""
+    """torch.quantile of each row, with its bits, without its reads by the host and its limit of 2**24."""
     precise = np.float64 if rows.dtype is torch.float64 else np.float32
     rank = precise(ratio) * precise(rows.shape[1] - 1)
     below = int(rank)
