@@ -103,7 +103,7 @@ class ADMPipeline(GuidedPipeline):
         options: dict[str, Any] = {} if low_res is None else {"low_res": torch.cat((low_res,) * len(weights))}
         plan, clip = self._plan(num_inference_steps, eta, guide)
         if strict:
-            self._check_scheduler(plan)
+            self.check_training()
 
         def predict(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
             return self._call_unet(conditioning, x, time, batch_size, **options, return_dict=False)

@@ -219,7 +219,7 @@ class LatentPipeline(GuidedPipeline):
         """
         run = begin_run(self.scheduler, self.device, num_inference_steps, **options)
         if strict:
-            self._check_scheduler(run.plan)
+            self.check_training()
         return run
 
     def _latents(

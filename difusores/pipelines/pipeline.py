@@ -18,7 +18,7 @@ from difusores.configuration import ConfigMixin
 from difusores.cuda_graph import disable_cuda_graph, enable_cuda_graph
 from difusores.files import find_file, upload_folder
 from difusores.models.modeling import ModelMixin, drop_unsupported, resolve_dtype
-from difusores.plan import Plan
+from difusores.pipelines.fit import needs
 
 SAFETY_CHECKER = "difusores.pipelines.safety_checker"
 LIBRARIES = {
@@ -125,44 +125,31 @@ class DiffusionPipeline(ConfigMixin):
             raise ValueError("progress_bar takes an iterable or a total, one of the two")
         return tqdm(iterable, total=total, **self._progress_bar_config)
 
-    def check_training(self, prediction_type: str | None, betas: tuple[float, ...] | None) -> None:
+    def check_training(self) -> None:
         """Compare with the scheduler in the models' own folder; other betas give a warning.
 
-        Args:
-            prediction_type: what the scheduler needs the model to predict; None if that is not known.
-            betas: the scheduler's; () if it has none because it tells the model noise levels, not training
-                steps; None if that is not known.
-
         Raises:
-            ValueError: the models predict something else, or are told another kind of time.
+            ValueError: the models predict something else, are told another kind of time, or are scaled for
+                data of another deviation.
         """
-        if self._trained_with is None:
+        own, given = self._trained_with, self.scheduler
+        needed, offered = (None if each is None else needs(each) for each in (own, given))
+        if needed is None or offered is None:
             return
-        needed = self._trained_with.config.get("prediction_type")
-        if None not in (prediction_type, needed) and prediction_type != needed:
-            raise ValueError(
-                f"prediction_type is {prediction_type!r}, but the model's own folder says "
-                f"{needed!r}; strict=False samples nevertheless"
-            )
-        trained = tuple(self._trained_with.betas.tolist()) if hasattr(self._trained_with, "betas") else ()
-        if betas is not None and bool(betas) != bool(trained):
-            kinds = [f"{len(b)} training steps" if b else "real noise levels" for b in (betas, trained)]
-            raise ValueError(
-                f"the scheduler's time is {kinds[0]}, but the model's own folder says {kinds[1]}; "
-                "strict=False samples nevertheless"
-            )
-        if betas not in (None, trained):
-            given, own = (f"{len(b)} betas from {b[0]:.4g} to {b[-1]:.4g}" for b in (betas, trained))
-            warnings.warn(f"the scheduler has {given}, and the model's own folder says {own}", stacklevel=5)
-
-    def _check_scheduler(self, plan: Plan | None) -> None:
-        """`check_training` for the scheduler, by its plan where it has one."""
-        if plan is not None:
-            self.check_training(plan.prediction_type, plan.betas)
-            return
-        betas = getattr(self.scheduler, "betas", None)
-        kind = self.scheduler.config.get("prediction_type")
-        self.check_training(kind, None if betas is None else tuple(betas.tolist()))
+        subjects = ("prediction_type is", "the scheduler's time is", "the scheduler's data deviation is")
+        for subject, asked, trained in zip(subjects, offered, needed, strict=True):
+            if asked != trained:
+                raise ValueError(
+                    f"{subject} {asked}, but the model's own folder says {trained}; "
+                    "strict=False samples nevertheless"
+                )
+        if needed.time.endswith("training steps"):
+            betas, trained_betas = given.betas.tolist(), own.betas.tolist()
+            if betas != trained_betas:
+                texts = [f"{len(b)} betas from {b[0]:.4g} to {b[-1]:.4g}" for b in (betas, trained_betas)]
+                warnings.warn(
+                    f"the scheduler has {texts[0]}, and the model's own folder says {texts[1]}", stacklevel=4
+                )
 
     @classmethod
     def from_pretrained(

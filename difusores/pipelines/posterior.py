@@ -92,7 +92,7 @@ class PosteriorPipeline(UNetPipeline):
         check_steps(num_inference_steps)
         plan = self.scheduler.plan(num_inference_steps)
         if strict:
-            self._check_scheduler(plan)
+            self.check_training()
         labels = self._labels(class_labels, len(observation))
         inputs = {} if labels is None else {"class_labels": labels}
         alphas = [float(self.scheduler.alphas_cumprod[int(stage.time)]) for stage in plan.stages[1:]] + [1.0]

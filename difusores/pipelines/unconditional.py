@@ -57,7 +57,7 @@ class UNetPipeline(GuidedPipeline):
         else:
             scheduler.set_timesteps(num_inference_steps)
         if strict:
-            self._check_scheduler(plan)
+            self.check_training()
         labels = self._labels(class_labels, batch_size)
         batch_size = batch_size if labels is None else len(labels)
         shape = (batch_size, self.unet.config["in_channels"], *self._image_size())

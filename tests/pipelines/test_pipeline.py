@@ -21,6 +21,7 @@ from difusores import (
     UNet2DModel,
     files,
 )
+from difusores.pipelines.fit import needs
 
 CONFIG: dict[str, Any] = {
     "sample_size": 8,
@@ -206,12 +207,65 @@ def test_another_kind_of_time_is_refused(name: str) -> None:
     pipeline = difusores.DDPMPipeline.from_pretrained("bundled:digits", scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"class_labels": [3], "num_inference_steps": 2, "output_type": "np"}
-    with pytest.raises(
-        ValueError, match=r"(predict|prediction_type is|the scheduler's time is real noise levels)"
-    ):
+    with pytest.raises(ValueError, match=r"prediction_type is .*but the model's own folder says 'v_pred"):
         pipeline(**options)
     assert np.isfinite(pipeline(**options, strict=False).images).all()
     assert type(stored.scheduler).__name__ == "DDPMScheduler"
+
+
+V, FLOW = {"prediction_type": "v_prediction"}, {"prediction_type": "flow_prediction"}
+CONTINUOUS = {**V, "timestep_type": "continuous", "use_karras_sigmas": True}
+FITS: list[tuple[str, dict[str, Any], str, dict[str, Any], str | None]] = [
+    ("DDPM", V, "EulerDiscrete", CONTINUOUS, r"time is log\(sigma\) / 4, .* 1000 training steps"),
+    ("DDPM", V, "EulerDiscrete", V, None),
+    ("DDPM", {}, "DDIM", V, "'v_prediction', .* 'epsilon'"),
+    ("DDPM", {}, "DPMSolverMultistep", {"use_karras_sigmas": True}, None),
+    ("DDPM", {}, "DDIM", {"num_train_timesteps": 500}, "500 training steps, .* 1000 training steps"),
+    ("DDPM", {}, "IPNDM", {}, r"atan\(sigma\) / pi, .* training steps"),
+    ("DDPM", {}, "KarrasVe", {}, "'-epsilon', .* 'epsilon'"),
+    ("FlowMatchEulerDiscrete", {}, "EDMEuler", {}, "'epsilon' of EDM, .* 'flow_prediction'"),
+    ("FlowMatchEulerDiscrete", {}, "EDMDPMSolverMultistep", V, "'v_prediction', .* 'flow_prediction'"),
+    ("FlowMatchEulerDiscrete", {}, "UniPCMultistep", {**FLOW, "use_flow_sigmas": True}, None),
+    ("UniPCMultistep", {**FLOW, "use_flow_sigmas": True}, "FlowMatchEulerDiscrete", {}, None),
+    (
+        "FlowMatchEulerDiscrete",
+        {},
+        "FlowMatchHeunDiscrete",
+        {"num_train_timesteps": 10},
+        r"\* 10, .* \* 1000",
+    ),
+    ("EDMEuler", {}, "EDMEuler", {"sigma_data": 1.0}, "deviation is 1.0, .* 0.5"),
+    ("EDMEuler", {}, "EDMDPMSolverMultistep", {}, None),
+    ("EulerDiscrete", CONTINUOUS, "EDMEuler", {**V, "sigma_data": 1.0}, None),
+    ("EDMEuler", V, "CosineDPMSolverMultistep", {}, r"atan\(sigma\) / pi, .* log\(sigma\) / 4"),
+    ("CMStochasticIterative", {}, "EDMEuler", {}, "'epsilon' of EDM, .* preconditioned"),
+    ("ScoreSdeVe", {}, "EDMEuler", {}, "'epsilon' of EDM, .* 'score'"),
+]
+
+
+@pytest.mark.parametrize(("trained", "options", "used", "others", "message"), FITS)
+def test_a_scheduler_fits_the_model_or_is_refused(
+    trained: str, options: dict[str, Any], used: str, others: dict[str, Any], message: str | None
+) -> None:
+    pipeline = build(DDPMPipeline)
+    pipeline._trained_with = getattr(difusores, f"{trained}Scheduler")(**options)
+    pipeline.scheduler = getattr(difusores, f"{used}Scheduler")(**others)
+    if message is None:
+        pipeline.check_training()
+    else:
+        with pytest.raises(ValueError, match=message):
+            pipeline.check_training()
+
+
+def test_every_scheduler_fits_itself_alone() -> None:
+    """Every class is known to the check, and one that it does not know is not judged."""
+    for name in [each for each in difusores.schedulers.__all__ if each.endswith("Scheduler")]:
+        scheduler = getattr(difusores, name)()
+        pipeline = build(DDPMPipeline)
+        pipeline._trained_with = pipeline.scheduler = scheduler
+        assert needs(scheduler) is not None, name
+        pipeline.check_training()
+    assert needs(object()) is None
 
 
 def test_failed_write_leaves_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
