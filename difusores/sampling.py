@@ -450,7 +450,12 @@ def scaled_input(sample: Tensor, divisor: float | Tensor) -> Tensor:
 
 
 def flow_step_by_token(
-    levels: Tensor, here: Tensor, sample: Tensor, model_output: Tensor, noise: Tensor | None = None
+    levels: Tensor,
+    timesteps: Tensor,
+    num_train_timesteps: int,
+    sample: Tensor,
+    model_output: Tensor,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """A step of a flow model where every token has a noise level of its own: to the next lower one, or to 0.
 
@@ -459,13 +464,14 @@ def flow_step_by_token(
 
     Args:
         levels: [N], of the run.
-        here: [B, L], of the tokens.
+        timesteps: [B, L], of the tokens: level * num_train_timesteps.
         sample, model_output: [B, L, C].
         noise: like sample; then x0 is put under it at the lower level, with noise - x0 as the model's output.
 
     Returns:
         [B, L, C], at least fp32.
     """
+    here = timesteps / num_train_timesteps
     run = levels.to(here.device)[:, None, None]
     after = (run * (run < here - 1e-6)).amax(0)[..., None]
     here = here[..., None]

@@ -648,6 +648,13 @@ def lambda_grid(
 TIME_SHIFTS = ("exponential", "linear")
 
 
+def training_flow_levels(num_train_timesteps: int, shift: float | None) -> tuple[Tensor, Tensor]:
+    """([T] noise levels, [T] what the model is told at each), float32, descending; a shift of None: none."""
+    table = training_flow_sigmas(num_train_timesteps)
+    table = table if shift is None else shifted(table, shift)
+    return table, table * num_train_timesteps
+
+
 def training_flow_sigmas(num_train_timesteps: int) -> Tensor:
     """[T] float32, descending from 1 to 1 / T."""
     steps = np.linspace(1, num_train_timesteps, num_train_timesteps, dtype=np.float32)[::-1].copy()

@@ -65,6 +65,9 @@ class _DistilledScheduler(IndexedScheduler):
     init_noise_sigma: float
 
     def _initialize(self) -> None:
+        if self.config["timestep_spacing"] not in schedules.SPACINGS:
+            allowed, given = " or ".join(map(repr, schedules.SPACINGS)), self.config["timestep_spacing"]
+            raise ValueError(f"timestep_spacing must be {allowed}, got {given!r}")
         super()._initialize()
         one = torch.tensor(1.0, dtype=torch.float32, device="cpu")
         self.final_alpha_cumprod = one if self.config["set_alpha_to_one"] else self.alphas_cumprod[0]

@@ -37,11 +37,8 @@ class FlowScheduler(IndexedScheduler):
 
     def _first_levels(self, shift: float | None) -> None:
         """The levels until `set_timesteps` is called; a shift of None leaves them."""
-        table = schedules.training_flow_sigmas(len(self))
-        if shift is not None:
-            table = schedules.shifted(table, shift)
+        table, self.timesteps = schedules.training_flow_levels(len(self), shift)
         self.sigmas = table
-        self.timesteps = table * len(self)
         self.sigma_min, self.sigma_max = float(table[-1]), float(table[0])
         self.num_inference_steps = None
         self._restart()
@@ -276,8 +273,8 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
             noise = None
             if self.config["stochastic_sampling"]:
                 noise = draw_noise(sample.shape, generator, sample.device, torch.float32)
-            here = per_token_timesteps / len(self)
-            result = (flow_step_by_token(self.sigmas, here, sample, model_output, noise),)
+            tokens = (per_token_timesteps, len(self))
+            result = (flow_step_by_token(self.sigmas, *tokens, sample, model_output, noise),)
             run.index = index + 1
         return SchedulerOutput(*result) if return_dict else result
 

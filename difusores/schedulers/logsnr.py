@@ -33,13 +33,19 @@ class LogSnrScheduler(IndexedScheduler):
     ascending: ClassVar[bool] = False
     """Whether a run leads from the image to the noise."""
     init_noise_sigma: float
+    _common: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
+        "time_shift_type": ("exponential",),
+        "variance_type": (None, *solvers.VARIANCE_TYPES),
+    }
+    """What options of most classes may be. No variance but a learned one counts: it is the solver's."""
     _choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """What options of the class may be."""
     _foreign: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     """What stands for the values that options have in other classes' configurations."""
 
     def _initialize(self) -> None:
-        adopt_names(self, self._choices, self._foreign)
+        known = {name: self._common[name] for name in self._common if name in self.config}
+        adopt_names(self, known | dict(self._choices), self._foreign)
         super()._initialize()
         if self.config.get("rescale_betas_zero_snr"):
             # lambda would be infinite. The smallest number of float16 is as good as 0.
@@ -103,6 +109,10 @@ class LogSnrScheduler(IndexedScheduler):
             ValueError: not one of the two, or one that the configuration leaves no room for.
         """
         config, kind = self.config, self._kind()
+        if config.get("use_dynamic_shifting") and not config["use_flow_sigmas"]:
+            raise ValueError(
+                "use_dynamic_shifting=True needs use_flow_sigmas=True: no other levels are shifted"
+            )
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("exactly one of num_inference_steps and timesteps has to be given")
         if timesteps is not None:
@@ -213,7 +223,7 @@ def _option(kind: str) -> str:
 
 def adopt_names(
     scheduler: ConfigMixin,
-    choices: Mapping[str, tuple[str, ...]],
+    choices: Mapping[str, tuple[str | None, ...]],
     foreign: Mapping[str, Mapping[str, str]],
 ) -> None:
     """Replace what stands in for an option's value in other classes' configurations.
@@ -229,4 +239,4 @@ def adopt_names(
         if name in foreign.get(option, {}):
             scheduler.register_to_config(**{option: foreign[option][name]})
         elif name not in allowed:
-            raise NotImplementedError(f"{option} must be one of {', '.join(allowed)}, got {name!r}")
+            raise NotImplementedError(f"{option} must be one of {', '.join(map(str, allowed))}, got {name!r}")

@@ -32,7 +32,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
     """
 
     grid_kinds = ("karras", "exponential", "beta", "flow")
-    _choices: ClassVar = {"solver_type": ("bh1", "bh2"), "time_shift_type": ("exponential", "linear")}
+    _choices: ClassVar = {"solver_type": ("bh1", "bh2"), "time_shift_type": schedules.TIME_SHIFTS}
     _foreign: ClassVar = {"solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")}
 
     @register_to_config
@@ -74,6 +74,12 @@ class UniPCMultistepScheduler(LogSnrScheduler):
             )
         if shift_terminal is not None and not use_flow_sigmas:
             raise ValueError("shift_terminal needs use_flow_sigmas=True")
+        ranged = sigma_min is not None or sigma_max is not None
+        if ranged and not (use_karras_sigmas or use_exponential_sigmas or use_beta_sigmas):
+            raise ValueError(
+                f"sigma_min={sigma_min} and sigma_max={sigma_max} need use_karras_sigmas, "
+                "use_exponential_sigmas or use_beta_sigmas: no other levels are chosen between them"
+            )
         if thresholding and not predict_x0:
             raise ValueError("thresholding needs predict_x0=True: it limits x0, which is not used otherwise")
         self._initialize()
