@@ -324,7 +324,7 @@ def denoiser_from(
         prediction_type: "epsilon", "v_prediction" or "sample", for an input x / sqrt(sigma² + 1); or
             "flow_prediction", for an input x / (sigma + 1), the time then being T * sigma / (sigma + 1).
         alphas_cumprod: [T] of training: the time is a training step, interpolated in log(sigma). None: it is
-            sigma itself.
+            sigma itself. A 0 at the end, of zero terminal SNR, is left out.
         quantize: the training step is rounded to an integer (int64).
         num_train_timesteps: T of "flow_prediction".
 
@@ -340,6 +340,8 @@ def denoiser_from(
     table = None
     if alphas_cumprod is not None:
         a = torch.as_tensor(alphas_cumprod, dtype=torch.float64).detach().cpu()
+        if a.ndim == 1 and len(a) > 2 and a[-1] == 0:
+            a = a[:-1]  # of zero terminal SNR: the last level is infinite, and no sigma belongs to it
         if a.ndim != 1 or len(a) < 2 or not ((a > 0) & (a < 1)).all() or not (a.diff() < 0).all():
             raise ValueError("alphas_cumprod must hold at least two numbers that descend within 0 and 1")
         table = ((1 - a) / a).log() / 2

@@ -333,18 +333,24 @@ def langevin(score: Tensor, sample: Tensor, noise: Tensor, snr: float) -> Tensor
     Returns:
         Like sample, at least fp32.
     """
-    norms = [torch.linalg.vector_norm(t.flatten(1).double(), dim=1).mean() for t in (noise, score)]
+    wide = torch.promote_types(torch.promote_types(sample.dtype, score.dtype), noise.dtype)
+    norms = [_norms(t, torch.promote_types(wide, torch.float32)).mean() for t in (noise, score)]
     step = 2 * (snr * norms[0] / norms[1]) ** 2
     step = torch.where(norms[1] > 0, step, torch.zeros_like(step))
-    row = torch.zeros(1, ROW, dtype=torch.float64, device=sample.device)
-    row[0, G1], row[0, LO], row[0, HI] = 1.0, -math.inf, math.inf
-    row[0, W + COLUMNS.index("xh")] = 1.0
+    numbers = [0.0] * ROW
+    numbers[G1], numbers[LO], numbers[HI], numbers[W + COLUMNS.index("xh")] = 1.0, -math.inf, math.inf, 1.0
+    row = torch.tensor([numbers], dtype=torch.float64).to(sample.device)
     row[0, W + COLUMNS.index("e")] = step
     row[0, W + COLUMNS.index("z")] = (2 * step).sqrt()
-    wide = torch.promote_types(torch.promote_types(sample.dtype, score.dtype), noise.dtype)
     place = torch.zeros(1, dtype=torch.int64, device=sample.device)
     (result,) = scheduler_step(row, sample.to(wide), (score,), noise=noise.to(wide), step=place)
     return result
+
+
+def _norms(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B] float64 norms, in `dtype` along the last axis: a copy in fp64 would cost far more than the sum."""
+    parts = torch.linalg.vector_norm(images.to(dtype), dim=-1).reshape(len(images), -1)
+    return torch.linalg.vector_norm(parts.double(), dim=1)
 
 
 def joined(images: Sequence[Tensor]) -> Tensor:

@@ -660,6 +660,26 @@ def test_training_steps_may_be_integers() -> None:
     assert told[0].dtype is torch.int64 and told[0].tolist() == [0, 17, 500, 999]
 
 
+def test_a_table_of_zero_terminal_snr_is_taken() -> None:
+    """Data of one value: the image is exact from the last finite level on; that behind it is left out."""
+    table = difusores.DDIMScheduler(rescale_betas_zero_snr=True).alphas_cumprod
+    assert table[-1] == 0
+    told: list[float] = []
+
+    def model(given: Tensor, time: Tensor) -> Tensor:
+        told.append(float(time[0]))
+        place = time.round().long()
+        alpha, sigma = (a.sqrt()[place, None] for a in (table.double(), 1 - table.double()))
+        return alpha * (given - alpha * 0.5) / sigma - sigma * 0.5
+
+    denoiser = functional.denoiser_from(model, "v_prediction", alphas_cumprod=table)
+    levels = ((1 - table.double()) / table.double()).sqrt()[[998, 500, 0]]
+    top = 2 * float(levels[0])
+    x = difusores.sample(denoiser, 0.5 + top * randn(2, 3), [top, *levels.tolist(), 0.0], "euler")
+    assert told == pytest.approx([998, 998, 500, 0], abs=1e-3)
+    torch.testing.assert_close(x, torch.full_like(x, 0.5), rtol=0, atol=2e-3)
+
+
 def test_grids_of_noise_levels() -> None:
     karras = functional.get_sigmas_karras(3, 1.0, 3.0**7)
     assert karras.tolist() == pytest.approx([3.0**7, 2.0**7, 1.0, 0.0])
