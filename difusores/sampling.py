@@ -350,7 +350,8 @@ def langevin(score: Tensor, sample: Tensor, noise: Tensor, snr: float) -> Tensor
 def _norms(images: Tensor, dtype: torch.dtype) -> Tensor:
     """[B] float64 norms, in `dtype` along the last axis: a copy in fp64 would cost far more than the sum."""
     parts = torch.linalg.vector_norm(images.to(dtype), dim=-1).reshape(len(images), -1)
-    return torch.linalg.vector_norm(parts.double(), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(parts.double(), dim=1)
+    return norms
 
 
 def joined(images: Sequence[Tensor]) -> Tensor:
