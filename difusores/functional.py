@@ -61,9 +61,11 @@ def sample(
             noise also take ascending ones, from an image to its noise.
         solver: one of SOLVERS; see `difusores.solvers.kdiffusion`, and `adaptive` for "dpm_adaptive".
         generator: source of the noise: one, one per image, or None for the global one.
-        callback: called after each call of the denoiser with "i" (how often it was called before), "x",
-            "sigma", "sigma_hat" (the same number) and "denoised". x is overwritten later: clone it to keep
-            it.
+        callback: called after the first call of the denoiser in each step with "i" (the step), "x", "sigma"
+            (sigmas[i]), "sigma_hat" (what the denoiser was told, above it where s_churn raised the level) and
+            "denoised", as in k-diffusion; of "dpm_fast" and "dpm_adaptive", whose steps are not those of
+            sigmas, after each call, which "i" counts, with both levels the one that it was told. x is
+            overwritten later: clone it to keep it.
         noise_sampler: noise_sampler(sigma, next sigma) -> standard normal noise like x, in place of the
             generator. "dpmpp_sde" asks it for spans that overlap, as a Brownian path gives them.
         options: of the solver: s_churn, s_tmin, s_tmax and s_noise; eta and s_noise; order, r, solver_type.
@@ -95,7 +97,7 @@ def sample(
     times = [stage.time for stage in steps.stages if stage.calls_model]
     told = torch.tensor(times, dtype=_wide(x), device="cpu").to(x.device)
     calls = zip(times, told.unbind(), strict=True)
-    call = _called(denoiser, callback)
+    call = _called(denoiser, callback, None if solver == "dpm_fast" else levels[:-1], len(times))
 
     def model(given: Tensor, _: Tensor) -> Tensor:
         return call(given, *next(calls))
@@ -259,14 +261,19 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _called(denoiser: Denoiser, callback: Callback | None) -> Callable[[Tensor, float, Tensor], Tensor]:
+def _called(
+    denoiser: Denoiser, callback: Callback | None, levels: Sequence[float] | None = None, total: int = 0
+) -> Callable[[Tensor, float, Tensor], Tensor]:
+    """The denoiser, which tells the callback of every call, or of `total` calls the first at each level."""
     calls = count()
+    each = 2 if levels is not None and total > len(levels) else 1  # a step to 0 at the end takes one
 
     def call(x: Tensor, sigma: float, told: Tensor) -> Tensor:
         denoised = denoiser(x, told.expand(len(x)))
-        if callback is not None:
-            i = next(calls)
-            callback({"i": i, "x": x, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+        step, within = divmod(next(calls), each)
+        if callback is not None and within == 0:
+            level = sigma if levels is None else levels[step]
+            callback({"i": step, "x": x, "sigma": level, "sigma_hat": sigma, "denoised": denoised})
         return denoised
 
     return call

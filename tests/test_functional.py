@@ -539,18 +539,41 @@ def test_each_image_may_have_a_generator() -> None:
         torch.testing.assert_close(together[1:2], alone, rtol=1e-12, atol=1e-12)
 
 
-def test_the_callback_sees_every_call() -> None:
+@pytest.mark.parametrize(
+    "name", ["euler", "heun", "dpm_2", "lms", "dpmpp_2s_ancestral", "dpmpp_sde", "unipc"]
+)
+def test_the_callback_sees_every_step(name: str) -> None:
+    """As in k-diffusion: step, level, the level that the denoiser was told, and what it answered."""
     seen: list[dict[str, Any]] = []
     x, sigmas = TOP * randn(2, 3), [20.0, 5.0, 1.0, 0.0]
-    result = difusores.sample(
-        nonlinear, x, sigmas, "heun", callback=lambda call: seen.append({**call, "x": call["x"].clone()})
-    )
-    assert [call["i"] for call in seen] == [0, 1, 2, 3, 4]
-    assert [call["sigma"] for call in seen] == [20.0, 5.0, 5.0, 1.0, 1.0]
-    assert torch.equal(seen[0]["x"], x) and torch.equal(seen[-1]["denoised"], result)
-    for call in seen:
-        expected = nonlinear(call["x"], torch.full((2,), call["sigma_hat"], dtype=x.dtype))
-        assert torch.equal(call["denoised"], expected)
+    options = {"s_churn": 1.0} if name in ("euler", "heun", "dpm_2") else {}
+    for end in (sigmas, sigmas[:-1]):
+        seen.clear()
+        result = difusores.sample(
+            nonlinear,
+            x,
+            end,
+            name,
+            callback=lambda call: seen.append({**call, "x": call["x"].clone()}),
+            **options,
+        )
+        assert [call["i"] for call in seen] == list(range(len(end) - 1))
+        assert [call["sigma"] for call in seen] == end[:-1]
+        raised = [call["sigma_hat"] / call["sigma"] for call in seen]
+        churn = 1 + min(1 / (len(end) - 1), math.sqrt(2) - 1) if options else 1.0
+        assert raised == pytest.approx([churn] * len(seen))
+        for call in seen:
+            expected = nonlinear(call["x"], torch.full((2,), call["sigma_hat"], dtype=x.dtype))
+            assert torch.equal(call["denoised"], expected)
+        if end[-1] == 0 and name != "lms":  # whose last step still looks back
+            assert torch.equal(seen[-1]["denoised"], result)
+
+
+def test_the_callback_of_chosen_steps_sees_every_call() -> None:
+    seen: list[dict[str, Any]] = []
+    difusores.sample(nonlinear, TOP * randn(2, 3), [20.0, 5.0, 1.0, 0.1], "dpm_fast", callback=seen.append)
+    assert [call["i"] for call in seen] == list(range(len(seen)))
+    assert all(call["sigma"] == call["sigma_hat"] for call in seen)
 
 
 def test_the_noise_sampler_is_asked_for_spans() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 
 import emulated
@@ -39,8 +40,12 @@ def caught(found: bool, change: Change) -> None:
 def attend(
     length: int, keys: int, width: int, change: Change, dtype: torch.dtype = torch.float16
 ) -> tuple[Tensor, Tensor]:
-    """The kernel's result for numbers that differ in every element, and what it should be."""
-    q, k, v = (torch.randn(1, 2, n, width, dtype=dtype) for n in (length, keys, keys))
+    """The kernel's result for numbers that differ in every element, and what it should be.
+
+    The memory behind the last key and value of each head is NaN.
+    """
+    memory = (torch.full((1, 2, n + 1, width), math.nan, dtype=dtype) for n in (length, keys, keys))
+    q, k, v = (t[:, :, :-1].normal_() for t in memory)
     out = emulated.attention(q, k, v, None, 0.3, change=change)
     return out.double(), attention_reference(q.double(), k.double(), v.double(), None, 0.3)
 

@@ -36,7 +36,7 @@ def test_availability_names_every_op_and_backend() -> None:
     table = ops.availability()
     assert set(table) == {
         *("group_norm_silu", "group_norm_affine", "attention", "scheduler_step", "geglu", "layer_norm"),
-        *("winograd_conv", "bias_residual", "linear", "group_norm_silu_backward"),
+        *("winograd_conv", "gemm_conv", "bias_residual", "linear", "group_norm_silu_backward"),
     }
     for backends in table.values():
         assert set(backends) == set(dispatch.BACKENDS)
