@@ -148,18 +148,21 @@ class ModelMixin(nn.Module, ConfigMixin):
         push_to_hub: bool = False,
         **hub: Any,
     ) -> None:
-        """Write config.json and the weights as one safetensors file into a folder, made if it is not there.
+        """Write config.json and the weights into a folder, made if it is not there.
+
+        The weights are one safetensors file or, above `max_shard_size`, several and an index of them; older
+        files of these names are gone afterwards.
 
         Args:
             is_main_process: False writes nothing (launchers of several processes call this in each).
             safe_serialization: False, for pickled files, is refused.
             variant: write "diffusion_pytorch_model.<variant>.safetensors".
-            max_shard_size: bytes, or a text such as "10GB"; the one file has to fit.
+            max_shard_size: of one file: bytes, or a text such as "10GB". A tensor is never divided.
             push_to_hub: upload the folder afterwards, with `hub` as in `save_config`.
 
         Raises:
             NotADirectoryError: `save_directory` is a file.
-            NotImplementedError: the weights are larger than `max_shard_size`.
+            ValueError: pickled files are asked for, or `max_shard_size` is no size.
         """
         if not safe_serialization:
             raise ValueError(
@@ -167,17 +170,11 @@ class ModelMixin(nn.Module, ConfigMixin):
             )
         if hub and not push_to_hub:
             raise TypeError(f"{', '.join(hub)}: only with push_to_hub=True")
-        size = sum(tensor.nbytes for tensor in self.state_dict().values())
-        if size > _bytes(max_shard_size):
-            raise NotImplementedError(
-                f"max_shard_size is {max_shard_size!r}, and {size} bytes of weights are written as one file"
-            )
+        most = _bytes(max_shard_size)
         if not is_main_process:
             return
         self.save_config(save_directory)
-        stem = self.weights_names["safetensors"]
-        name = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
-        write_safetensors(os.path.join(save_directory, name), self.state_dict())
+        write_weights(save_directory, self.weights_names["safetensors"], variant, self.state_dict(), most)
         if push_to_hub:
             upload_folder(save_directory, **hub)
 
@@ -254,6 +251,34 @@ def convert_legacy_attention(
         new_name = ".".join((*path, LEGACY_ATTENTION_NAMES.get(layer, layer), parameter))
         renamed[new_name if new_name in wanted else name] = tensor
     return renamed
+
+
+def write_weights(
+    folder: str | os.PathLike[str],
+    stem: str,
+    variant: str | None,
+    tensors: dict[str, torch.Tensor],
+    most: int,
+) -> None:
+    """Write one safetensors file, or several of at most so many bytes and an index; remove older ones."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    suffix = f".{variant}" if variant else ""
+    pattern = f"{stem}{suffix}{{suffix}}.safetensors"
+    split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=most)
+    for name, part in split.filename_to_tensors.items():
+        write_safetensors(os.path.join(folder, name), {key: tensors[key] for key in part})
+    index = f"{stem}.safetensors.index{suffix}.json"
+    written = set(split.filename_to_tensors)
+    if split.is_sharded:
+        written.add(index)
+        text = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        with replacing(os.path.join(folder, index)) as temporary, open(temporary, "w") as file:
+            json.dump(text, file, indent=2, sort_keys=True)
+    ours = re.compile(re.escape(f"{stem}{suffix}") + r"(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(index))
+    for name in os.listdir(folder):
+        if ours.fullmatch(name) and name not in written:
+            os.remove(os.path.join(folder, name))
 
 
 def write_safetensors(path: str, tensors: dict[str, torch.Tensor]) -> None:

@@ -99,8 +99,9 @@ def test_same_output_from_the_same_folder(name: str, tmp_path: Path) -> None:
     assert list(ours.state_dict()) == list(theirs.state_dict())
     f = 2 ** (len(ours.config.block_out_channels) - 1)
     for batch, height, width in (
-        (1, max(16, 2 * f), max(24, 2 * f)),
-        (3, max(21, 2 * f + 9), 13 if f < 8 else 2 * f + 3),
+        # latents of 4x4 at least: a norm over fewer numbers multiplies rounding errors by hundreds
+        (1, max(16, 4 * f), max(24, 4 * f)),
+        (3, max(21, 4 * f + 9), 13 if f < 4 else 4 * f + 3),
     ):
         x = torch.randn(batch, 3, height, width)
         if kind == "VQModel":

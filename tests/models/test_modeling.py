@@ -104,10 +104,29 @@ def test_one_shard_is_written_where_it_is_large_enough(
     assert_same(UNet2DModel.from_pretrained(tmp_path), model)
 
 
-def test_shards_are_not_written(model: UNet2DModel, tmp_path: Path) -> None:
-    for size in ("1KB", 1000):
-        with pytest.raises(NotImplementedError, match=f"max_shard_size is {size!r}"):
-            model.save_pretrained(tmp_path / "saved", max_shard_size=size)
+@pytest.mark.parametrize("variant", [None, "fp32"])
+def test_shards_are_written_as_diffusers_writes_them(
+    model: UNet2DModel, tmp_path: Path, variant: str | None
+) -> None:
+    """The same names and index; both read them; nothing old stays beside them, and they go again."""
+    size, folder = sum(t.nbytes for t in model.state_dict().values()) // 3, tmp_path / "ours"
+    for most in (size, "10GB", size // 2, size):
+        model.save_pretrained(folder, variant=variant, max_shard_size=most)
+        assert_same(UNet2DModel.from_pretrained(folder, variant=variant), model)
+    shards = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
+    assert len(shards) > 1 and all("-of-" in path.name for path in shards)
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.UNet2DModel.from_pretrained(folder, variant=variant)
+    theirs.save_pretrained(tmp_path / "theirs", variant=variant, max_shard_size=size)
+    ours, other = ({path.name: path for path in f.iterdir()} for f in (folder, tmp_path / "theirs"))
+    assert ours.keys() == other.keys()
+    (index,) = (name for name in ours if ".index" in name)
+    assert json.loads(ours[index].read_text()) == json.loads(other[index].read_text())
+    model.save_pretrained(folder, variant=variant)
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_size_that_is_none(model: UNet2DModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_shard_size is 'large'"):
         model.save_pretrained(tmp_path / "saved", max_shard_size="large")
     assert not (tmp_path / "saved").exists()
