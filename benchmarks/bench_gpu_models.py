@@ -163,6 +163,7 @@ def contestants(net: Network, compiles: bool) -> dict[str, Callable[[], Call]]:
         "diffusers accelerated graph": lambda: net.graphed(net.accelerated(diffusers)),
     }
     if compiles:
+        torch._dynamo.reset()  # once: what one mode compiled, a reset for the next would throw away
         name = "diffusers channels_last torch.compile"
         for mode in COMPILE_MODES:
             found[f"{name} {mode}"] = lambda mode=mode: compiled(net, mode)
@@ -171,7 +172,6 @@ def contestants(net: Network, compiles: bool) -> dict[str, Callable[[], Call]]:
 
 
 def compiled(net: Network, mode: str) -> Call:
-    torch._dynamo.reset()
     model: Any = net.model(diffusers, True)
     if net.workload.kind == "AutoencoderKL":
         model.decode = torch.compile(model.decode, mode=mode, fullgraph=True)

@@ -269,7 +269,7 @@ def main() -> None:
         one = result[name]
         over, floor = result[f"{name}_over_least"], one["floor_ms"]
         print(
-            f"{name:22}{one['launches']:6} launches{one['gigabytes']:9.3f} GB ({over:.2f} x least)"
+            f"{name:22}{one['launches']:6} launches{one['gigabytes']:9.3f} GB ({over:.3f} x least)"
             f"{one['teraflops']:9.4f} TFLOP   floor {floor:.3f} ms"
         )
         for op, (launches, gigabytes) in one["by_op"].items():

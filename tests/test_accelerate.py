@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 import difusores
 from difusores import native
-from difusores.acceleration import layers
+from difusores.acceleration import engine, layers
 from difusores.acceleration.session import Forward
 from difusores.models.lora import LowRank, make_adapters
+from difusores.ops import BackendUnavailable
 
 BOUND = 5e-5  # of a whole network, relative L2, against float64
 HALF = 1.25  # in bfloat16: times the error of the plain model in bfloat16
@@ -484,6 +485,16 @@ def test_invariant(library: str, variant: str) -> None:
     kinds = ("Conv2d", "Linear", "GroupNorm", "GroupNormAct")
     assert [layer.name for layer in report.layers if layer.kind in kinds and not layer.invariant] == []
     assert report.packed_bytes > 0
+
+
+def test_invariant_without_its_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = {"gemm_conv": {"cpu": "it was left out"}}
+    monkeypatch.setattr(engine, "availability", lambda: missing)
+    model = make("difusores", "pixels")
+    with pytest.raises(BackendUnavailable, match="needs the package's own kernels: it was left out"):
+        difusores.accelerate(model, invariant=True)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    difusores.accelerate(model)
 
 
 def test_what_is_refused() -> None:

@@ -17,6 +17,7 @@ from difusores.acceleration.report import Report, size
 from difusores.acceleration.session import DTYPES, SESSION, Forward, Session
 from difusores.acceleration.table import KEEPS_DTYPE, OURS, THEIRS, replacement
 from difusores.acceleration.transformer import AttentionForward
+from difusores.ops.dispatch import BackendUnavailable, availability
 
 BUDGETS = {"balanced": 1.2, "fast": 2.5}  # of the model's size
 MEMORY_FORMATS = ("auto",)
@@ -63,6 +64,7 @@ def accelerate(
         TypeError: no model or pipeline of either package.
         ValueError: an argument has another value, the model is in training mode, on another kind of device or
             on several, or an approximation is not for it.
+        BackendUnavailable: invariant, without the compiled module.
     """
     dtype = _check_arguments(dtype, memory_format, memory)
     allowed = parse(approximate)
@@ -74,6 +76,9 @@ def accelerate(
         for name, model in models.items()
     }
     of_unets = _check_approximations(model_or_pipe, models, devices, allowed)
+    reason = availability()["gemm_conv"]["cpu"] if invariant else None
+    if reason is not None:
+        raise BackendUnavailable(f"invariant=True needs the package's own kernels: {reason}")
     notes: list[str] = []
     for name, model in models.items():
         options = of_unets if is_unet(model) else ()

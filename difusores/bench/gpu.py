@@ -135,7 +135,7 @@ def measure(case: Case, clock: Clock, compile_too: bool, ceilings: Mapping[str, 
                 )  # PyTorch's words on each attention it does not take
                 found, allowed = error(case.view(way()), eager, oracle)
         except (RuntimeError, ImportError, NotImplementedError) as refusal:
-            results[name] = {"not timed": str(refusal).splitlines()[0][:200]}
+            results[name] = {"not timed": (str(refusal) or repr(refusal)).splitlines()[0][:200]}
             continue
         results[name] = {"error": found, "allowed": allowed}
         if wrong(results[name]):

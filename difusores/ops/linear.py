@@ -80,9 +80,8 @@ TILES = (Tile(128, 128, 8, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 4))
 GEGLU_TILES = (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3))  # there are two sums
 ENOUGH = 128  # programs that fill a large GPU
 LEAST = 96  # below, a library that divides the sum among programs is faster
-MOST = (
-    640 * 640
-)  # numbers of a weight, of one half with GEGLU; above, cuBLAS and a pass of its own are faster (H200)
+# Numbers of a weight, of one half with GEGLU; above, cuBLAS and a pass of its own are faster (H200).
+MOST = 640 * 640
 
 
 def tile(rows: int, columns: int, geglu: bool) -> tuple[Tile, int]:
