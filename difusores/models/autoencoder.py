@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difusores.configuration import FrozenDict, register_to_config
+from difusores.models import striped
 from difusores.models.blocks import DownBlock2D, UNetMidBlock2D, UpBlock2D, image_attention
 from difusores.models.layers import BlockOptions, GroupNormAct
 from difusores.models.modeling import ModelMixin
@@ -128,10 +129,11 @@ class Encoder(nn.Module):
         self.conv_norm_out = GroupNormAct(groups, widths[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, by_stripes: bool = False) -> Tensor:
+        """by_stripes: see `striped`."""
         x = self.conv_in(x)
         for block in self.down_blocks:
-            x, _ = block(x)
+            x = striped.down_block(block, x) if by_stripes else block(x)[0]
         out: Tensor = self.conv_out(self.conv_norm_out(self.mid_block(x)))
         return out
 
@@ -162,10 +164,13 @@ class Decoder(nn.Module):
         self.conv_norm_out = GroupNormAct(groups, widths[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, by_stripes: bool = False) -> Tensor:
+        """by_stripes: see `striped`."""
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
-            x = block(x, [])
+            x = striped.up_block(block, x) if by_stripes else block(x, [])
+        if by_stripes and striped.is_large(x):
+            return striped.convolved(self.conv_out, x, self.conv_norm_out)
         out: Tensor = self.conv_out(self.conv_norm_out(x))
         return out
 
@@ -229,7 +234,10 @@ class AutoencoderKL(SingleFileModel):
         self.tile_overlap_factor = TILE_OVERLAP
 
     def enable_tiling(self, use_tiling: bool = True) -> None:
-        """Encode and decode large images tile by tile, blended where tiles overlap: memory stays bounded."""
+        """Encode and decode large images tile by tile, blended where tiles overlap: memory stays bounded.
+
+        On a CPU, without gradients, the largest layers of a tile go stripe by stripe besides (`striped`).
+        """
         self.use_tiling = use_tiling
 
     def disable_tiling(self) -> None:
@@ -289,19 +297,20 @@ class AutoencoderKL(SingleFileModel):
     def _encode(self, x: Tensor) -> Tensor:
         if self.use_tiling and max(x.shape[2:]) > self.tile_sample_min_size:
             return self._by_tiles(x, self._encode_tile, self.tile_sample_min_size, self.tile_latent_min_size)
-        return self._encode_tile(x)
+        return self._encode_tile(x, self.use_tiling)
 
     def _decode(self, z: Tensor) -> Tensor:
         if self.use_tiling and max(z.shape[2:]) > self.tile_latent_min_size:
             return self._by_tiles(z, self._decode_tile, self.tile_latent_min_size, self.tile_sample_min_size)
-        return self._decode_tile(z)
+        return self._decode_tile(z, self.use_tiling)
 
-    def _encode_tile(self, x: Tensor) -> Tensor:
-        moments: Tensor = self.encoder(x)
+    def _encode_tile(self, x: Tensor, by_stripes: bool = True) -> Tensor:
+        moments: Tensor = self.encoder(x, _by_stripes(x, by_stripes))
         return moments if self.quant_conv is None else self.quant_conv(moments)
 
-    def _decode_tile(self, z: Tensor) -> Tensor:
-        sample: Tensor = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+    def _decode_tile(self, z: Tensor, by_stripes: bool = True) -> Tensor:
+        z = z if self.post_quant_conv is None else self.post_quant_conv(z)
+        sample: Tensor = self.decoder(z, _by_stripes(z, by_stripes))
         return sample
 
     def _by_tiles(self, x: Tensor, work: Callable[[Tensor], Tensor], size: int, result_size: int) -> Tensor:
@@ -434,6 +443,11 @@ class VQModel(ModelMixin):
         encoded = self.encode(sample)
         assert isinstance(encoded, VQEncoderOutput)
         return self.decode(encoded.latents, return_dict=return_dict)
+
+
+def _by_stripes(x: Tensor, wanted: bool) -> bool:
+    """Stripes write over images, so that no gradient can be taken; a GPU's memory takes tiles whole."""
+    return wanted and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def _blend(before: Tensor, tile: Tensor, extent: int, dim: int) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import runpy
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from difusores import AutoencoderKL, VQModel
+from difusores.models import striped
 
 fill = runpy.run_path(str(Path(__file__).parents[1] / "fixtures" / "make.py"))["fill"]
 
@@ -162,6 +167,89 @@ def test_tiles_are_those_of_diffusers(kl: AutoencoderKL, height: int, width: int
     assert relative_l2(kl.tiled_decode(z).sample, theirs.tiled_decode(z).sample) < 2e-5
     kl.disable_tiling()
     assert torch.equal(kl.decode(z).sample, whole)
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.data_ptr():
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.sizes:
+                    self.sizes[storage.data_ptr()] = storage.nbytes()
+                    weakref.finalize(storage, self.sizes.pop, storage.data_ptr())
+        self.most = max(self.most, sum(self.sizes.values()))
+        return out
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["f8, Stable Diffusion", "attention", "without quant_conv"])
+def test_stripes_give_the_same_image(
+    name: str, dtype: torch.dtype, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of a tile row by row: the same up to rounding, for batches and odd sizes too."""
+    torch.manual_seed(0)
+    model = AutoencoderKL(**{**BASE, **CONFIGS[name][1]}).eval().to(dtype)
+    exact = copy.deepcopy(model).double()
+    channels = model.config.latent_channels
+    x, z = torch.randn(2, 3, 32, 48, dtype=dtype), torch.randn(2, channels, 5, 7, dtype=dtype)
+    model.encoder.to(memory_format=layout)
+    model.decoder.to(memory_format=layout)
+    with torch.no_grad():
+        for parts in (2, 1):
+            for given, work, wanted in (
+                (x[:parts], model._encode_tile, exact._encode_tile),
+                (z[:parts], model._decode_tile, exact._decode_tile),
+            ):
+                given = given.contiguous(memory_format=layout)
+                want, whole = wanted(given.double(), False), work(given, False)
+                monkeypatch.setattr(striped, "LARGE", 0)
+                monkeypatch.setattr(striped, "STRIPE", 4096)
+                kept = given.clone()
+                mine = work(given)
+                monkeypatch.undo()
+                assert torch.equal(given, kept)
+                error = [float((y - want).norm() / want.norm()) for y in (mine, whole)]
+                assert error[0] <= max(2e-6, 1.2 * error[1])
+
+
+def test_stripes_are_for_no_gradient(kl: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(striped, "LARGE", 0)
+    kl.enable_tiling()
+    z = torch.randn(1, 4, 8, 8, requires_grad=True)
+    kl.decode(z).sample.sum().backward()
+    assert z.grad is not None and z.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_2048_pixels_fit_with_a_tile_of_1024(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stable Diffusion XL's tile at an eighth of its side and of its width: what is held grows with both.
+
+    Held are at most so many times the largest image of the decoder, of 256 channels and 1024x1024 pixels:
+    1.07 GB in float32. `benchmarks/bench_memory.py` measures whole processes.
+    """
+    config = {**FOUR, "block_out_channels": [16, 32, 64, 64], "sample_size": 128, "norm_num_groups": 8}
+    model = AutoencoderKL(**{**BASE, **config}).eval().to(dtype)
+    monkeypatch.setattr(striped, "LARGE", striped.LARGE // 512)
+    monkeypatch.setattr(striped, "STRIPE", striped.STRIPE // 512)
+    largest = 32 * 128 * 128 * dtype.itemsize
+    with torch.no_grad():
+        for work, shape in ((model._decode_tile, (1, 4, 16, 16)), (model._encode_tile, (1, 3, 128, 128))):
+            given = torch.randn(shape, dtype=dtype)
+            held = {}
+            for by_stripes in (True, False):
+                with Held() as count:
+                    work(given, by_stripes)
+                held[by_stripes] = count.most / largest
+            assert held[True] < 2.0 < held[False]
 
 
 @torch.no_grad()
