@@ -447,6 +447,21 @@ def test_short_memory_changes_no_bits() -> None:
     assert 0 <= report.packed_bytes <= session.budget < plenty
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lean_memory_holds_weights_once(dtype: torch.dtype) -> None:
+    """Parameters, whose storages are counted, and nothing beside them after a forward."""
+    model, (sample, *rest) = make("difusores", "latents").to(dtype), inputs("latents")
+    case = (sample.to(dtype), *(value.to(dtype) if value.is_floating_point() else value for value in rest))
+    difusores.accelerate(model)
+    wanted = run(model, *case)
+    difusores.restore(model)
+    report = difusores.accelerate(model, memory="lean")
+    assert distance(run(model, *case), wanted.double()) <= (BOUND if dtype is torch.float32 else 2e-2)
+    held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    weights = sum(parameter.numel() * dtype.itemsize for parameter in model.parameters())
+    assert sum(held.values()) + report.packed_bytes == weights
+
+
 def test_bits_of_layers_marked_invariant() -> None:
     model, case = make("difusores", "pixels"), inputs("pixels", 3, (16, 16))
     report = difusores.accelerate(model)

@@ -19,7 +19,7 @@ from difusores.acceleration.table import KEEPS_DTYPE, OURS, THEIRS, replacement
 from difusores.acceleration.transformer import AttentionForward
 from difusores.ops.dispatch import BackendUnavailable, availability
 
-BUDGETS = {"balanced": 1.2, "fast": 2.5}  # of the model's size
+BUDGETS = {"lean": 0.0, "balanced": 1.2, "fast": 2.5}  # of the model's size
 MEMORY_FORMATS = ("auto",)
 ENDS = ("conv_in", "conv_out")  # of a UNet: never in 8 bits
 GUIDANCE = "_guidance_limits"  # attribute of pipelines: shares of a run outside which there is no guidance
@@ -47,8 +47,9 @@ def accelerate(
             parameters too: everything where the processor has AMX, else matrix products and attention alone.
         memory_format: "auto": channels_last within; results in the layout in which the input came. On a GPU
             the weights of convolutions take that memory format too, until `restore`.
-        memory: on a CPU, prepared weights take at most 1.2 ("balanced") or 2.5 ("fast") times the model's
-            size. On a GPU parameters are laid side by side and nothing is kept twice.
+        memory: on a CPU, prepared weights take nothing ("lean": each call prepares what it needs), at most
+            1.2 ("balanced") or 2.5 ("fast") times the model's size. On a GPU parameters are laid side by
+            side and nothing is kept twice.
         approximate: what may change the image, by name; nothing if left out. On a CPU: "int8",
             "feature_cache" and "token_merging" for UNets, "partial_guidance" for pipelines of this package;
             a mapping gives options too, as {"feature_cache": {"interval": 2}} (docs/approximate.md).
