@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from difusores.acceleration import accelerate as accelerate
     from difusores.acceleration import calibrate as calibrate
     from difusores.acceleration import restore as restore
+    from difusores.configuration import ConfigMixin as ConfigMixin
     from difusores.cuda_graph import disable_cuda_graph as disable_cuda_graph
     from difusores.cuda_graph import enable_cuda_graph as enable_cuda_graph
     from difusores.functional import sample as sample
@@ -33,9 +34,13 @@ if TYPE_CHECKING:
     from difusores.ops import use_backend as use_backend
     from difusores.pipelines import ADMPipeline as ADMPipeline
     from difusores.pipelines import AudioToImagePipeline as AudioToImagePipeline
+    from difusores.pipelines import AutoPipelineForImage2Image as AutoPipelineForImage2Image
+    from difusores.pipelines import AutoPipelineForInpainting as AutoPipelineForInpainting
+    from difusores.pipelines import AutoPipelineForText2Image as AutoPipelineForText2Image
     from difusores.pipelines import DDIMPipeline as DDIMPipeline
     from difusores.pipelines import DDPMPipeline as DDPMPipeline
     from difusores.pipelines import DiffusionPipeline as DiffusionPipeline
+    from difusores.pipelines import ImagePipelineOutput as ImagePipelineOutput
     from difusores.pipelines import LDMPipeline as LDMPipeline
     from difusores.pipelines import LDMSuperResolutionPipeline as LDMSuperResolutionPipeline
     from difusores.pipelines import LDMTextToImagePipeline as LDMTextToImagePipeline
@@ -93,9 +98,13 @@ _PUBLIC = {
     "ADMUNet": "difusores.models",
     "AudioEncoder": "difusores.models",
     "AudioToImagePipeline": "difusores.pipelines",
+    "AutoPipelineForImage2Image": "difusores.pipelines",
+    "AutoPipelineForInpainting": "difusores.pipelines",
+    "AutoPipelineForText2Image": "difusores.pipelines",
     "AutoencoderKL": "difusores.models",
     "CMStochasticIterativeScheduler": "difusores.schedulers",
     "Conditioning": "difusores.models",
+    "ConfigMixin": "difusores.configuration",
     "ConsistencyDecoderVAE": "difusores.models",
     "ControlNetModel": "difusores.models",
     "CosineDPMSolverMultistepScheduler": "difusores.schedulers",
@@ -120,6 +129,7 @@ _PUBLIC = {
     "FlowMatchHeunDiscreteScheduler": "difusores.schedulers",
     "HeunDiscreteScheduler": "difusores.schedulers",
     "IPNDMScheduler": "difusores.schedulers",
+    "ImagePipelineOutput": "difusores.pipelines",
     "KDPM2AncestralDiscreteScheduler": "difusores.schedulers",
     "KDPM2DiscreteScheduler": "difusores.schedulers",
     "KarrasVeScheduler": "difusores.schedulers",
@@ -163,6 +173,7 @@ _PUBLIC = {
 _SUBMODULES = (
     "acceleration",
     "functional",
+    "image_processor",
     "models",
     "ops",
     "pipelines",
@@ -171,6 +182,7 @@ _SUBMODULES = (
     "schedules",
     "solvers",
     "training",
+    "utils",
 )
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

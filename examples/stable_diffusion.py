@@ -72,31 +72,38 @@ Image.fromarray(pixels.numpy()).save(out / "by_hand.png")
 pipeline = StableDiffusionPipeline.from_pretrained(folder)
 print("parts / piezas:", ", ".join(sorted(pipeline.components)))
 pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-generator = torch.Generator().manual_seed(SEED)
-pipeline(PROMPT, num_inference_steps=100, guidance_scale=GUIDANCE, generator=generator).images[0].save(
-    out / "by_pipeline.png"
-)
+
+
+def draw(name: str) -> None:
+    """A picture of the pipeline, as a file. / Una imagen del pipeline, como archivo."""
+    generator = torch.Generator().manual_seed(SEED)
+    output = pipeline(PROMPT, num_inference_steps=100, guidance_scale=GUIDANCE, generator=generator)
+    print(f"{name}: marked / marcada: {output.nsfw_content_detected}")
+    output.images[0].save(out / f"{name}.png")
+
+
+draw("by_pipeline")
 
 # 7. Build another pipeline from the parts, without the safety checker.
 #    Construir otro pipeline con las piezas, sin el filtro de seguridad.
 parts = {**pipeline.components, "safety_checker": None, "feature_extractor": None}
 pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+draw("unchecked")
 
 
 # 8. Put another decoder in: anything with `decode(latents)`. Here it paints in grey.
 #    Poner otro decodificador: cualquier cosa con `decode(latents)`. Aquí pinta en gris.
-class GreyDecoder(AutoencoderKL):
-    """The same autoencoder, whose pictures have no colour. / El mismo autocodificador, sin color."""
+class GreyDecoder:
+    """Pictures without colour of another decoder's. / Imágenes sin color de las de otro decodificador."""
 
-    def decode(self, *args, **kwargs):
-        kwargs["return_dict"] = False
-        grey = super().decode(*args, **kwargs)[0].mean(dim=1, keepdim=True)
+    def __init__(self, decoder):
+        self.decoder, self.config, self.dtype = decoder, decoder.config, decoder.dtype
+
+    def decode(self, latents, **options):
+        grey = self.decoder.decode(latents).sample.mean(dim=1, keepdim=True)
         return (grey.repeat(1, 3, 1, 1),)
 
 
-pipeline.vae = GreyDecoder.from_pretrained(folder, subfolder="vae")
-generator = torch.Generator().manual_seed(SEED)
-pipeline(PROMPT, num_inference_steps=100, guidance_scale=GUIDANCE, generator=generator).images[0].save(
-    out / "other_decoder.png"
-)
-print(f"by_hand.png, by_pipeline.png, other_decoder.png -> {out}")
+pipeline.vae = GreyDecoder(vae)
+draw("other_decoder")
+print(f"by_hand.png, by_pipeline.png, unchecked.png, other_decoder.png -> {out}")

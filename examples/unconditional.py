@@ -32,7 +32,8 @@ print(
 
 # 2. One prediction, at t = 0: the network is shown noise and says what noise it sees.
 #    Una predicción, en t = 0: a la red se le muestra ruido y dice qué ruido ve.
-sample = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(42))
+generator = torch.Generator().manual_seed(42)
+sample = torch.randn(1, channels, size, size, generator=generator)
 with torch.no_grad():
     noise = model(sample=sample, timestep=0).sample
 print(f"predicted / predicho: {tuple(noise.shape)}, std {noise.std():.3f}")
@@ -40,7 +41,6 @@ print(f"predicted / predicho: {tuple(noise.shape)}, std {noise.std():.3f}")
 # 3. The loop of 50 steps, by hand: predict the noise, take a part of it away, go on with what is left.
 #    El bucle de 50 pasos, a mano: predecir el ruido, quitar una parte, seguir con lo que queda.
 scheduler.set_timesteps(50)
-generator = torch.Generator().manual_seed(0)
 for t in scheduler.timesteps:
     with torch.no_grad():
         noise = model(sample, t).sample
@@ -55,8 +55,9 @@ def picture(sample: torch.Tensor) -> Image.Image:
 
 picture(sample).save(out / "by_hand.png")
 
-# 4. The same in one call. / Lo mismo en una llamada.
+# 4. The same in one call, and with the same seed the same picture.
+#    Lo mismo en una llamada y, con la misma semilla, la misma imagen.
 pipeline = DDPMPipeline.from_pretrained(folder)
-image = pipeline(num_inference_steps=50, generator=torch.Generator().manual_seed(0)).images[0]
+image = pipeline(num_inference_steps=50, generator=torch.Generator().manual_seed(42)).images[0]
 image.save(out / "by_pipeline.png")
 print(f"by_hand.png, by_pipeline.png -> {out}")

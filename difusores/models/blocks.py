@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from difusores.models.layers import Attention, BlockOptions, Downsample2D, ResnetBlock2D, Upsample2D
 from difusores.models.transformer import NO_CONTEXT, Context
@@ -17,7 +18,25 @@ Attend = Callable[[int], nn.Module]
 """Makes the attention of a layer: width -> module(image, context) -> image of the same shape."""
 
 
-class DownBlock2D(nn.Module):
+class Block(nn.Module):
+    """Base of the blocks below.
+
+    Attributes:
+        gradient_checkpointing: layers compute anew for the gradient what is within them.
+    """
+
+    gradient_checkpointing = False
+
+    def _layer(self, layer: nn.Module, *inputs: object) -> torch.Tensor:
+        out: torch.Tensor
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            out = checkpoint(layer, *inputs, use_reentrant=False)
+        else:
+            out = layer(*inputs)
+        return out
+
+
+class DownBlock2D(Block):
     """Residual blocks, each followed by attention if `attend` is given, then a halving of height and width.
 
     Args:
@@ -61,9 +80,9 @@ class DownBlock2D(nn.Module):
         """
         states = []
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, temb)
+            x = self._layer(resnet, x, temb)
             if self.attentions is not None:
-                x = self.attentions[i](x, context)
+                x = self._layer(self.attentions[i], x, context)
             if residual is not None and i == len(self.resnets) - 1:
                 x = x + residual
             states.append(x)
@@ -73,7 +92,7 @@ class DownBlock2D(nn.Module):
         return x, states
 
 
-class UpBlock2D(nn.Module):
+class UpBlock2D(Block):
     """The way up: each residual block reads a state of the way down too; at the end height and width double.
 
     Args:
@@ -81,7 +100,12 @@ class UpBlock2D(nn.Module):
         skip_channels: widths of the states of the way down, in the order in which they are read; 0: none.
         attend: makes the attentions.
         upsample: "conv", "resnet" or None.
+
+    Attributes:
+        freeu: (backbone, skip) of `reweighted`; None for neither.
     """
+
+    freeu: tuple[float, float] | None = None
 
     def __init__(
         self,
@@ -118,14 +142,32 @@ class UpBlock2D(nn.Module):
         """Takes its states off the end of the list."""
         for i, resnet in enumerate(self.resnets):
             if self.reads_states[i]:
-                x = torch.cat((x, states.pop()), dim=1)
-            x = resnet(x, temb)
+                state = states.pop()
+                if self.freeu is not None:
+                    x, state = reweighted(x, state, *self.freeu)
+                x = torch.cat((x, state), dim=1)
+            x = self._layer(resnet, x, temb)
             if self.attentions is not None:
-                x = self.attentions[i](x, context)
+                x = self._layer(self.attentions[i], x, context)
         size = states[-1].shape[2:] if states else None  # odd ones do not come back by doubling
         for upsampler in self.upsamplers or ():
             x = upsampler(x, temb, size)
         return x
+
+
+def reweighted(
+    x: torch.Tensor, state: torch.Tensor, backbone: float, skip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FreeU (Si et al. 2024): half of the channels from below times `backbone`, and the four lowest
+    frequencies of the state from the way down times `skip`.
+    """
+    half = x.shape[1] // 2
+    x = torch.cat((x[:, :half] * backbone, x[:, half:]), dim=1)
+    spectrum = torch.fft.fftshift(torch.fft.fftn(state.float(), dim=(-2, -1)), dim=(-2, -1))
+    row, column = state.shape[-2] // 2, state.shape[-1] // 2
+    spectrum[..., max(row - 1, 0) : row + 1, max(column - 1, 0) : column + 1] *= skip
+    filtered = torch.fft.ifftn(torch.fft.ifftshift(spectrum, dim=(-2, -1)), dim=(-2, -1)).real
+    return x, filtered.to(state.dtype)
 
 
 def _attentions(count: int, channels: int, attend: Attend | None) -> nn.ModuleList | None:
@@ -139,7 +181,7 @@ def image_attention(
     return lambda channels: Attention(channels, head_dim or channels, groups, eps, output_scale_factor)
 
 
-class UNetMidBlock2D(nn.Module):
+class UNetMidBlock2D(Block):
     """Residual blocks with attention between them.
 
     Args:
@@ -168,9 +210,9 @@ class UNetMidBlock2D(nn.Module):
     def forward(
         self, x: torch.Tensor, temb: torch.Tensor | None = None, context: Context = NO_CONTEXT
     ) -> torch.Tensor:
-        x = self.resnets[0](x, temb)
+        x = self._layer(self.resnets[0], x, temb)
         for i, resnet in enumerate(self.resnets[1:]):
             if self.attentions:
-                x = self.attentions[i](x, context)
-            x = resnet(x, temb)
+                x = self._layer(self.attentions[i], x, context)
+            x = self._layer(resnet, x, temb)
         return x

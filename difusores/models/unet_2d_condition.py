@@ -168,6 +168,20 @@ class UNet2DConditionModel(ConditionalModel):
             widths[0], out_channels, conv_out_kernel, padding=(conv_out_kernel - 1) // 2
         )
 
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """Weigh what comes from below against what comes from the way down (FreeU, Si et al. 2024, see
+        `reweighted`): by b1 and s1 in the first block of the way up, by b2 and s2 in the second.
+        """
+        blocks: list[Any] = list(self.up_blocks)
+        for block, factors in zip(blocks, ((b1, s1), (b2, s2)), strict=False):
+            block.freeu = factors
+
+    def disable_freeu(self) -> None:
+        """Weigh nothing."""
+        blocks: list[Any] = list(self.up_blocks)
+        for block in blocks:
+            block.freeu = None
+
     def forward(
         self,
         sample: torch.Tensor,

@@ -1,6 +1,11 @@
 """Pipelines: a model, a scheduler and the loop that samples with them."""
 
 from difusores.pipelines.adm import ADMPipeline
+from difusores.pipelines.auto_pipeline import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+)
 from difusores.pipelines.conditional import AudioToImagePipeline, SemanticToImagePipeline
 from difusores.pipelines.images import ImagePipelineOutput
 from difusores.pipelines.latent_diffusion import (
@@ -24,6 +29,9 @@ from difusores.pipelines.unconditional import DDIMPipeline, DDPMPipeline
 __all__ = [
     "ADMPipeline",
     "AudioToImagePipeline",
+    "AutoPipelineForImage2Image",
+    "AutoPipelineForInpainting",
+    "AutoPipelineForText2Image",
     "DDIMPipeline",
     "DDPMPipeline",
     "DiffusionPipeline",

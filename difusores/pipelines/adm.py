@@ -119,7 +119,8 @@ class ADMPipeline(GuidedPipeline):
         side = self.unet.config["image_size"]
         shape = (batch_size, self.unet.config["in_channels"], side, side)
         noise = draw_noise(shape, generator, self.device, self.unet.dtype) * plan.init_noise_sigma
-        with self.progress_bar(total=len(plan)) as bar:
+        steps = num_inference_steps
+        with self.progress_bar(total=len(plan)) as bar, self._running(self.scheduler, steps):
 
             def after_step(index: int, time: torch.Tensor, image: torch.Tensor) -> torch.Tensor | None:
                 bar.update()

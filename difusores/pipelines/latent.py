@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Generic, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from difusores.image_processor import VaeImageProcessor
+from difusores.pipelines.call_state import CallState
 from difusores.pipelines.checks import check_finite
 from difusores.pipelines.guidance import GuidedPipeline, as_tensor, guidance_embedding, guided
 from difusores.pipelines.runs import Run, begin_run
@@ -21,8 +21,6 @@ from difusores.sampling import Generators, Model, draw_noise
 
 StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Tensor] | None]
 After = Callable[[int, Tensor, Tensor], Tensor | None]
-
-T = TypeVar("T")
 
 SCALING_FACTOR = 0.18215
 """Of latents, where a decoder has no configuration that says it: Stable Diffusion's."""
@@ -48,22 +46,6 @@ class _Interrupted(Exception):
     """A callback has set `_interrupt`; carries the latents."""
 
 
-class CallState(Generic[T]):
-    """An attribute of a pipeline that each thread has for itself, as the calls that run in it set it."""
-
-    def __init__(self, default: T) -> None:
-        self.default, self.threads = default, threading.local()
-
-    def __get__(self, pipeline: object, owner: type | None = None) -> T:
-        values: WeakKeyDictionary[object, T] | None = getattr(self.threads, "values", None)
-        return self.default if values is None else values.get(pipeline, self.default)
-
-    def __set__(self, pipeline: object, value: T) -> None:
-        if not hasattr(self.threads, "values"):
-            self.threads.values = WeakKeyDictionary()
-        self.threads.values[pipeline] = value
-
-
 class LatentPipeline(GuidedPipeline):
     """Base of pipelines with a `vae`, a `unet` and a `scheduler`, and guidance without a classifier.
 
@@ -71,13 +53,13 @@ class LatentPipeline(GuidedPipeline):
     Where it has no `config`, latents have Stable Diffusion's scale and its 8 pixels.
 
     With a scheduler of this package a call leaves it as it is. What callbacks see on the pipeline
-    (`guidance_scale`, `num_timesteps`, `interrupt`) is of their own call, so threads may share a pipeline.
+    (`scheduler`, `guidance_scale`, `num_timesteps`, `interrupt`) is of their own call, so threads may share a
+    pipeline.
     """
 
     _guidance_limits = (0.0, 1.0)  # `accelerate(approximate=("partial_guidance",))` sets others
 
     vae: Any
-    scheduler: Any
     _callback_tensor_inputs: tuple[str, ...] = ("latents",)
 
     _guidance_scale = CallState[float](1.0)
@@ -128,6 +110,11 @@ class LatentPipeline(GuidedPipeline):
         config = getattr(self.vae, "config", None)
         widths = None if config is None else config.get("block_out_channels")
         return VAE_SCALE_FACTOR if widths is None else int(2 ** (len(widths) - 1))
+
+    @property
+    def image_processor(self) -> VaeImageProcessor:
+        """Of pictures to and from the decoder."""
+        return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @property
     def _scaling_factor(self) -> float:
@@ -264,10 +251,12 @@ class LatentPipeline(GuidedPipeline):
             callback, callback_inputs: see `StableDiffusionPipeline`.
         """
         self._num_timesteps, self._interrupt = len(run.timesteps), False
-        with self.progress_bar(total=len(run.timesteps)) as bar:
+        with self.progress_bar(total=len(run.timesteps)) as bar, self._running(run.scheduler):
 
             def after_step(index: int, time: Tensor, x: Tensor) -> Tensor | None:
                 bar.update()
+                if run.plan is not None and hasattr(run.scheduler, "_step_index"):
+                    run.scheduler._step_index = run.begin + index + 1
                 changed = None if after is None else after(index, time, x)
                 if callback is None:
                     return changed

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import inspect
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
 from difusores.configuration import ConfigMixin
 from difusores.cuda_graph import disable_cuda_graph, enable_cuda_graph
 from difusores.files import find_file, upload_folder
+from difusores.image_processor import VaeImageProcessor
 from difusores.models.modeling import ModelMixin, drop_unsupported, resolve_dtype
+from difusores.pipelines.call_state import CallState
 from difusores.pipelines.fit import needs
+from difusores.pipelines.memory import MemorySavers
 
 SAFETY_CHECKER = "difusores.pipelines.safety_checker"
 LIBRARIES = {
@@ -39,7 +46,7 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
 Self = TypeVar("Self", bound="DiffusionPipeline")
 
 
-class DiffusionPipeline(ConfigMixin):
+class DiffusionPipeline(MemorySavers, ConfigMixin):
     """A set of components and a `__call__` that samples with them.
 
     Components are attributes, named as the constructor's arguments; assigning another object swaps one.
@@ -50,7 +57,29 @@ class DiffusionPipeline(ConfigMixin):
     _progress_bar_config: dict[str, Any]
     # the scheduler in the folder that the models came from; None where that is not known
     _trained_with: Any = None
-    scheduler: Any
+    _scheduler_of_run = CallState[Any](None)
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler; in a callback the copy that is set to the steps of its own call, in its thread."""
+        running = self._scheduler_of_run
+        return self.__dict__["scheduler"] if running is None else running
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        self.__dict__["scheduler"] = scheduler
+
+    @contextmanager
+    def _running(self, scheduler: Any, steps: int | None = None) -> Iterator[None]:
+        """Show callbacks this scheduler, until the call ends; steps: a copy of it that is set to them."""
+        if steps is not None:
+            scheduler = copy.deepcopy(scheduler)
+            scheduler.set_timesteps(steps)
+        before, self._scheduler_of_run = self._scheduler_of_run, scheduler
+        try:
+            yield
+        finally:
+            self._scheduler_of_run = before
 
     def register_modules(self, **components: Any) -> None:
         """Make the arguments components."""
@@ -79,13 +108,25 @@ class DiffusionPipeline(ConfigMixin):
 
     @property
     def device(self) -> torch.device:
-        """Of the first model."""
+        """Of the first model; with `enable_model_cpu_offload`, where the models compute."""
+        if self._offload is not None:
+            return self._offload.device
         return next((next(model.parameters()).device for model in self._models()), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the first model."""
         return next((next(model.parameters()).dtype for model in self._models()), torch.float32)
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """`device`, under the name that diffusers' own loops have for it."""
+        return self.device
+
+    @staticmethod
+    def numpy_to_pil(images: npt.NDArray[Any]) -> list[Image.Image]:
+        """Arrays [N, H, W, C] or [H, W, C] in [0, 1] as pictures."""
+        return VaeImageProcessor.numpy_to_pil(images)
 
     def to(
         self: Self,
@@ -97,12 +138,17 @@ class DiffusionPipeline(ConfigMixin):
         """Move and cast all models: `to("cuda")`, `to(torch.bfloat16)`, both in this order, or by keyword.
 
         `silence_dtype_warnings` is taken for compatibility; there are no such warnings.
+
+        Raises:
+            ValueError: a device, while `enable_model_cpu_offload` moves the models.
         """
         for target in targets:
             if isinstance(target, torch.dtype):
                 dtype = target
             else:
                 device = target
+        if self._offload is not None and device is not None:
+            raise ValueError("enable_model_cpu_offload moves the models; call remove_all_hooks() first")
         for model in self._models():
             model.to(device=device, dtype=dtype)
         return self
@@ -150,6 +196,43 @@ class DiffusionPipeline(ConfigMixin):
                 warnings.warn(
                     f"the scheduler has {texts[0]}, and the model's own folder says {texts[1]}", stacklevel=4
                 )
+
+    @classmethod
+    def from_pipe(
+        cls: type[Self],
+        pipeline: DiffusionPipeline,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> Self:
+        """A pipeline of this class over the components of another one, which they share.
+
+        Args:
+            torch_dtype, dtype: what the models are cast to, the other pipeline's too. None leaves them as
+                they are, where diffusers casts to float32.
+            options: components in place of the other's, and other arguments of the constructor.
+
+        Raises:
+            TypeError: the constructor has no such argument.
+            ValueError: a component is missing; or both names of the dtype are given, and differ.
+        """
+        dtype = resolve_dtype(torch_dtype, dtype)
+        parameters = dict(list(inspect.signature(cls.__init__).parameters.items())[1:])
+        unknown = sorted(options.keys() - parameters.keys())
+        if unknown:
+            raise TypeError(f"{cls.__name__} takes {', '.join(parameters)}, and no {', '.join(unknown)}")
+        given = {**pipeline.config, **pipeline.components, **options}
+        empty = inspect.Parameter.empty
+        missing = [name for name, p in parameters.items() if name not in given and p.default is empty]
+        if missing:
+            raise ValueError(
+                f"{cls.__name__} needs {', '.join(missing)}, which the {type(pipeline).__name__} has not"
+            )
+        made = cls(**{name: given[name] for name in parameters if name in given})
+        if not any(isinstance(value, nn.Module) for value in options.values()):
+            made._trained_with = getattr(pipeline, "_trained_with", None)
+        return made if dtype is None else made.to(dtype)
 
     @classmethod
     def from_pretrained(

@@ -97,7 +97,8 @@ class PosteriorPipeline(UNetPipeline):
         inputs = {} if labels is None else {"class_labels": labels}
         alphas = [float(self.scheduler.alphas_cumprod[int(stage.time)]) for stage in plan.stages[1:]] + [1.0]
 
-        with self.progress_bar(total=len(plan)) as bar:
+        steps = num_inference_steps
+        with self.progress_bar(total=len(plan)) as bar, self._running(self.scheduler, steps):
 
             def after_step(index: int, time: Tensor, image: Tensor) -> Tensor:
                 bar.update()

@@ -22,6 +22,7 @@ from difusores.pipelines.preprocess import preprocess, preprocess_mask, repeat_t
 from difusores.pipelines.prompts import check_width, repeat_each
 from difusores.pipelines.runs import Run
 from difusores.pipelines.single_file import SingleFilePipeline
+from difusores.pipelines.textual_inversion import TextualInversion
 from difusores.sampling import Generators, Model, draw_noise, masked
 
 Texts = str | list[str] | None
@@ -33,8 +34,16 @@ BESIDE = ("mask", "masked_image_latents")
 """Conditions that are channels of an inpainting UNet's input."""
 
 
-class PromptedPipeline(SingleFilePipeline, Generic[Output]):
+class PromptedPipeline(TextualInversion, SingleFilePipeline, Generic[Output]):
     """Base of pipelines that are told texts. A subclass encodes them and says what a call returns."""
+
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """See `UNet2DConditionModel.enable_freeu`."""
+        self.unet.enable_freeu(s1=s1, s2=s2, b1=b1, b2=b2)
+
+    def disable_freeu(self) -> None:
+        """See `UNet2DConditionModel.disable_freeu`."""
+        self.unet.disable_freeu()
 
     def _placed(self, embeds: Tensor, device: str | torch.device | None, times: int) -> Tensor:
         check_width(embeds, self.unet.config)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from difusores.pipelines.textual_inversion import spelt_out
+
 # a tokenizer keeps the padding that it is told, for all threads
 _TOKENIZING = threading.Lock()
 
@@ -101,6 +103,7 @@ def tokenize(tokenizer: Any, texts: list[str], length: int | None = None) -> tup
             "the negative ones have to be given too"
         )
     length = length or longest
+    texts = [spelt_out(tokenizer, text) for text in texts]
     with _TOKENIZING:
         padded = tokenizer(
             texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"

@@ -15,6 +15,7 @@ from difusores.outputs import BaseOutput
 from difusores.pipelines.checks import check_count
 from difusores.pipelines.images import to_images
 from difusores.pipelines.latent import Conditions, StepCallback
+from difusores.pipelines.legacy_callback import takes_callback
 from difusores.pipelines.prompted import PromptedPipeline, Texts
 from difusores.pipelines.prompts import as_list, check_prompts, encode_texts
 from difusores.sampling import Generators
@@ -207,6 +208,7 @@ class StableDiffusionPipeline(StableDiffusionBase):
     with latent diffusion models"). Components: see `StableDiffusionBase`.
     """
 
+    @takes_callback
     @torch.no_grad()
     def __call__(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor
 from difusores.models.controlnet import ControlNetModel
 from difusores.pipelines.checks import check_numbers
 from difusores.pipelines.latent import Conditions, StepCallback
+from difusores.pipelines.legacy_callback import takes_callback
 from difusores.pipelines.preprocess import preprocess
 from difusores.pipelines.prompted import Texts
 from difusores.pipelines.runs import Run
@@ -67,6 +68,7 @@ class StableDiffusionControlNetPipeline(StableDiffusionBase):
             image_encoder=image_encoder,
         )
 
+    @takes_callback
     @torch.no_grad()
     def __call__(
         self,

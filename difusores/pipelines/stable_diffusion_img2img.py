@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from difusores.pipelines.latent import StepCallback
+from difusores.pipelines.legacy_callback import takes_callback
 from difusores.pipelines.prompted import Texts
 from difusores.pipelines.stable_diffusion import StableDiffusionBase, StableDiffusionPipelineOutput
 from difusores.sampling import Generators
@@ -19,6 +20,7 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionBase):
     `StableDiffusionBase`.
     """
 
+    @takes_callback
     @torch.no_grad()
     def __call__(
         self,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from difusores.pipelines.latent import StepCallback
+from difusores.pipelines.legacy_callback import takes_callback
 from difusores.pipelines.mask_crop import MaskCrop
 from difusores.pipelines.prompted import BESIDE, Texts
 from difusores.pipelines.stable_diffusion import StableDiffusionBase, StableDiffusionPipelineOutput
@@ -32,6 +33,7 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
         if scheduler.config.get("skip_prk_steps") is False:
             scheduler.register_to_config(skip_prk_steps=True)
 
+    @takes_callback
     @torch.no_grad()
     def __call__(
         self,

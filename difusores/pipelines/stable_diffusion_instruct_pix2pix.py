@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difusores.pipelines.call_state import CallState
 from difusores.pipelines.checks import check_finite, check_numbers
-from difusores.pipelines.latent import CallState, Conditions, StepCallback
+from difusores.pipelines.latent import Conditions, StepCallback
+from difusores.pipelines.legacy_callback import takes_callback
 from difusores.pipelines.preprocess import preprocess, repeat_to
 from difusores.pipelines.prompted import Texts
 from difusores.pipelines.stable_diffusion import StableDiffusionBase, StableDiffusionPipelineOutput
@@ -38,6 +40,7 @@ class StableDiffusionInstructPix2PixPipeline(StableDiffusionBase):
     def _update_old_configs(self, unet: Any, scheduler: Any) -> None:
         """Nothing: diffusers leaves the configurations of these folders as they are."""
 
+    @takes_callback
     @torch.no_grad()
     def __call__(
         self,

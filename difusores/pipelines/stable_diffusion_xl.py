@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from difusores.pipelines.latent import StepCallback
+from difusores.pipelines.legacy_callback import takes_callback
 from difusores.pipelines.prompted import Texts
 from difusores.pipelines.stable_diffusion_xl_base import (
     Size,
@@ -22,6 +23,7 @@ from difusores.sampling import Generators
 class StableDiffusionXLPipeline(StableDiffusionXLBase):
     """Text to image with Stable Diffusion XL. Components: see `StableDiffusionXLBase`."""
 
+    @takes_callback
     @torch.no_grad()
     def __call__(
         self,

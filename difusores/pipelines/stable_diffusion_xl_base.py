@@ -12,9 +12,10 @@ from torch import Tensor
 
 from difusores.models.lora import lora_strength
 from difusores.outputs import BaseOutput
+from difusores.pipelines.call_state import CallState
 from difusores.pipelines.checks import check_count, is_pair
 from difusores.pipelines.images import to_images
-from difusores.pipelines.latent import CallState, Conditions
+from difusores.pipelines.latent import Conditions
 from difusores.pipelines.prompted import PromptedPipeline, Texts
 from difusores.pipelines.prompts import as_list, check_prompts, check_texts, encode_texts_inside
 from difusores.sampling import Generators

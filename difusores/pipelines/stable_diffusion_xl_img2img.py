@@ -10,6 +10,7 @@ from torch import Tensor
 
 from difusores.pipelines.checks import check_finite
 from difusores.pipelines.latent import Conditions, StepCallback
+from difusores.pipelines.legacy_callback import takes_callback
 from difusores.pipelines.prompted import Texts
 from difusores.pipelines.stable_diffusion_xl_base import (
     Size,
@@ -130,6 +131,7 @@ class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLImageBase):
     Components: see `StableDiffusionXLImageBase`.
     """
 
+    @takes_callback
     @torch.no_grad()
     def __call__(
         self,

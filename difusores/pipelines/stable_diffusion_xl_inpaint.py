@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from difusores.pipelines.latent import StepCallback
+from difusores.pipelines.legacy_callback import takes_callback
 from difusores.pipelines.mask_crop import MaskCrop
 from difusores.pipelines.prompted import BESIDE, Texts
 from difusores.pipelines.stable_diffusion_xl_base import (
@@ -34,6 +35,7 @@ class StableDiffusionXLInpaintPipeline(StableDiffusionXLImageBase):
     single_file_channels = (4, 9)
     _callback_tensor_inputs = (*StableDiffusionXLBase._callback_tensor_inputs, *BESIDE)
 
+    @takes_callback
     @torch.no_grad()
     def __call__(
         self,

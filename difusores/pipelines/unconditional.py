@@ -68,7 +68,9 @@ class UNetPipeline(GuidedPipeline):
         conditioning = _conditioning(labels)
         conditioning.check(self.unet, shape[1])
 
-        with self.progress_bar(total=len(scheduler.timesteps if plan is None else plan)) as bar:
+        total = len(scheduler.timesteps if plan is None else plan)
+        seen = None if plan is None else num_inference_steps
+        with self.progress_bar(total=total) as bar, self._running(scheduler, seen):
 
             def after_step(index: int, time: torch.Tensor, image: torch.Tensor) -> torch.Tensor | None:
                 bar.update()

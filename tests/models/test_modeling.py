@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import difusores
 from difusores import UNet2DModel
 
 CONFIG = {
@@ -297,3 +298,43 @@ except OSError as error:
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.stdout.split() == [str(UNet2DModel(**CONFIG).num_parameters()), "True"], run.stderr
+
+
+@pytest.mark.parametrize("kind", ["UNet2DModel", "UNet2DConditionModel", "AutoencoderKL"])
+def test_checkpointing_changes_no_gradient(kind: str) -> None:
+    """Layers run twice, and every gradient has the same bits, under dropout too."""
+    prefix = {"UNet2DModel": "Attn", "UNet2DConditionModel": "CrossAttn"}.get(kind, "")
+    middle = ("Encoder", "Decoder") if kind == "AutoencoderKL" else ("", "")
+    options: dict[str, Any] = {
+        "down_block_types": (f"{prefix}Down{middle[0]}Block2D", f"Down{middle[0]}Block2D"),
+        "up_block_types": (f"Up{middle[1]}Block2D", f"{prefix}Up{middle[1]}Block2D"),
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+    }
+    if kind != "AutoencoderKL":
+        options["dropout"] = 0.3
+    if kind == "UNet2DConditionModel":
+        options |= {"cross_attention_dim": 8, "attention_head_dim": 2}
+    model = getattr(difusores, kind)(**options).train()
+    sample = torch.randn(2, model.config.in_channels, 8, 8)
+    given = {"AutoencoderKL": (sample,), "UNet2DModel": (sample, 3)}.get(
+        kind, (sample, 3, torch.randn(2, 5, 8))
+    )
+    calls = []
+    model.register_forward_hook(lambda *_: calls.clear())
+    resnet = next(module for module in model.modules() if type(module).__name__ == "ResnetBlock2D")
+    gradients = []
+    for wanted in (False, True):
+        (model.enable_gradient_checkpointing if wanted else model.disable_gradient_checkpointing)()
+        assert model.is_gradient_checkpointing is wanted
+        hook = resnet.register_forward_pre_hook(lambda *_: calls.append(1))
+        torch.manual_seed(1)
+        model(*given).sample.square().sum().backward()
+        hook.remove()
+        assert len(calls) == wanted  # in the backward pass
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None or b is not None)
+    with pytest.raises(ValueError, match="AudioEncoder has no blocks"):
+        difusores.AudioEncoder(d_model=8, num_layers=1).enable_gradient_checkpointing()

@@ -1,4 +1,4 @@
-"""Images of diffusers' pipelines that are stored: what is compared where diffusers is not installed."""
+"""Stored images of pipelines, diffusers' and ours: what is compared where diffusers is not installed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ pytest.importorskip("transformers")
 
 TESTS = Path(__file__).parents[1]
 pipelines = runpy.run_path(str(TESTS / "fixtures" / "pipelines.py"))
-STORED = load_file(TESTS / "fixtures" / "diffusers" / "images.safetensors")
+STORED = {
+    name: image
+    for place in ("diffusers", "ours")
+    for name, image in load_file(TESTS / "fixtures" / place / "images.safetensors").items()
+}
 
 WITHOUT_DIFFUSERS = """
 import sys
@@ -37,7 +41,7 @@ sys.exit(int(status) or "diffusers" in sys.modules)
 
 
 @pytest.mark.filterwarnings("ignore:the autoencoder has a factor of 2")
-@pytest.mark.parametrize("name", pipelines["CASES"])
+@pytest.mark.parametrize("name", [*pipelines["CASES"], *pipelines["OURS"]])
 def test_stored_images(name: str, tmp_path: Path) -> None:
     found = pipelines["images"](name, difusores, tmp_path)
     assert found.shape == STORED[name].shape and STORED[name].std() > 0.02
@@ -85,7 +89,7 @@ def test_on_a_gpu(name: str, tmp_path: Path) -> None:
 
 
 def test_nothing_needs_diffusers() -> None:
-    """The tests with stored outputs pass in a process that cannot import it."""
+    """The tests with stored outputs pass in a process that cannot import it; for others see conftest.py."""
     files = [str(TESTS / "pipelines" / name) for name in ("test_stored.py", "test_adm.py")]
     chosen = ["-k", "stored_images or test_images_of_guided_diffusion"]
     done = subprocess.run(
