@@ -114,7 +114,8 @@ bench-quick: .venv/bench.stamp
 # all of it; benchmarks/results/ keeps the figures, of which the last line makes the tables and the picture
 bench: .venv/bench.stamp
 	@mkdir -p benchmarks/results
-	@for of in schedulers ops attention unet; do $(BIN)/python benchmarks/bench_$$of.py --json benchmarks/results/$$of.json; done
+	@$(BIN)/python benchmarks/bench_schedulers.py --markdown
+	@for of in ops attention unet; do $(BIN)/python benchmarks/bench_$$of.py --json benchmarks/results/$$of.json; done
 	@$(BIN)/python -m pytest -p no:xdist benchmarks/test_ops_benchmark.py
 	@for of in models loops approximate setup memory; do $(BIN)/python benchmarks/bench_$$of.py; done
 	@$(BIN)/python benchmarks/bench_models.py --table

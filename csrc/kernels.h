@@ -267,6 +267,8 @@ constexpr int64_t kAttentionKeys = 256;    // keys of a task of packing
     void layer_norm(const LayerNormArgs&, float* scratch, int64_t begin, int64_t end);                                \
     /* tasks: images * blocks of kStepBlock elements */                                                               \
     void scheduler_step(const SchedulerStepArgs&, int64_t begin, int64_t end);                                        \
+    /* of at most kStepBlock elements */                                                                              \
+    double sum_of_squares(const float*, int64_t count);                                                               \
     /* tasks: groups * blocks of C; scratch: (4 group_h + 2) (4 group_w + 2) * 64 floats */                           \
     void winograd_conv_input(const WinogradConvArgs&, float* scratch, int64_t, int64_t);                              \
     /* tasks: groups * blocks of O; scratch: 21 * kWinogradPoint + 36 * (64 * tiles of a group + kMaxWidth) floats */ \
@@ -301,6 +303,7 @@ struct Kernels {
     decltype(&base::layer_norm_scratch) layer_norm_scratch;
     decltype(&base::layer_norm) layer_norm;
     decltype(&base::scheduler_step) scheduler_step;
+    decltype(&base::sum_of_squares) sum_of_squares;
     decltype(&base::group_norm_silu_floor) group_norm_silu_floor;
     decltype(&base::winograd_conv_input) winograd_conv_input;
     decltype(&base::winograd_conv_output) winograd_conv_output;

@@ -13,9 +13,11 @@ import json
 import logging
 import os
 import re
+import tempfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from difusores.files import find_file, replacing, upload_folder
@@ -24,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 DIFFUSERS_VERSION = "0.42.0"
 """Written to `_diffusers_version`: the file format, which diffusers compares with its own version."""
+
+_loading = ContextVar("difusores_loading", default=False)
+"""Whether an object is being built from a configuration, and not by a caller's own words."""
 
 Init = TypeVar("Init", bound=Callable[..., None])
 Self = TypeVar("Self", bound="ConfigMixin")
@@ -122,6 +127,16 @@ class ConfigMixin:
         kwargs.pop("kwargs", None)
         self._internal_dict = FrozenDict({**self.__dict__.get("_internal_dict", {}), **kwargs})
 
+    def _without_effect(self, message: str) -> None:
+        """Options that would count for nothing: refused, but where a configuration holds them only told.
+
+        Raises:
+            ValueError: the constructor was called with them.
+        """
+        if not _loading.get():
+            raise ValueError(message)
+        logger.warning("%s: %s", type(self).__name__, message)
+
     @property
     def config(self) -> FrozenDict:
         """All constructor arguments, and the keys kept for compatible classes."""
@@ -177,6 +192,41 @@ class ConfigMixin:
         if push_to_hub:
             upload_folder(save_directory, **kwargs)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> Any:
+        """Upload what `save_pretrained` writes to a Hub repository, made if it is not there.
+
+        Args:
+            commit_message, private, token, create_pr, subfolder: as huggingface_hub knows them.
+            safe_serialization, variant: of `save_pretrained`, where there are weights.
+
+        Returns:
+            What `huggingface_hub.HfApi.upload_folder` returns: the commit.
+        """
+        save: Callable[..., None] = self.save_pretrained
+        weights = {"safe_serialization": safe_serialization, "variant": variant}
+        known = inspect.signature(save).parameters
+        with tempfile.TemporaryDirectory() as folder:
+            save(folder, **{key: value for key, value in weights.items() if key in known})
+            hub = {"private": private, "token": token, "create_pr": create_pr, "subfolder": subfolder}
+            message = commit_message or f"Upload {type(self).__name__}"
+            return upload_folder(folder, repo_id=repo_id, commit_message=message, **hub)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """The old name of `load_config`."""
+        warnings.warn("get_config_dict is deprecated; it is called load_config", FutureWarning, stacklevel=2)
+        return cls.load_config(*args, **kwargs)
+
     @classmethod
     def load_config(
         cls,
@@ -229,7 +279,8 @@ class ConfigMixin:
         class does not know are kept in its configuration, so that switching back loses nothing.
 
         Args:
-            config: a dictionary such as `other.config`. A path still works, with a FutureWarning.
+            config: a dictionary such as `other.config`. A path still works, with a FutureWarning. Options in
+                it that count for nothing, which the constructor refuses, are told by a warning of the log.
             kwargs: override the dictionary.
 
         Returns:
@@ -246,7 +297,11 @@ class ConfigMixin:
 
         init, unused, hidden = cls.extract_init_dict(source, **kwargs)
         init.update({key: unused.pop(key) for key in cls._deprecated_kwargs if key in unused})
-        instance = cls(**init)
+        token = _loading.set(True)
+        try:
+            instance = cls(**init)
+        finally:
+            _loading.reset(token)
         if "_class_name" in hidden:
             hidden["_class_name"] = cls.__name__
         instance.register_to_config(**hidden)

@@ -90,8 +90,8 @@ def _download(repository: str, names: tuple[str, ...], folders: list[str | None]
     raise OSError(f"the Hub repository {repository!r} has no file named {' or '.join(names)}") from missing
 
 
-def upload_folder(folder: str | os.PathLike[str], **kwargs: Any) -> None:
-    """Upload a folder to a Hub repository, made if it is not there.
+def upload_folder(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """Upload a folder to a Hub repository, made if it is not there, and return the commit.
 
     Args:
         kwargs: `repo_id` (the folder's name if absent), `private`, `token`, `subfolder`, and what
@@ -103,4 +103,5 @@ def upload_folder(folder: str | os.PathLike[str], **kwargs: Any) -> None:
     repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(folder)))
     repo = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True)
     subfolder = kwargs.pop("subfolder", None)
-    api.upload_folder(repo_id=repo.repo_id, folder_path=os.fspath(folder), path_in_repo=subfolder, **kwargs)
+    where = {"repo_id": repo.repo_id, "folder_path": os.fspath(folder), "path_in_repo": subfolder}
+    return api.upload_folder(**where, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -18,6 +19,8 @@ import torch
 from PIL import Image
 
 import difusores
+from difusores.training import data
+from difusores.training.fetch import MNIST_FILE
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DROP_IN = Path(__file__).parent / "fixtures" / "drop_in.py"
@@ -174,7 +177,39 @@ def test_lines_of_scripts_for_diffusers(stable_diffusion: Path, tmp_path: Path) 
         assert abs(ours[name] - picture).max() <= 1.5 / 255, name
 
 
-@pytest.mark.parametrize("name", ["unconditional", "stable_diffusion"])
+@pytest.mark.parametrize("kind", ["binomial", "gaussian"])
+def test_deep_unsupervised(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorter chains and a smaller network, on squares for digits: the bound falls while it is trained."""
+    spec = importlib.util.spec_from_file_location("deep_unsupervised", EXAMPLES / "deep_unsupervised.py")
+    assert spec is not None and spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    small = {"CHAIN": {"binomial": 5, "gaussian": 8}, "CHANNELS": (8, 8, 8), "TERMS": 2, "SAMPLES": 12}
+    for name, value in {**small, "BATCH": 4, "WARM_UP": 1, "LEARNING_RATE": 0.01}.items():
+        monkeypatch.setattr(program, name, value)
+    monkeypatch.setattr(data, "MNIST_SPLIT", {"generator": 90, "judge": 0, "test": 10})
+    images = np.zeros((100, 28, 28), dtype=np.uint8)
+    for i, image in enumerate(images):
+        image[i % 9 : i % 9 + 12, i % 7 : i % 7 + 12] = 200
+    (tmp_path / "difusores").mkdir()
+    np.savez(tmp_path / "difusores" / MNIST_FILE, images=images, labels=np.zeros(100, dtype=np.uint8))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    figures = []
+    for steps in (1, 12, 12) if kind == "binomial" else (1, 12):
+        arguments = [kind, "--steps", str(steps), "--held-out", "4", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["deep_unsupervised.py", *arguments])
+        program.main()
+        figures.append(json.loads((tmp_path / f"{kind}.json").read_text()))
+    first, last = figures[:2]
+    bits = [each["bits_per_dimension"] for each in figures]
+    assert np.isfinite(bits).all() and 0 < bits[1] < 0.9 * bits[0], bits
+    assert figures[-1] == last, "the steps and the seed say all"
+    assert (first["training_steps"], last["training_steps"], last["held_out"]) == (1, 12, 4)
+    picture = np.asarray(Image.open(tmp_path / f"{kind}.png"))
+    assert picture.shape == (28, 12 * 28) and picture.dtype == np.uint8 and picture.std() > 1
+
+
+@pytest.mark.parametrize("name", ["unconditional", "stable_diffusion", "deep_unsupervised"])
 def test_the_text_is_in_both_languages(name: str) -> None:
     """Every numbered step has an English and a Spanish sentence."""
     source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")

@@ -1,7 +1,10 @@
 // scheduler_step on a CPU: check the tensors, fill the struct, run the kernel over torch's threads. A small step also
 // has a way around torch's dispatcher, through DLPack's C exchange table.
 #include <algorithm>
+#include <cmath>
+#include <numeric>
 #include <stdexcept>
+#include <vector>
 
 #include "bindings.h"
 #include "dlpack.h"
@@ -9,8 +12,9 @@
 namespace difusores {
 namespace {
 
-// A team of threads costs more than a small step: 64 blocks are about 20 microseconds of one thread.
-bool is_small(const SchedulerStepArgs& a) { return a.batch * ((a.inner + kStepBlock - 1) / kStepBlock) < 64; }
+// A team of threads costs more than a small step: so many blocks are about 20 microseconds of one thread.
+constexpr int64_t kSmall = 64;
+bool is_small(const SchedulerStepArgs& a) { return a.batch * ((a.inner + kStepBlock - 1) / kStepBlock) < kSmall; }
 
 void run_step(const SchedulerStepArgs& a) {
     const int64_t blocks = (a.inner + kStepBlock - 1) / kStepBlock;
@@ -193,9 +197,43 @@ PyObject* rebound(PyObject* places, PyObject* results, PyObject* sample, PyObjec
     return held;
 }
 
+// A call on plain tensors of one shape: what the kernel is given but for the row and the outputs.
+struct Plain {
+    dlpack::Tensor sample;
+    SchedulerStepArgs a{};
+    // Whether the call is as plain as that and nobody watches: a mode, a transform, a tracer, a profiler.
+    bool look_at(PyObject* given, PyObject* model_output, PyObject* noise, PyObject* slots, bool only_f32) {
+        if (!g_exchange || model_output == Py_None || !unwatched()) return false;
+        const bool records = aoti_torch_grad_mode_is_enabled();
+        if (!look(given, records, false, sample) || !kernel_dtype(sample, a.sample.dtype) ||
+            (only_f32 && a.sample.dtype != DType::f32))
+            return false;
+        const Shape shape(sample.shape, sample.strides, sample.ndim);
+        a.batch = shape.sizes[0], a.inner = 1;
+        for (int64_t d = 1; d < shape.dim; ++d) a.inner *= shape.sizes[d];
+        const Py_ssize_t count = PyTuple_GET_SIZE(slots);
+        if (a.batch * a.inner == 0 || !shape.dense_image(a.inner) || count > 5 || shape.dim > kMostDims ||
+            (a.batch > 1 && shape.strides[0] < a.inner))
+            return false;
+        a.sample.ptr = data(sample), a.sample.batch_stride = shape.strides[0];
+        if (model_output == given) a.e[0] = a.sample;
+        else if (!look_operand(model_output, records, false, shape, a.e[0])) return false;
+        if (a.e[0].dtype != a.sample.dtype || !look_operand(noise, records, false, shape, a.noise)) return false;
+        for (Py_ssize_t k = 0; k < count; ++k)
+            if (!look_operand(PyTuple_GET_ITEM(slots, k), records, true, shape, a.slots[k])) return false;
+        return true;
+    }
+    // A new tensor like the sample for an output; nullptr with a Python exception set.
+    PyObject* add(Result& result) {
+        PyObject* const output = new_output(sample, a.inner, result.ptr);
+        if (output) result.dtype = a.sample.dtype, result.repeats = 1;
+        return output;
+    }
+};
+
 // What plain_step and take_stage make: new tensors like sample, one for each of outputs, which number y, d, u, x0, and
-// what the slots hold afterwards (see `rebound` for places). Neither where the call is not as plain as that, an
-// exception of the kernel's included, or where somebody watches: a mode, a transform, a tracer, a profiler.
+// what the slots hold afterwards (see `rebound` for places). Neither where the call is not plain, an exception of the
+// kernel's included.
 struct Made {
     PyObject* results = nullptr;
     PyObject* slots = nullptr;
@@ -203,28 +241,15 @@ struct Made {
 
 Made make(PyObject* given_row, PyObject* given_sample, PyObject* model_output, PyObject* noise, PyObject* given_slots,
           PyObject* given_outputs, PyObject* places, bool only_f32) {
-    if (!g_exchange || model_output == Py_None || !unwatched()) return {};
-    const bool records = aoti_torch_grad_mode_is_enabled();
-    dlpack::Tensor row, sample;
-    SchedulerStepArgs a{};
-    if (!look(given_row, false, true, row) || row.type_code != dlpack::kFloat || row.type_bits != 64 || row.ndim != 1 ||
-        row.shape[0] != 40 || row.strides[0] != 1 || !look(given_sample, records, false, sample) ||
-        !kernel_dtype(sample, a.sample.dtype) || (only_f32 && a.sample.dtype != DType::f32))
+    Plain call;
+    dlpack::Tensor row;
+    if (!call.look_at(given_sample, model_output, noise, given_slots, only_f32) || !look(given_row, false, true, row) ||
+        row.type_code != dlpack::kFloat || row.type_bits != 64 || row.ndim != 1 || row.shape[0] != 40 ||
+        row.strides[0] != 1)
         return {};
-    const Shape shape(sample.shape, sample.strides, sample.ndim);
-    a.batch = shape.sizes[0], a.inner = 1;
-    for (int64_t d = 1; d < shape.dim; ++d) a.inner *= shape.sizes[d];
-    const Py_ssize_t slots = PyTuple_GET_SIZE(given_slots), outputs = PyTuple_GET_SIZE(given_outputs);
-    if (a.batch * a.inner == 0 || !shape.dense_image(a.inner) || slots > 5 || shape.dim > kMostDims ||
-        (a.batch > 1 && shape.strides[0] < a.inner))
-        return {};
+    SchedulerStepArgs& a = call.a;
     a.row = static_cast<const double*>(data(row));
-    a.sample.ptr = data(sample), a.sample.batch_stride = shape.strides[0];
-    if (!look_operand(model_output, records, false, shape, a.e[0]) || a.e[0].dtype != a.sample.dtype ||
-        !look_operand(noise, records, false, shape, a.noise))
-        return {};
-    for (Py_ssize_t k = 0; k < slots; ++k)
-        if (!look_operand(PyTuple_GET_ITEM(given_slots, k), records, true, shape, a.slots[k])) return {};
+    const Py_ssize_t outputs = PyTuple_GET_SIZE(given_outputs);
     PyObject* const made = PyTuple_New(outputs);
     if (!made) return {};
     const auto drop = [&]() -> Made {
@@ -234,11 +259,9 @@ Made make(PyObject* given_row, PyObject* given_sample, PyObject* model_output, P
     Result* const results[4] = {&a.y, &a.d, &a.u, &a.x0};
     for (Py_ssize_t k = 0; k < outputs; ++k) {
         const long place = PyLong_AsLong(PyTuple_GET_ITEM(given_outputs, k));
-        Result* const result = place < 0 || place > 3 ? nullptr : results[place];
-        PyObject* const output = result ? new_output(sample, a.inner, result->ptr) : nullptr;
+        PyObject* const output = place < 0 || place > 3 ? nullptr : call.add(*results[place]);
         if (!output) return drop();
         PyTuple_SET_ITEM(made, k, output);
-        result->dtype = a.sample.dtype, result->repeats = 1;
     }
     try {
         check_row(a);
@@ -339,6 +362,67 @@ PyObject* take_stage(PyObject*, PyObject* const* given, Py_ssize_t count) {
     return results;
 }
 
+// The mean of the images' norms. fp32, images dense.
+double mean_norm(const Operand& t, int64_t batch, int64_t inner) {
+    const int64_t blocks = (inner + kStepBlock - 1) / kStepBlock;
+    std::vector<double> sums(batch * blocks);
+    const auto work = [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t first = task % blocks * kStepBlock;
+            const float* const image = static_cast<const float*>(t.ptr) + task / blocks * t.batch_stride;
+            sums[task] = g_kernels->sum_of_squares(image + first, std::min(inner - first, kStepBlock));
+        }
+    };
+    if (batch * blocks < kSmall) work(0, batch * blocks);
+    else torch::stable::parallel_for(0, batch * blocks, kGrain / kStepBlock, work);
+    double norms = 0;
+    for (int64_t b = 0; b < batch; ++b)
+        norms += std::sqrt(std::accumulate(&sums[b * blocks], &sums[b * blocks] + blocks, 0.0));
+    return norms / static_cast<double>(batch);
+}
+
+// langevin(score, sample, noise, snr) -> the tensor of difusores/sampling.py's function of that name, or None. Bytes:
+// score and noise are read twice, since a norm of all images comes before the step.
+PyObject* langevin(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    if (count != 4) {
+        PyErr_SetString(PyExc_TypeError, "langevin(score, sample, noise, snr)");
+        return nullptr;
+    }
+    const double snr = PyFloat_AsDouble(given[3]);
+    if (snr == -1.0 && PyErr_Occurred()) return otherwise();
+    const pybind11::tuple no_slots;
+    Plain call;
+    SchedulerStepArgs& a = call.a;
+    if (given[2] == Py_None || !call.look_at(given[1], given[0], given[2], no_slots.ptr(), true) ||
+        a.noise.dtype != DType::f32)
+        return otherwise();
+    double row[40] = {1.0};
+    row[6] = -HUGE_VAL, row[7] = HUGE_VAL, row[12 + 1] = 1.0;  // no limits; xh
+    a.row = row;
+    PyObject* const made = call.add(a.y);
+    if (!made) return otherwise();
+    const auto run = [&] {
+        const double norm = mean_norm(a.e[0], a.batch, a.inner), ratio = mean_norm(a.noise, a.batch, a.inner) / norm;
+        const double step = norm == 0.0 ? 0.0 : 2.0 * (snr * ratio) * (snr * ratio);
+        row[12 + 2] = step, row[12 + 3] = std::sqrt(2.0 * step);  // e, z
+        run_step(a);
+    };
+    try {
+        if (is_small(a)) {
+            run();
+        } else {
+            const pybind11::gil_scoped_release release;
+            run();
+        }
+    } catch (const std::exception&) {
+        Py_DECREF(made);
+        return otherwise();
+    }
+    return made;
+}
+
+PyMethodDef g_langevin = {"langevin", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(langevin)),
+                          METH_FASTCALL, nullptr};
 PyMethodDef g_take_stage = {"take_stage", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(take_stage)),
                             METH_FASTCALL, nullptr};
 PyMethodDef g_plain_step = {"plain_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_step)),
@@ -350,6 +434,7 @@ void define_scheduler_step(pybind11::module_& m) {
     find_exchange();
     m.def("watch", &watch);
     m.def("poison_outputs", [](bool on) { recycler().poison(on); });
+    m.add_object("langevin", pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&g_langevin, nullptr)));
     m.add_object("take_stage", pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&g_take_stage, nullptr)));
     m.add_object("plain_step", pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&g_plain_step, nullptr)));
 }

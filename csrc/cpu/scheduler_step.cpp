@@ -283,5 +283,25 @@ void scheduler_step(const SchedulerStepArgs& args, int64_t begin, int64_t end) {
     }
 }
 
+// In four chains of fp32 lanes, so that no sum is of more than a few dozen squares; between blocks in fp64.
+double sum_of_squares(const float* x, int64_t count) {
+    f32v sums[4] = {};
+    int64_t k = 0;
+    for (; k + 4 * kWidth <= count; k += 4 * kWidth)
+        for (int j = 0; j < 4; ++j) {
+            const f32v v = load<DType::f32>(x, k + j * kWidth);
+            sums[j] += v * v;
+        }
+    for (; k < count; k += kWidth) {
+        const bool whole = k + kWidth <= count;
+        const f32v v = whole ? load<DType::f32>(x, k) : load_tail<DType::f32>(x, k, static_cast<int>(count - k));
+        sums[0] += v * v;
+    }
+    double total = 0;
+    for (const f32v& sum : sums)
+        for (int lane = 0; lane < kWidth; ++lane) total += static_cast<double>(sum[lane]);
+    return total;
+}
+
 }  // namespace DIFUSORES_ISA_NAME
 }  // namespace difusores

@@ -127,6 +127,16 @@ class CachedStage(NamedTuple):
     targets: tuple[int, ...]
 
 
+class _Times(NamedTuple):
+    """`timesteps` as numbers, and where it lies in memory: an element of it is known by its address."""
+
+    timesteps: Tensor
+    version: int
+    start: int
+    width: int
+    values: list[float]
+
+
 class _Grid(NamedTuple):
     """`timesteps` as numbers, and where it lies in memory: an element of it is known by its address.
 
@@ -221,7 +231,7 @@ class TableScheduler(SchedulerMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy's timesteps lie elsewhere in memory
-        return {**self.__dict__, **self._empty()}
+        return {**self.__dict__, **self._empty(), "_host": None}
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
@@ -240,20 +250,28 @@ class TableScheduler(SchedulerMixin):
 
     def _times(self) -> list[float]:
         """`timesteps` as numbers, read from the device only where a caller put another tensor there."""
+        return self._host_times().values
+
+    def _host_times(self) -> _Times:
+        t, known = self.timesteps, self.__dict__.get("_host")
+        if known is None or known.timesteps is not t or known.version != t._version:
+            return self._keep_times(t.tolist())
+        return known  # type: ignore[no-any-return]
+
+    def _keep_times(self, values: list[Any]) -> _Times:
+        """These are the numbers of `timesteps`."""
         t = self.timesteps
-        tensor, version, values = self.__dict__.get("_host", (None, 0, []))
-        if tensor is not t or version != t._version:
-            values = t.tolist()
-            self.__dict__["_host"] = (t, t._version, values)
-        return values  # type: ignore[no-any-return]
+        width = max(t.stride(0), 1) * t.element_size()
+        known = self.__dict__["_host"] = _Times(t, t._version, t.data_ptr(), width, values)
+        return known
 
     def _value(self, timestep: float | Tensor) -> float:
         """A timestep as a number; an element of `timesteps` is known by its address and not read."""
         if isinstance(timestep, Tensor):
-            t = self.timesteps
-            place, odd = divmod(timestep.data_ptr() - t.data_ptr(), max(t.stride(0), 1) * t.element_size())
-            if odd == 0 and 0 <= place < len(t) and timestep.device == t.device and timestep.ndim == 0:
-                return self._times()[place]
+            known = self._host_times()
+            place, odd = divmod(timestep.data_ptr() - known.start, known.width)
+            if odd == 0 and 0 <= place < len(known.values) and timestep.ndim == 0:
+                return known.values[place]
         return float(timestep)
 
 
@@ -348,8 +366,8 @@ class DiscreteScheduler(TableScheduler):
         self._known = grid = _Grid(t, t._version, t.data_ptr(), width, values, table, table._version)
         return grid
 
-    def _cache(self, key: Any, stage: Stage) -> CachedStage:
-        cached = cached_stage(stage, self.returned)
+    def _cache(self, key: Any, stage: Stage, returned: tuple[str, ...] | None = None) -> CachedStage:
+        cached = cached_stage(stage, returned or self.returned)
         if len(self._rows) >= MOST_ROWS:  # eta may be another number at each call
             self._rows = {}
         self._rows[key] = cached

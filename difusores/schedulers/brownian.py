@@ -17,6 +17,7 @@ from difusores.plan import Noise, Plan, Stage
 from difusores.sampling import Generators, noise_dtype
 from difusores.schedulers.base import PredictedSchedulerOutput, SchedulerOutput
 from difusores.schedulers.edm import EDMMultistepScheduler
+from difusores.schedulers.indexed import IndexedScheduler
 from difusores.schedulers.twostage import MidpointScheduler
 from difusores.schedules import SigmaGrid
 
@@ -29,35 +30,35 @@ def _with_spans(stages: Iterable[Stage], spans: Iterable[tuple[float, float]], d
         yield replace(stage, noise=None if span is None else Noise(dtype=dtype, span=span))
 
 
-def _next_noise(
-    scheduler: Any,
-    timestep: float | Tensor,
-    sample: Tensor,
-    model_output: Tensor,
-    generator: Generators = None,
-    **options: Any,
-) -> Tensor | None:
-    """The noise of the stage that `step` carries out next; the first one begins the path."""
-    run = scheduler._run
-    index = scheduler._start(timestep) if run.index is None else run.index
-    stages = scheduler._stages_of(run, options)[index - run.begin :]
-    if not stages or stages[0].noise is None:
-        return None
-    if scheduler.noise_sampler is None:
-        dtype = noise_dtype(stages[0].noise, sample, model_output)
-        path = scheduler._path(scheduler.sigmas.tolist())
-        scheduler.__dict__["noise_sampler"] = path.begin(torch.empty_like(sample, dtype=dtype), generator)
-    noise: Tensor = scheduler.noise_sampler(*stages[0].noise.span)
-    return noise
-
-
-class CosineDPMSolverMultistepScheduler(EDMMultistepScheduler):
-    """Drop-in for the class of the same name in diffusers 0.42: "sde-dpmsolver++" with Brownian noise.
-
-    The noise needs torchsde. Options as `EDMDPMSolverMultistepScheduler`; solver_order goes up to 2.
+class _BrownianScheduler(IndexedScheduler):
+    """Mixed into a scheduler: the noise of its stages is a path, which the first one that draws begins.
 
     Attributes:
         noise_sampler: the Brownian path of the run, from its first step on.
+    """
+
+    noise_sampler: Any
+
+    def _restart(self) -> None:
+        super()._restart()
+        self.__dict__["noise_sampler"] = None
+
+    def _path(self, sigmas: Sequence[float]) -> BrownianPath:
+        """The path of a run at these noise levels."""
+        raise NotImplementedError
+
+    def _drawn(self, draw: Noise, sample: Tensor, model_output: Tensor, generator: Generators) -> Tensor:
+        if self.noise_sampler is None:
+            like = torch.empty_like(sample, dtype=noise_dtype(draw, sample, model_output))
+            self.__dict__["noise_sampler"] = self._path(self.sigmas.tolist()).begin(like, generator)
+        noise: Tensor = self.noise_sampler(*(draw.span or ()))
+        return noise
+
+
+class CosineDPMSolverMultistepScheduler(_BrownianScheduler, EDMMultistepScheduler):
+    """Drop-in for the class of the same name in diffusers 0.42: "sde-dpmsolver++" with Brownian noise.
+
+    The noise needs torchsde. Options as `EDMDPMSolverMultistepScheduler`; solver_order goes up to 2.
     """
 
     orders: ClassVar[Mapping[str, tuple[int, ...]]] = {"sde-dpmsolver++": (1, 2)}
@@ -79,10 +80,6 @@ class CosineDPMSolverMultistepScheduler(EDMMultistepScheduler):
         final_sigmas_type: str = "zero",
     ) -> None:
         self._initialize()
-
-    def _restart(self) -> None:
-        super()._restart()
-        self.__dict__["noise_sampler"] = None
 
     def _path(self, sigmas: Sequence[float]) -> BrownianPath:
         return BrownianPath(self.config["sigma_min"], self.config["sigma_max"])
@@ -113,8 +110,7 @@ class CosineDPMSolverMultistepScheduler(EDMMultistepScheduler):
 
         The generator, or each of a list, is not drawn from: its initial seed is that of the Brownian path.
         """
-        noise = _next_noise(self, timestep, sample, model_output, generator)
-        return self._advance(model_output, timestep, sample, return_dict, noise=noise)
+        return self._advance(model_output, timestep, sample, return_dict, generator)
 
 
 @dataclass
@@ -122,7 +118,7 @@ class DPMSolverSDESchedulerOutput(PredictedSchedulerOutput):
     """What `DPMSolverSDEScheduler.step` returns; see `PredictedSchedulerOutput`."""
 
 
-class DPMSolverSDEScheduler(MidpointScheduler):
+class DPMSolverSDEScheduler(_BrownianScheduler, MidpointScheduler):
     """Drop-in for the class of the same name in diffusers 0.42: two model calls a step, and Brownian noise.
 
     The noise needs torchsde.
@@ -135,9 +131,6 @@ class DPMSolverSDEScheduler(MidpointScheduler):
         noise_sampler_seed: of the Brownian path, one or one per image. None: one that is drawn from torch's
             global generator; a plan that is run with a generator takes the seed of that.
         timestep_spacing, steps_offset: see `difusores.schedules.timesteps`.
-
-    Attributes:
-        noise_sampler: the Brownian path of the run, from its first step on.
     """
 
     ancestral = False
@@ -161,10 +154,6 @@ class DPMSolverSDEScheduler(MidpointScheduler):
     ) -> None:
         self._initialize()
         self.noise_sampler_seed = noise_sampler_seed
-
-    def _restart(self) -> None:
-        super()._restart()
-        self.__dict__["noise_sampler"] = None
 
     def _grid(self, num_inference_steps: int, total: int | None) -> SigmaGrid:
         times, sigmas = self._levels(self._spaced_over(num_inference_steps, total))
@@ -208,6 +197,5 @@ class DPMSolverSDEScheduler(MidpointScheduler):
             model_output, timestep, sample, return_dict: as `EulerDiscreteScheduler.step`.
             s_noise: factor of the noise.
         """
-        noise = _next_noise(self, timestep, sample, model_output, s_noise=s_noise)
-        result = self._take(model_output, timestep, sample, None, noise, {"s_noise": s_noise})
+        result = self._take(model_output, timestep, sample, options={"s_noise": s_noise})
         return DPMSolverSDESchedulerOutput(*result) if return_dict else result

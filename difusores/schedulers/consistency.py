@@ -133,7 +133,7 @@ class _DistilledScheduler(IndexedScheduler):
         if timesteps is not None:
             values = values[len(values) - min(int(len(values) * strength), len(values)) :]
         self.timesteps = torch.tensor(values, dtype=torch.int64, device="cpu" if device is None else device)
-        self.__dict__["_host"] = (self.timesteps, self.timesteps._version, values)
+        self._keep_times(values)
         self._restart()
 
     def _plan_at(self, values: list[int], begin: int, **options: Any) -> Plan:

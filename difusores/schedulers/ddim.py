@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -226,11 +227,13 @@ class DDIMInverseScheduler(DiscreteScheduler):
     Args:
         set_alpha_to_one: before the first step alphas_cumprod is 1 instead of its value at training step 0.
         timestep_spacing: "leading" or "trailing".
+        kwargs: `set_alpha_to_zero`, the old name of set_alpha_to_one, which it takes the place of.
 
     The other options are those of `DDIMScheduler`.
     """
 
     _compatibles: ClassVar[list[str]] = []
+    _deprecated_kwargs: ClassVar[list[str]] = ["set_alpha_to_zero"]
 
     @register_to_config
     def __init__(
@@ -247,7 +250,15 @@ class DDIMInverseScheduler(DiscreteScheduler):
         clip_sample_range: float = 1.0,
         timestep_spacing: str = "leading",
         rescale_betas_zero_snr: bool = False,
+        **kwargs: Any,
     ) -> None:
+        old = kwargs.pop("set_alpha_to_zero", None)
+        if kwargs:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(kwargs)}")
+        if old is not None:
+            message = "set_alpha_to_zero is deprecated; the option is called set_alpha_to_one"
+            warnings.warn(message, FutureWarning, stacklevel=3)
+            set_alpha_to_one = old
         self._initialize()
         one = torch.tensor(1.0, dtype=torch.float32, device="cpu")
         self.initial_alpha_cumprod = one if set_alpha_to_one else self.alphas_cumprod[0]

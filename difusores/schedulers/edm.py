@@ -278,11 +278,10 @@ class EDMMultistepScheduler(EDMScheduler):
         sample: Tensor,
         return_dict: bool,
         generator: Generators = None,
-        noise: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps is None: call set_timesteps before step")
-        result = self._take(model_output, timestep, sample, generator, noise)
+        result = self._take(model_output, timestep, sample, generator)
         return SchedulerOutput(*result) if return_dict else result
 
 

@@ -150,6 +150,10 @@ class IndexedScheduler(TableScheduler):
         run.stages = stages
         return stages
 
+    def _drawn(self, draw: Noise, sample: Tensor, model_output: Tensor, generator: Generators) -> Tensor:
+        """The noise of the next stage."""
+        return drawn(draw, sample, model_output, generator)
+
     def _take(
         self,
         model_output: Tensor,
@@ -168,7 +172,7 @@ class IndexedScheduler(TableScheduler):
         if module is not None:
             taken = module.take_stage(run, options, model_output, sample, noise, upcast, returned)
             if type(taken) is Noise:
-                noise = drawn(taken, sample, model_output, generator)
+                noise = self._drawn(taken, sample, model_output, generator)
                 taken = module.take_stage(run, options, model_output, sample, noise, upcast, returned)
             if taken is not None:
                 return taken  # type: ignore[no-any-return]
@@ -185,6 +189,8 @@ class IndexedScheduler(TableScheduler):
         cached = stages[index - run.begin]
         if cached.noise is None:
             noise = None
+        elif noise is None:
+            noise = self._drawn(cached.noise, sample, model_output, generator)
         results, run.slots = advance(cached, model_output, sample, generator, noise, run.slots, upcast)
         run.index = index + 1
         return results[: len(returned)]

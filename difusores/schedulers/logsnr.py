@@ -46,6 +46,10 @@ class LogSnrScheduler(IndexedScheduler):
     def _initialize(self) -> None:
         known = {name: self._common[name] for name in self._common if name in self.config}
         adopt_names(self, known | dict(self._choices), self._foreign)
+        if self.config.get("use_dynamic_shifting") and not self.config["use_flow_sigmas"]:
+            self._without_effect(
+                "use_dynamic_shifting=True needs use_flow_sigmas=True: no other levels are shifted"
+            )
         super()._initialize()
         if self.config.get("rescale_betas_zero_snr"):
             # lambda would be infinite. The smallest number of float16 is as good as 0.
@@ -109,10 +113,6 @@ class LogSnrScheduler(IndexedScheduler):
             ValueError: not one of the two, or one that the configuration leaves no room for.
         """
         config, kind = self.config, self._kind()
-        if config.get("use_dynamic_shifting") and not config["use_flow_sigmas"]:
-            raise ValueError(
-                "use_dynamic_shifting=True needs use_flow_sigmas=True: no other levels are shifted"
-            )
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("exactly one of num_inference_steps and timesteps has to be given")
         if timesteps is not None:
@@ -156,7 +156,7 @@ class LogSnrScheduler(IndexedScheduler):
         device = "cpu" if device is None else device
         times = list(grid.timesteps)
         self.timesteps = torch.tensor(times, dtype=torch.int64, device=device)
-        self.__dict__["_host"] = (self.timesteps, self.timesteps._version, times)
+        self._keep_times(times)
         self.sigmas = torch.tensor(grid.sigmas, dtype=torch.float32, device="cpu")
         self.num_inference_steps = len(times)
         self._restart()

@@ -137,6 +137,38 @@ class PNDMScheduler(DiscreteScheduler):
         run.index = calls + 1
         return SchedulerOutput(*results[:1]) if return_dict else results[:1]
 
+    def step_prk(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """`step` while its calls are Runge-Kutta stages.
+
+        Raises:
+            ValueError: they are over, or skipped.
+        """
+        if self.counter >= len(self._calls[0]):
+            raise ValueError(
+                f"call {self.counter + 1} of this run is no Runge-Kutta stage: use step_plms or step"
+            )
+        return self.step(model_output, timestep, sample, return_dict)
+
+    def step_plms(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """`step` once the Runge-Kutta stages are over.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if self.counter < len(self._calls[0]):
+            raise ValueError(
+                f"call {self.counter + 1} of this run is a Runge-Kutta stage: use step_prk or step"
+            )
+        return self.step(model_output, timestep, sample, return_dict)
+
+    def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The model's input: the sample itself."""
+        return sample
+
 
 class IPNDMScheduler(IndexedScheduler):
     """Drop-in for the class of the same name in diffusers 0.42.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from difusores import schedules, solvers
 from difusores.configuration import register_to_config
-from difusores.sampling import Generators, masked
+from difusores.sampling import Generators, draw_noise, masked
 from difusores.schedulers.base import DiscreteScheduler, SchedulerOutput, advance
 
 
@@ -125,17 +125,24 @@ class RePaintScheduler(DiscreteScheduler):
         Args:
             sample: [B, C, ...], at `timestep`. Not changed.
             timestep: where the sample is.
-            generator: source of the noise, drawn T // num_inference_steps times.
+            generator: source of the noise, drawn T // num_inference_steps times; seven are held at a time.
 
         Raises:
             ValueError: `set_timesteps` was not called.
         """
         first = self._number(timestep)
-        for t in range(first, first + self._stride()):
-            cached = self._rows.get(("undo", t))
+        last, most = first + self._stride(), len(solvers.RAISED_BY)
+        for t in range(first, last, most):
+            count = min(most, last - t)
+            cached = self._rows.get(("undo", t, count))
             if cached is None:
-                cached = self._cache(("undo", t), solvers.raised(t, float(self.betas[t])))
-            (sample, *_), _ = advance(cached, sample, sample, generator)
+                betas = [float(self.betas[place]) for place in range(t, t + count)]
+                cached = self._cache(("undo", t, count), solvers.raised(t, betas), ("y",))
+            z, *more = (
+                draw_noise(sample.shape, generator, sample.device, sample.dtype) for _ in range(count)
+            )
+            e = more[0] if more else sample
+            ((sample,), _) = advance(cached, e, sample, None, z, tuple(more[1:]))
         return sample
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> NoReturn:

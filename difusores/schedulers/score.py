@@ -6,7 +6,6 @@ Predictor and corrector have names and arguments of their own, in which the call
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NoReturn
 
@@ -62,18 +61,19 @@ class _ScoreScheduler(TableScheduler):
 
     _compatibles: ClassVar[list[str]] = []
 
-    def _kept(self, key: Any, make: Callable[[], Stage], returned: tuple[str, ...]) -> CachedStage:
-        cached: CachedStage | None = self._rows.get(key)
-        if cached is None:
-            if len(self._rows) >= MOST_ROWS:
-                self._rows.clear()
-            cached = self._rows[key] = cached_stage(make(), returned)
+    def _keep(self, key: Any, stage: Stage, returned: tuple[str, ...]) -> CachedStage:
+        if len(self._rows) >= MOST_ROWS:
+            self._rows.clear()
+        cached = self._rows[key] = cached_stage(stage, returned)
         return cached
+
+    def _stage_at(self, time: float) -> CachedStage:
+        """The predictor's stage at a time."""
+        raise NotImplementedError
 
     def _predict(
         self,
         timestep: float | Tensor,
-        stage_at: Callable[[float], CachedStage],
         model_output: Tensor,
         sample: Tensor,
         generator: Generators,
@@ -83,10 +83,11 @@ class _ScoreScheduler(TableScheduler):
             raise ValueError("timesteps is None: call set_timesteps before step_pred")
         noise = draw_noise(sample.shape, generator, sample.device, sample.dtype)
         if isinstance(timestep, Tensor) and timestep.numel() > 1:
-            stages = [stage_at(t) for t in timestep.tolist()]
+            stages = [self._stage_at(t) for t in timestep.tolist()]
             return advance_each(stages, model_output, sample, noise)
-        sample = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        return advance(stage_at(self._value(timestep)), model_output, sample, None, noise)[0]
+        if sample.dtype is not torch.float32:
+            sample = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        return advance(self._stage_at(self._value(timestep)), model_output, sample, None, noise)[0]
 
 
 class ScoreSdeVeScheduler(_ScoreScheduler):
@@ -196,6 +197,18 @@ class ScoreSdeVeScheduler(_ScoreScheduler):
         first = told[begin] if begin else config["sigma_max"]
         return Plan("ScoreSdeVe", tuple(stages), "score", (), continuous=True, init_noise_sigma=first)
 
+    def _stage_at(self, time: float) -> CachedStage:
+        levels, steps = self.discrete_sigmas, len(self._times())
+        key = (time, steps, levels._version)
+        cached: CachedStage | None = self._rows.get(key)
+        if cached is not None:
+            return cached
+        place = schedules.place_of(time, steps)
+        if not 0 <= place < len(levels):
+            raise IndexError(f"time {time} is outside the {len(levels)} levels of set_sigmas")
+        below = float(levels[place - 1]) if place > 0 else 0.0
+        return self._keep(key, solvers.ve_predictor(float(levels[place]), below), ("y", "d"))
+
     def step_pred(
         self,
         model_output: Tensor,
@@ -214,20 +227,7 @@ class ScoreSdeVeScheduler(_ScoreScheduler):
             generator: source of the noise, drawn at every step; a list draws one image each.
             return_dict: False returns the tuple (prev_sample, prev_sample_mean).
         """
-        levels = self.discrete_sigmas
-
-        def stage_at(t: float) -> CachedStage:
-            place = schedules.place_of(t, len(self.timesteps))
-            if not 0 <= place < len(levels):
-                raise IndexError(f"time {t} is outside the {len(levels)} levels of set_sigmas")
-
-            def make() -> Stage:
-                below = float(levels[place - 1]) if place > 0 else 0.0
-                return solvers.ve_predictor(float(levels[place]), below)
-
-            return self._kept((place, levels._version), make, ("y", "d"))
-
-        result = self._predict(timestep, stage_at, model_output, sample, generator)
+        result = self._predict(timestep, model_output, sample, generator)
         return SdeVeOutput(*result) if return_dict else result
 
     def step_correct(
@@ -301,6 +301,14 @@ class ScoreSdeVpScheduler(_ScoreScheduler):
         stages = solvers.ended(solvers.vp_predictor(t, *options) for t in times[begin:])
         return Plan("ScoreSdeVp", tuple(stages), "epsilon", (), continuous=True)
 
+    def _stage_at(self, time: float) -> CachedStage:
+        steps = len(self._times())
+        cached: CachedStage | None = self._rows.get((time, steps))
+        if cached is not None:
+            return cached
+        stage = solvers.vp_predictor(time, steps, self.config["beta_min"], self.config["beta_max"])
+        return self._keep((time, steps), stage, ("y", "d"))
+
     def step_pred(
         self, score: Tensor, x: Tensor, t: float | Tensor, generator: Generators = None
     ) -> tuple[Tensor, ...]:
@@ -315,13 +323,7 @@ class ScoreSdeVpScheduler(_ScoreScheduler):
         Raises:
             ValueError: `set_timesteps` was not called, or t is 0.
         """
-        config = self.config
-
-        def stage_at(time: float) -> CachedStage:
-            options = len(self.timesteps), config["beta_min"], config["beta_max"]
-            return self._kept((time, *options), lambda: solvers.vp_predictor(time, *options), ("y", "d"))
-
-        return self._predict(t, stage_at, score, x, generator)
+        return self._predict(t, score, x, generator)
 
 
 class KarrasVeScheduler(_ScoreScheduler):
@@ -413,16 +415,18 @@ class KarrasVeScheduler(_ScoreScheduler):
         """
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps is None: call set_timesteps before add_noise_to_input")
-        level, s_noise = float(sigma), self.config["s_noise"]
+        level = float(sigma)
         sigma_hat = sigma + self._gamma(level, self.num_inference_steps) * sigma
         hat = float(sigma_hat)
+        cached = self._rows.get(("churn", level, hat))
+        if cached is None:
+            stage = solvers.karras_ve_churn(level, hat, self.config["s_noise"])
+            cached = self._keep(("churn", level, hat), stage, ("y",))
         noise = noise_of_the_host(sample, generator)
-        cached = self._kept(
-            ("churn", level, hat, s_noise), lambda: solvers.karras_ve_churn(level, hat, s_noise), ("y",)
-        )
-        wide = torch.promote_types(sample.dtype, noise.dtype)
-        sample = sample.to(wide)
-        (raised,), _ = advance(cached, sample, sample, None, noise.to(wide))
+        if sample.dtype is not noise.dtype:
+            wide = torch.promote_types(sample.dtype, noise.dtype)
+            sample, noise = sample.to(wide), noise.to(wide)
+        (raised,), _ = advance(cached, sample, sample, None, noise)
         return raised, sigma_hat
 
     def step(
@@ -441,10 +445,13 @@ class KarrasVeScheduler(_ScoreScheduler):
             sample_hat: [B, C, ...]. Not changed.
             return_dict: False returns the tuple (prev_sample, derivative).
         """
-        levels = float(sigma_hat), float(sigma_prev)
-        cached = self._kept(levels, lambda: solvers.karras_ve_step(*levels), ("y", "d", "x0"))
+        key = hat, after, _ = float(sigma_hat), float(sigma_prev), return_dict
+        cached = self._rows.get(key)
+        if cached is None:
+            returned = ("y", "d", "x0") if return_dict else ("y", "d")
+            cached = self._keep(key, solvers.karras_ve_step(hat, after), returned)
         result, _ = advance(cached, model_output, sample_hat, None)
-        return KarrasVeOutput(*result) if return_dict else result[:2]
+        return KarrasVeOutput(*result) if return_dict else result
 
     def step_correct(
         self,
@@ -464,12 +471,15 @@ class KarrasVeScheduler(_ScoreScheduler):
             sample_prev, derivative: what it returned.
             return_dict: False returns the tuple (prev_sample, derivative).
         """
-        levels = float(sigma_hat), float(sigma_prev)
-        key = ("correct", *levels)
-        cached = self._kept(key, lambda: solvers.karras_ve_correct(*levels), ("y", "x0"))
-        slots = (sample_hat, derivative)
-        (corrected, x0), _ = advance(cached, model_output, sample_prev, None, slots=slots)
-        return KarrasVeOutput(corrected, derivative, x0) if return_dict else (corrected, derivative)
+        hat, after = float(sigma_hat), float(sigma_prev)
+        cached = self._rows.get(("correct", hat, after, return_dict))
+        if cached is None:
+            returned = ("y", "x0") if return_dict else ("y",)
+            stage = solvers.karras_ve_correct(hat, after)
+            cached = self._keep(("correct", hat, after, return_dict), stage, returned)
+        result, _ = advance(cached, model_output, sample_prev, None, slots=(sample_hat, derivative))
+        corrected, *x0 = result
+        return KarrasVeOutput(corrected, derivative, *x0) if return_dict else (corrected, derivative)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> NoReturn:
         """Refused, as in diffusers.

@@ -83,7 +83,7 @@ class SigmaScheduler(IndexedScheduler):
         device = "cpu" if device is None else device
         times = torch.tensor(grid.timesteps, dtype=self.times_dtype, device="cpu")
         self.timesteps = times.to(device)
-        self.__dict__["_host"] = (self.timesteps, self.timesteps._version, times.tolist())
+        self._keep_times(times.tolist())
         self.sigmas = torch.tensor(grid.sigmas, dtype=torch.float32, device="cpu")
         self._restart()
 
@@ -192,8 +192,9 @@ class EulerDiscreteScheduler(SigmaScheduler):
             logger.warning("timestep_type 'continuous' is for 'v_prediction': the model is told timesteps")
         ranged = sigma_min is not None or sigma_max is not None
         if ranged and not (use_karras_sigmas or use_exponential_sigmas or use_beta_sigmas):
-            logger.warning(
-                "sigma_min and sigma_max are not used: no use_..._sigmas chooses levels between them"
+            self._without_effect(
+                f"sigma_min={sigma_min} and sigma_max={sigma_max} need use_karras_sigmas, "
+                "use_exponential_sigmas or use_beta_sigmas: no other levels are chosen between them"
             )
 
     def _tells_levels(self) -> bool:
@@ -406,6 +407,12 @@ class LMSDiscreteScheduler(SigmaScheduler):
     def plan(self, num_inference_steps: int, *, begin: int = 0, order: int = 4) -> Plan:
         """The sampling run from step `begin` on as an immutable plan."""
         return self._plan_at(self._levels(self._spaced(num_inference_steps)), begin, order=order)
+
+    def get_lms_coefficient(self, order: int, t: int, current_order: int) -> float:
+        """The weight of the slope `current_order` steps ago in step t of the run, where `order` are used."""
+        sigmas = self.sigmas.tolist()
+        nodes = [sigmas[t - k] for k in range(order)]
+        return solvers.lagrange_integrals(nodes, sigmas[t], sigmas[t + 1])[current_order]
 
     def _stages(self, grid: SigmaGrid, begin: int, **options: Any) -> Iterable[Stage]:
         return solvers.lms(*grid, self._prediction(), begin=begin, **options)

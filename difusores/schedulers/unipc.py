@@ -76,7 +76,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
             raise ValueError("shift_terminal needs use_flow_sigmas=True")
         ranged = sigma_min is not None or sigma_max is not None
         if ranged and not (use_karras_sigmas or use_exponential_sigmas or use_beta_sigmas):
-            raise ValueError(
+            self._without_effect(
                 f"sigma_min={sigma_min} and sigma_max={sigma_max} need use_karras_sigmas, "
                 "use_exponential_sigmas or use_beta_sigmas: no other levels are chosen between them"
             )
@@ -96,7 +96,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
         self, num_inference_steps: int | None, sigmas: Sequence[float] | None, mu: float | None
     ) -> SigmaGrid:
         config, kind, flow = self.config, self._kind(), self.config["use_flow_sigmas"]
-        if config["use_dynamic_shifting"] and mu is None:
+        if config["use_dynamic_shifting"] and flow and mu is None:
             raise ValueError("use_dynamic_shifting needs mu")
         if sigmas is not None and kind != "flow":
             raise ValueError("sigmas need use_flow_sigmas=True, without use_karras_sigmas")

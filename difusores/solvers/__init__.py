@@ -16,6 +16,7 @@ from difusores.solvers.common import (
 )
 from difusores.solvers.consistency import boundary_scalings, consistency, lcm, lcm_scalings, tcd
 from difusores.solvers.discrete import (
+    RAISED_BY,
     VARIANCE_TYPES,
     ddim,
     ddim_inverse,
@@ -45,13 +46,22 @@ from difusores.solvers.score import (
     ve_predictor,
     vp_predictor,
 )
-from difusores.solvers.sigma import euler, euler_ancestral, heun, kdpm2, kdpm2_ancestral, lms
+from difusores.solvers.sigma import (
+    euler,
+    euler_ancestral,
+    heun,
+    kdpm2,
+    kdpm2_ancestral,
+    lagrange_integrals,
+    lms,
+)
 from difusores.solvers.unipc import unipc
 
 __all__ = [
     "DPM_ALGORITHMS",
     "DPM_TYPES",
     "PREDICTION_TYPES",
+    "RAISED_BY",
     "VARIANCE_TYPES",
     "Noise",
     "Plan",
@@ -85,6 +95,7 @@ __all__ = [
     "karras_ve_step",
     "kdpm2",
     "kdpm2_ancestral",
+    "lagrange_integrals",
     "lcm",
     "lcm_scalings",
     "lms",

@@ -156,10 +156,20 @@ def repaint(
         yield Stage(t, row, noise=Noise(), threshold=prediction.threshold)
 
 
-def raised(t: int, beta: float) -> Stage:
-    """One training step towards the noise (Ho et al. 2020, eq. 2): no model is called."""
-    row = make_row((0.0, 0.0), {"xh": math.sqrt(1 - beta), "z": math.sqrt(beta)})
-    return Stage(t, row, noise=Noise())
+RAISED_BY = ("z", "e", "s0", "s1", "s2", "s3", "s4")
+"""The operands that hold the noises of `raised`, in the order in which they are drawn."""
+
+
+def raised(t: int, betas: Sequence[float]) -> Stage:
+    """Training steps from t on towards the noise (Ho et al. 2020, eq. 2), as one: no model is called.
+
+    x = sqrt(1 - beta) * x + sqrt(beta) * z for each beta, with a noise of its own; at most seven of them.
+    """
+    y, left = {}, 1.0
+    for name, beta in reversed([*zip(RAISED_BY, betas, strict=False)]):
+        y[name] = left * math.sqrt(beta)
+        left *= math.sqrt(1 - beta)
+    return Stage(t, make_row((0.0, 0.0), {**y, "xh": left}), noise=Noise())
 
 
 def ddim_weights(

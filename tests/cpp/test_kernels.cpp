@@ -156,6 +156,14 @@ void step(const Kernels& k, int64_t batch, int64_t inner) {
            std::string(k.isa) + " scheduler_step " + std::to_string(inner) + ": " + std::to_string(worst));
 }
 
+void squares(const Kernels& k, int64_t count) {
+    const auto x = normal(count, 1);
+    double want = 0;
+    for (const float v : x) want += static_cast<double>(v) * v;
+    const double got = k.sum_of_squares(x.data(), count);
+    expect(std::fabs(got - want) <= 1e-6 * want, std::string(k.isa) + " sum_of_squares " + std::to_string(count));
+}
+
 // Values and gates, or rows and a residual: [rows, columns] of one dtype, the result beside the float64 oracle.
 void tokens(const Kernels& k, int64_t rows, int64_t d, DType dtype) {
     const bool half = dtype != DType::f32;
@@ -375,6 +383,7 @@ int main() {
                                avx512::layer_norm_scratch,
                                avx512::layer_norm,
                                avx512::scheduler_step,
+                               avx512::sum_of_squares,
                                avx512::group_norm_silu_floor,
                                avx512::winograd_conv_input,
                                avx512::winograd_conv_output,
@@ -406,6 +415,7 @@ int main() {
         for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
             for (const int64_t d : {1, 7, 16, 67, 320}) tokens(*k, 3, d, dtype);
         for (const int64_t inner : {1, 7, 1023, 1024, 1025, 5000}) step(*k, 2, inner);
+        for (const int64_t count : {1, 7, 63, 64, 65, 1023, 1024}) squares(*k, count);
         for (const bool fused : {false, true}) {
             gemm(*k, 2, fused ? 130 : 5, fused ? 70 : 17, 7, 4, fused ? 1 : 3);
             winograd(*k, {1, 1, 1, 1, 1}, {1, 1, 1}, fused);

@@ -135,7 +135,7 @@ BATCHED = {"DDIMParallelScheduler", "DDPMParallelScheduler"}
 
 def factors(name: str) -> dict[str, list[Any]]:
     cls = getattr(difusores, name)
-    options = [key for key in inspect.signature(cls.__init__).parameters if key != "self"]
+    options = [key for key in inspect.signature(cls.__init__).parameters if key not in ("self", "kwargs")]
     step = [key for key in inspect.signature(cls.step).parameters if key not in GIVEN]
     chosen = {key: OPTIONS[key] for key in options} | {key: STEP_OPTIONS[key] for key in step} | COMMON
     if name in BATCHED:

@@ -8,6 +8,7 @@ import logging
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,17 +26,8 @@ BROWNIAN = {"CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"}
 # Their steps have other names or other arguments.
 OTHER_LOOPS = {"KarrasVeScheduler", "RePaintScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler"}
 STEPPED = [name for name in NAMES if name not in OTHER_LOOPS]
-# Parts of a step of diffusers, which is one row here, and uploading, which `save_pretrained` does.
-PARTS = (
-    "convert_model_output",
-    "_update",
-    "get_coefficients",
-    "lagrange_",
-    "get_lms",
-    "step_plms",
-    "step_prk",
-)
-UPLOADS = ("get_config_dict", "push_to_hub", "register_for_auto_class")
+# Parts of a step of diffusers, which is one row here, and what is for code that a Hub repository holds.
+PARTS = ("convert_model_output", "_update", "get_coefficients", "lagrange_", "register_for_auto_class")
 # What a step of diffusers remembers there.
 REMEMBERED = {
     *("model_outputs", "lower_order_nums", "this_order", "this_predictor_order", "this_corrector_order"),
@@ -77,7 +69,7 @@ def step(scheduler: Any, t: Any, i: int) -> Tensor:
 def test_methods_and_class_attributes_are_those_of_diffusers(name: str) -> None:
     ours, theirs = getattr(difusores, name), their_class(name)
     for key in dir(theirs):
-        if key.startswith("_") or key in UPLOADS or any(part in key for part in PARTS):
+        if key.startswith("_") or any(part in key for part in PARTS):
             continue
         assert hasattr(ours, key), key
         mine, their = inspect.getattr_static(ours, key), inspect.getattr_static(theirs, key)
@@ -85,7 +77,7 @@ def test_methods_and_class_attributes_are_those_of_diffusers(name: str) -> None:
             assert isinstance(mine, property), key
         elif not callable(getattr(theirs, key)):
             assert mine == their or key == "ignore_for_config", key
-        elif (name, key) != ("PNDMScheduler", "scale_model_input") and key != "from_pretrained":
+        elif key != "from_pretrained":
             assert parameters(getattr(ours, key)) == parameters(getattr(theirs, key)), key
 
 
@@ -228,3 +220,68 @@ def test_the_velocity_at_real_timesteps() -> None:
     torch.testing.assert_close(scheduler.get_velocity(X[0], X[1], scheduler.timesteps[3:4]), velocity)
     with pytest.raises(ValueError, match="a tensor of timesteps, got 3"):
         scheduler.get_velocity(X[0], X[1], 3)  # type: ignore[arg-type]
+
+
+def test_an_old_name_of_an_option() -> None:
+    for value in (False, True):
+        with pytest.warns(FutureWarning, match="set_alpha_to_zero.* is deprecated"):
+            ours, theirs = pair("DDIMInverseScheduler", set_alpha_to_zero=value)
+        assert float(ours.initial_alpha_cumprod) == pytest.approx(float(theirs.initial_alpha_cumprod))
+        assert ours.config.set_alpha_to_one is theirs.config.set_alpha_to_one is True
+    with pytest.raises(TypeError, match="has no option nonsense"):
+        difusores.DDIMInverseScheduler(nonsense=1)
+
+
+def test_parts_of_pndm() -> None:
+    whole, parts = difusores.PNDMScheduler(), difusores.PNDMScheduler()
+    for scheduler in (whole, parts):
+        scheduler.set_timesteps(6)
+    with pytest.raises(ValueError, match="call 1 of this run is a Runge-Kutta stage"):
+        parts.step_plms(X[1], parts.timesteps[0], X[0])
+    for i, t in enumerate(whole.timesteps):
+        method = parts.step_prk if i < 12 else parts.step_plms
+        assert torch.equal(method(X[i + 1], t, X[i])[0], step(whole, t, i))
+    with pytest.raises(ValueError, match="no Runge-Kutta stage"):
+        parts.step_prk(X[1], parts.timesteps[-1], X[0])
+
+
+def test_coefficients_of_lms() -> None:
+    pytest.importorskip("scipy", reason="diffusers integrates with it")
+    ours, theirs = pair("LMSDiscreteScheduler")
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(6)
+    for order, t, current in ((1, 0, 0), (3, 4, 2), (4, 3, 1), (4, 5, 0)):
+        expected = theirs.get_lms_coefficient(order, t, current)
+        assert ours.get_lms_coefficient(order, t, current) == pytest.approx(expected, rel=1e-4)
+
+
+def test_uploading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder that huggingface_hub is given, and what it is told."""
+    hub = pytest.importorskip("huggingface_hub")
+    seen: dict[str, Any] = {}
+
+    class Api:
+        def __init__(self, token: str | None) -> None:
+            seen["token"] = token
+
+        def create_repo(self, repo_id: str, **options: Any) -> Any:
+            seen.update(options)
+            return type("Repository", (), {"repo_id": f"me/{repo_id}"})
+
+        def upload_folder(self, folder_path: str, **options: Any) -> str:
+            seen.update(options, files=sorted(path.name for path in Path(folder_path).iterdir()))
+            return "the commit"
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    commit = difusores.DDIMScheduler().push_to_hub("mine", private=True, token="t", subfolder="scheduler")
+    assert commit == "the commit"
+    assert seen.pop("files") == ["scheduler_config.json"]
+    assert seen == {
+        "token": "t",
+        "private": True,
+        "exist_ok": True,
+        "repo_id": "me/mine",
+        "create_pr": False,
+        "path_in_repo": "scheduler",
+        "commit_message": "Upload DDIMScheduler",
+    }

@@ -202,7 +202,8 @@ def consistent(name: str, option: dict[str, Any]) -> dict[str, Any]:
         changed["shift_terminal"] = None
     if option.get("use_dynamic_shifting") and option["grid"] != "flow":
         changed["use_dynamic_shifting"] = False
-    if name == "UniPCMultistepScheduler" and option["grid"] not in ("karras", "exponential", "beta"):
+    ranged = name in ("EulerDiscreteScheduler", "UniPCMultistepScheduler")
+    if ranged and option["grid"] not in ("karras", "exponential", "beta"):
         changed |= {"sigma_min": None, "sigma_max": None}
     if name == "UniPCMultistepScheduler" and not option["lower_order_final"]:
         changed["final_sigmas_type"] = "sigma_min"

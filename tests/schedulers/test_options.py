@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,6 +136,8 @@ def test_no_option_is_ignored(name: str) -> None:
     try:
         for parameter in list(parameters.values())[1:]:
             option = parameter.name
+            if parameter.kind is parameter.VAR_KEYWORD:
+                continue
             context = {key: value for key, value in WITH.get(option, {}).items() if key in parameters}
             if (name, option) == ("EDMDPMSolverMultistepScheduler", "lower_order_final"):
                 context["solver_order"] = 3  # which the last step but one has too
@@ -155,6 +159,7 @@ def test_no_option_is_ignored(name: str) -> None:
     ("name", "options", "message"),
     [
         ("UniPCMultistep", {"sigma_min": 0.5}, "sigma_min=0.5 .* use_karras_sigmas"),
+        ("EulerDiscrete", {"sigma_max": 5.0}, "sigma_max=5.0 need use_karras_sigmas"),
         ("UniPCMultistep", {"sigma_max": 5.0, "use_flow_sigmas": True}, "sigma_max=5.0 need"),
         ("UniPCMultistep", {"use_dynamic_shifting": True}, "use_dynamic_shifting=True needs use_flow_sigmas"),
         ("DPMSolverSinglestep", {"use_dynamic_shifting": True}, "needs use_flow_sigmas=True"),
@@ -170,3 +175,49 @@ def test_what_would_have_no_effect_is_refused(name: str, options: dict[str, Any]
     with pytest.raises((ValueError, NotImplementedError), match=message):
         shift = {"mu": 1.3} if "use_dynamic_shifting" in options else {}
         getattr(difusores, f"{name}Scheduler")(**options).set_timesteps(4, **shift)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("UniPCMultistep", {"sigma_min": 0.5, "sigma_max": 5.0}),
+        ("EulerDiscrete", {"sigma_min": 0.5, "sigma_max": 5.0}),
+        ("UniPCMultistep", {"use_dynamic_shifting": True}),
+        ("DPMSolverSinglestep", {"use_dynamic_shifting": True}),
+    ],
+)
+def test_what_has_no_effect_in_a_configuration_is_told(
+    name: str, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file that diffusers wrote loads, and gives what it gives there: the run without the options."""
+    cls = getattr(difusores, f"{name}Scheduler")
+    scheduler = cls.from_config({**cls().config, "_use_default_values": [], **options})
+    assert f"{name}Scheduler: {next(iter(options))}" in caplog.text and "need" in caplog.text
+    assert scheduler.config[next(iter(options))] == options[next(iter(options))]
+    for each in (scheduler, plain := cls()):
+        each.set_timesteps(6)
+    assert torch.equal(scheduler.sigmas, plain.sigmas)
+    with pytest.raises(ValueError, match="need"):
+        cls(**options)
+
+
+def test_the_list_of_classes_in_the_documents() -> None:
+    """Each class's row names its options and what `set_timesteps` and `step` take besides the usual."""
+    text = (Path(__file__).parents[2] / "docs" / "samplers.md").read_text(encoding="utf-8")
+    section = text.split("## The classes")[1].split("\n## ")[0]
+    short = {
+        name: options.replace("\n", " ").split(", ")
+        for name, options in re.findall(r"\*(\w+)\*:\s+([a-z_,\s]+)\.", section)
+    }
+    usual = {"num_inference_steps", "device", "model_output", "timestep", "sample", "return_dict", "kwargs"}
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line
+    ]
+    assert sorted(f"{name}Scheduler" for name, *_ in rows[2:]) == sorted(NAMES)
+    for name, *cells in rows[2:]:
+        cls = getattr(difusores, f"{name}Scheduler")
+        for cell, method in zip(cells, ("__init__", "set_timesteps", "step"), strict=True):
+            said = [x for word in cell.split(", ") if word for x in short.get(word.strip("*"), [word])]
+            function = getattr(cls, method, None)
+            taken = list(inspect.signature(function).parameters)[1:] if function else []
+            assert sorted(said) == sorted(set(taken) - usual), f"{name}.{method}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ from test_by_timestep import check, drawing_in, generator_of, lift, peer
 from torch import Tensor
 
 import difusores
+from difusores.sampling import langevin
 
 pytest.importorskip("diffusers")
 
@@ -181,6 +183,34 @@ def test_places_are_found_in_float32() -> None:
     t = next(float(t) for t in ours.timesteps if float(t) == 0.9972602725028992)
     means = [s.step_pred(x, t, x).prev_sample_mean for s in (ours, theirs)]
     torch.testing.assert_close(*means, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 3, 5), (1, 4, 64, 64), (3, 5, 129, 67)])
+def test_the_corrector_is_the_same_by_every_way(shape: tuple[int, ...]) -> None:
+    """Plain tensors go around PyTorch, others do not; sums in another order give other last bits."""
+    e, x, z = torch.randn(3, shape[0], 2 * shape[1], *shape[2:]).split(shape[1], dim=2)[0].unbind()
+    z = z.clone()
+    norms = [float(t.double().flatten(1).norm(dim=1).mean()) for t in (z, e)]
+    step = 2 * (0.15 * norms[0] / norms[1]) ** 2
+    expected = (x.double() + step * e.double() + math.sqrt(2 * step) * z.double()).float()
+    for way in (nullcontext(), difusores.use_backend("reference")):
+        with way:
+            result = langevin(e, x, z, 0.15)
+            torch.testing.assert_close(result, expected, rtol=1e-6, atol=2e-6)
+            assert torch.equal(langevin(e, x, z, 0.15), result)
+            assert torch.equal(langevin(torch.zeros_like(e), x, z, 0.15), x)
+            unknown = e.index_fill(0, torch.tensor([0]), math.nan)
+            assert langevin(unknown, x, z, 0.15).isnan().any(), "a score that is no number is not hidden"
+
+
+def test_a_copy_knows_no_timestep_by_an_old_address() -> None:
+    ve = difusores.ScoreSdeVeScheduler()
+    x = torch.ones(1, 2, 3)
+    ve.step_pred(x, ve.timesteps[3], x)
+    twin = copy.deepcopy(ve)
+    assert ve.__dict__["_host"].start == ve.timesteps.data_ptr() and twin.__dict__["_host"] is None
+    results = [s.step_pred(x, s.timesteps[3], x).prev_sample_mean for s in (ve, twin)]
+    assert torch.equal(*results)
 
 
 def test_tuples_are_short() -> None:
