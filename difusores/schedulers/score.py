@@ -445,11 +445,13 @@ class KarrasVeScheduler(_ScoreScheduler):
             sample_hat: [B, C, ...]. Not changed.
             return_dict: False returns the tuple (prev_sample, derivative).
         """
-        key = hat, after, _ = float(sigma_hat), float(sigma_prev), return_dict
-        cached = self._rows.get(key)
+        # a tensor is never a key: its value is
+        cached = self._rows.get((sigma_hat, sigma_prev, return_dict))
         if cached is None:
+            hat, after = float(sigma_hat), float(sigma_prev)
             returned = ("y", "d", "x0") if return_dict else ("y", "d")
-            cached = self._keep(key, solvers.karras_ve_step(hat, after), returned)
+            key = hat, after, return_dict
+            cached = self._rows.get(key) or self._keep(key, solvers.karras_ve_step(hat, after), returned)
         result, _ = advance(cached, model_output, sample_hat, None)
         return KarrasVeOutput(*result) if return_dict else result
 
