@@ -267,6 +267,10 @@ def once(call: Call, device: str) -> float:
     return events[0].elapsed_time(events[1])
 
 
+def in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
 def compare(
     makers: dict[str, Callable[[], Call]],
     want: Tensor,
@@ -292,7 +296,7 @@ def compare(
                     got = call()
                 row["distance"] = float(f"{distance(got, want):.3g}")
             except Exception as error:
-                row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+                row["error"] = in_words(error)
                 continue
             row["setup_s"] = round(time.perf_counter() - start, 1)
             limit = limit or 2 * row["distance"] + 4 * torch.finfo(dtype).eps
@@ -304,10 +308,14 @@ def compare(
         order, end, rounds = list(ready), time.perf_counter() + seconds, 0
         while rounds < fewest or (time.perf_counter() < end and rounds < 200):
             random.Random(rounds).shuffle(order)
-            for name in order:
-                samples[name].append(once(ready[name], device))
+            for name in list(order):
+                try:
+                    samples[name].append(once(ready[name], device))
+                except Exception as error:  # it leaves, and the others go on
+                    rows[name]["error"] = in_words(error)
+                    order.remove(name)
             rounds += 1
-    for name, times in samples.items():
+    for name, times in ((name, samples[name]) for name in order):
         times.sort()
         quartiles = [round(times[len(times) * i // 4], 3) for i in (1, 3)]
         rows[name].update(ms=round(statistics.median(times), 3), ms_quartiles=quartiles, rounds=rounds)

@@ -1,11 +1,14 @@
 """Launches, bytes and FLOPs of one forward pass on an NVIDIA GPU, counted from a trace; never a time.
 
-    python benchmarks/gpu_model.py --model sd15|sdxl|ddpm-cat-256|vae [--gpu h100|a100|rtx4090] [--json]
+    python benchmarks/gpu_model.py --model sd15|sdxl|ddpm-cat-256|vae [--arch 80|90] [--gpu h100|a100|rtx4090]
+                                   [--json]
 
 The real modules run on meta tensors, in fp16, under PyTorch's dispatch modes: diffusers' (eager, with
-`scaled_dot_product_attention` as one launch), ours, and both as `accelerate` leaves them. An op of ours
-counts as one launch (two where the kernel has two) only if a Triton kernel takes the call; else its reference
-is what is counted. Of an accelerated model the second call is counted, with the prompt of the first: a step.
+`scaled_dot_product_attention` as one launch), ours, and both as `accelerate` leaves them. The package's own
+dispatch chooses each op's kernel, as on a GPU of the architecture with the compiled module and Triton; how
+often a group norm reads its input says the plan of that kernel (the CUDA kernels' own, compiled from
+csrc/cuda for this machine, which needs g++). What no kernel takes is counted as its reference. Of an
+accelerated model the second call is counted, with the prompt of the first: a step.
 
 - A view is no launch. A convolution is one, and one more for its bias, which cuDNN adds in a pass of its own.
 - A group norm of PyTorch's is three launches (moments, factors, map) and reads its input twice.
@@ -21,10 +24,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -43,6 +48,11 @@ from difusores.ops import dispatch
 from difusores.ops.triton.attention import split
 from difusores.ops.triton.group_norm_silu import cut_nchw, cut_nhwc
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "cuda_emulation"))
+import emulated
+
+# What choices rest on: generation, bytes of shared memory that a block may have, blocks of a cluster.
+ARCHITECTURES = {"80": (8, 163 << 10, 1), "90": (9, 227 << 10, 8)}
 # Dense fp16 with fp32 sums, TFLOP/s, and TB/s: data sheets of H100 SXM, A100 SXM 80 GB, GeForce RTX 4090.
 GPUS = {"h100": (989.0, 3.35), "a100": (312.0, 2.039), "rtx4090": (165.2, 1.008)}
 SDXL = {
@@ -126,13 +136,15 @@ class Attention(TorchFunctionMode):
 class Trace(TorchDispatchMode):
     """Counts every op that launches something."""
 
-    def __init__(self, count: Count) -> None:
+    def __init__(self, count: Count, arch: str) -> None:
         super().__init__()
         self.count = count
+        self.arch = arch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__.removesuffix("_").removesuffix("_triton")
+        full_name = func.overloadpacket.__name__.removesuffix("_")
+        name = full_name.removesuffix("_triton")
         if func.is_view or name.startswith(("empty", "new_empty", "_unsafe_view", "alias", "detach")):
             return out
         read = [size(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -141,6 +153,9 @@ class Trace(TorchDispatchMode):
             written = read[:1]
         moved = sum(read) + sum(written)
         count = self.count
+        if name == "attention":
+            count.attention(*args[:3])
+            return out
         if name in MATRIX or name in NORMS or name == "linear":
             count.least_bytes += moved
         if name == "convolution":
@@ -153,16 +168,17 @@ class Trace(TorchDispatchMode):
         elif name == "native_group_norm":
             count.add(name, moved + read[0], launches=3)
         elif name == "group_norm_silu":
-            chunks = self.chunks(args)
-            count.add(name, moved + (read[0] if chunks else 0), launches=2 if chunks else 1)
+            twice = self.reads_twice(args, name != full_name)
+            count.add(name, moved + (read[0] if twice else 0), launches=2 if twice else 1)
         else:
             count.add(name, moved, self.products(name, args, out))
         return out
 
-    @staticmethod
-    def chunks(args: Any) -> bool:
+    def reads_twice(self, args: Any, triton: bool) -> bool:
         """Whether our kernel has a launch for the statistics, and so reads its input twice from memory."""
         x, groups = args[:2]
+        if not triton:
+            return not emulated.group_norm_silu_plan(x, groups, *ARCHITECTURES[self.arch][1:]).whole
         sizes = (x.shape[1], groups, x.shape[2:].numel())
         cut = cut_nchw(*sizes) if x.is_contiguous() else cut_nhwc(*sizes, x.element_size())
         return cut.chunks > 1
@@ -203,21 +219,25 @@ def build(library: Any, model: str) -> tuple[nn.Module, Callable[[nn.Module], An
         return module, lambda m: m(sample, time, text)
 
 
-def trace(library: Any, model: str, accelerated: bool = False) -> Count:
-    """One forward pass of a library's module; our ops as on a GPU with Triton, without compiled kernels."""
+def trace(library: Any, model: str, accelerated: bool = False, arch: str = "90") -> Count:
+    """One forward pass of a library's module; our ops as on a GPU of the architecture."""
     module, call = build(library, model)
     module = module.half().eval()
     count = Count()
     with ExitStack() as stack:
         # Nothing runs on meta tensors, so nothing has to be there: `supports` alone decides.
-        refusals = {"triton": None, "torch": None}
+        refusals = {"cuda": None, "triton": None, "torch": None}
         refuse = mock.Mock(side_effect=lambda backend, _: refusals.get(backend, "it is not counted"))
         stack.enter_context(mock.patch.object(dispatch, "_refusal", refuse))
+        stack.enter_context(mock.patch.object(dispatch, "_left_out", return_value=None))
+        of_attention = sys.modules["difusores.ops.attention"]  # the package has a function of that name
+        device = mock.Mock(return_value=ARCHITECTURES[arch][:2])
+        stack.enter_context(mock.patch.object(of_attention, "_device", device))
         if accelerated:
             install(module, "meta", True)
             stack.enter_context(torch.no_grad())
             call(module)  # lays parameters side by side, computes the prompt's keys and values
-        for context in (torch.no_grad(), Attention(count), Trace(count)):
+        for context in (torch.no_grad(), Attention(count), Trace(count, arch)):
             stack.enter_context(context)
         call(module)
     return count
@@ -235,16 +255,17 @@ def summary(count: Count, gpu: str) -> dict[str, Any]:
     }
 
 
-def report(model: str, gpu: str) -> dict[str, Any]:
+def report(model: str, gpu: str, arch: str = "90") -> dict[str, Any]:
     counts = {
-        "eager": trace(diffusers, model),
-        "ours": trace(difusores, model),
-        "accelerated": trace(difusores, model, accelerated=True),
-        "diffusers_accelerated": trace(diffusers, model, accelerated=True),
+        "eager": trace(diffusers, model, arch=arch),
+        "ours": trace(difusores, model, arch=arch),
+        "accelerated": trace(difusores, model, True, arch),
+        "diffusers_accelerated": trace(diffusers, model, True, arch),
     }
     least, ours = counts["eager"].least_bytes, counts["ours"]
     return {
         "model": model,
+        "arch": arch,
         "gpu": gpu,
         **{name: summary(count, gpu) for name, count in counts.items()},
         "least_gigabytes": round(least / 1e9, 3),
@@ -257,14 +278,18 @@ def report(model: str, gpu: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", choices=MODELS, default="sd15")
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="90", help="default: 90")
     parser.add_argument("--gpu", choices=GPUS, default="h100", help="whose data sheet the floor is from")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
-    result = report(arguments.model, arguments.gpu)
+    result = report(arguments.model, arguments.gpu, arguments.arch)
     if arguments.json:
         print(json.dumps(result, indent=2))
         return
-    print(f"{result['model']}, fp16, counted and not measured; floor from the data sheet of {result['gpu']}")
+    print(
+        f"{result['model']}, fp16, sm_{result['arch']}, counted and not measured; "
+        f"floor from the data sheet of {result['gpu']}"
+    )
     for name in ("eager", "ours", "accelerated", "diffusers_accelerated"):
         one = result[name]
         over, floor = result[f"{name}_over_least"], one["floor_ms"]

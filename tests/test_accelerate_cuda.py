@@ -15,11 +15,12 @@ from test_accelerate import LIBRARIES, VARIANTS, distance, inputs, make, oracle,
 from torch import Tensor, nn
 
 import difusores
-from difusores.acceleration import cuda_layers, merged, prompts, transformer_blocks
+from difusores.acceleration import cuda_blocks, cuda_layers, merged, prompts, transformer_blocks
 from difusores.acceleration.engine import SESSION, install
 from difusores.acceleration.prompts import Prompts
 from difusores.acceleration.report import Report
 from difusores.models.lora import LowRank, make_adapters
+from difusores.ops import dispatch
 
 BOUND = 2e-5  # of a whole network in float32, relative L2, against float64
 CROSS = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
@@ -102,6 +103,74 @@ def test_residuals_in_the_products(library: str, variant: str, monkeypatch: pyte
         assert distance(run(model, *case), oracle(model, *case)) <= BOUND
     assert not any(residuals) and (variant == "pixels" or residuals)
     difusores.restore(model)
+
+
+@pytest.mark.parametrize("variant", ["latents", "pixels"])
+def test_shortcuts_that_add(library: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the kernel of `linear` takes the call: a shortcut's product is the block's sum."""
+    sums: list[bool] = []
+    linear = cuda_blocks.linear
+
+    def watched(*args: Any, residual: Tensor) -> Any:
+        sums.append(True)
+        return linear(*args, residual=residual)
+
+    monkeypatch.setattr(cuda_blocks, "linear", watched)
+    model = make(library, variant)
+    case = inputs(variant)
+    accelerate(model)
+    without = run(model, *case)
+    assert not sums  # in float32 no kernel takes it
+    monkeypatch.setattr(cuda_blocks, "fused", lambda *_: True)
+    want = oracle(model, *case)
+    assert distance(run(model, *case), want) <= BOUND
+    shortcuts = [m for m in model.modules() if getattr(m, "conv_shortcut", None) is not None]
+    assert len(sums) == len(shortcuts) > 1
+    hook = shortcuts[0].conv2.register_forward_hook(lambda *_: None)  # whose bias cannot be left out
+    sums.clear()
+    assert distance(run(model, *case), without.double()) <= BOUND and len(sums) == len(shortcuts) - 1
+    hook.remove()
+    difusores.restore(model)
+
+
+def test_the_last_activation(model: nn.Module, library: str) -> None:
+    """Diffusers' own is computed by the normalisation before it, within the network and unwatched."""
+    case = inputs("latents")
+    count: list[str] = []
+
+    class Activations(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ == "silu" and args[0].ndim == 4:
+                count.append("silu")
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(1, model.conv_norm_out.num_channels, 4, 4)
+    with torch.no_grad():
+        alone = model.conv_norm_out(x)
+    accelerate(model)
+    with Activations():
+        want = run(model, *case)
+    assert distance(want, oracle(model, *case)) <= BOUND
+    if dispatch.status("cpu") is None:  # the reference of the op has an activation of its own
+        assert not count
+    with torch.no_grad():
+        torch.testing.assert_close(model.conv_norm_out(x), alone)
+    if library == "difusores":
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(model.conv_act(x), nn.functional.silu(x))
+    seen: list[Tensor] = []
+    for part in (model.conv_act, model.conv_norm_out):
+        hook = part.register_forward_hook(lambda m, i, out: seen.append(out))
+        assert distance(run(model, *case), want.double()) <= BOUND
+        hook.remove()
+    assert (seen[1] < -0.5).any() and not (seen[0] < -0.5).any()  # SiLU is above -0.28
+    act, model.conv_act = model.conv_act, nn.Tanh()
+    assert distance(run(model, *case), oracle(model, *case)) <= BOUND
+    model.conv_act = act
+    assert torch.equal(run(model, *case), want)
+    with torch.no_grad():
+        assert torch.equal(model(*case).sample, want)
 
 
 def test_what_is_one_product(model: nn.Module) -> None:

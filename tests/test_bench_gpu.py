@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +73,48 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert way["not timed"].startswith("wrong: error") and "warm" not in way and gpu.wrong(way)
     monkeypatch.setattr(ops, "geglu", lambda both: both.chunk(2, -1)[0] * torch.nan)
     assert gpu.wrong(measured("geglu", monkeypatch)[0]["ways"]["difusores cuda"])
+
+
+def test_a_way_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a card whose shared memory is too small for a kernel; and a way that no graph can hold."""
+
+    class OutOfResources(Exception):
+        pass
+
+    class Strict(Invented):
+        def medians(self, calls: Mapping[str, Call]) -> dict[str, dict[str, Any]]:
+            return super().medians(calls) | {"eager": {"not timed": "not captured: it waits"}}
+
+    def under(kernel: str, call: Call) -> Call:
+        def refuse() -> Any:
+            raise OutOfResources("out of resource: shared memory\nRequired: 1, limit: 0")
+
+        return refuse if kernel == "triton" else call
+
+    monkeypatch.setattr(gpu, "under", under)
+    monkeypatch.setattr(ops, "availability", lambda: {"geglu": dict.fromkeys(gpu.KERNELS)})
+    (row,) = gpu.run(("geglu",), torch.float32, Strict(), CPU, compile_too=False)["rows"]
+    assert row["ways"]["difusores triton"] == {"not timed": "out of resource: shared memory"}
+    assert row["ways"]["eager"]["not timed"] == "not captured: it waits"
+    assert "warm" in row["ways"]["difusores cuda"] and "warm" not in row["ways"]["eager"]
+
+
+def test_captures_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def captured(call: Call, times: int) -> Any:
+        call()
+        return SimpleNamespace(replay=call)
+
+    def refuse() -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    clock = object.__new__(gpu.GraphClock)
+    clock.flush = torch.empty(1)
+    monkeypatch.setattr(clock, "_captured", captured)
+    for name in ("_microseconds", "_host"):
+        monkeypatch.setattr(clock, name, lambda call: 2.0)
+    times = clock.medians({"good": lambda: None, "bad": refuse})
+    assert times["good"] == {"warm": 0.2, "cold": 2.0, "host": 2.0}
+    assert times["bad"] == {"not timed": "not captured: operation not permitted when stream is capturing"}
 
 
 def test_rates_and_lines() -> None:

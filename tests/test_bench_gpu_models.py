@@ -87,6 +87,34 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ms" in rows["diffusers"] and "ms" in rows["diffusers channels_last"]
 
 
+@pytest.mark.parametrize("workload", [VAE, DDPM])
+def test_compiled_contestants(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in each mode, made from a module of its own; what fails between rounds leaves the others timed."""
+    modes: list[str] = []
+
+    def compiled(function: Any, *, mode: str, fullgraph: bool) -> Any:
+        assert fullgraph
+        modes.append(mode)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            call.count += 1  # type: ignore[attr-defined]
+            if mode == "reduce-overhead" and call.count > 4:  # type: ignore[attr-defined]
+                raise ValueError("overwritten by a subsequent run")
+            return function(*args, **kwargs)
+
+        call.count = 0  # type: ignore[attr-defined]
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    rows = bench.measure(workload, *ON_CPU[:3], True)["contestants"]
+    assert modes == [*bench.COMPILE_MODES, "default"]
+    for mode in bench.COMPILE_MODES:
+        row = rows[f"diffusers channels_last torch.compile {mode}"]
+        assert row["distance"] < 1e-5 and ("ms" in row) is (mode != "reduce-overhead")
+        assert mode != "reduce-overhead" or "overwritten" in row["error"]
+    assert rows["diffusers"]["ms"] > 0
+
+
 def test_every_workload_has_its_inputs() -> None:
     for workload in bench.MODELS.values():
         given, named = workload.inputs("cpu", torch.float32)

@@ -1,7 +1,8 @@
 """Replacements of blocks and networks on a GPU, where launches and bytes count.
 
-A residual block is norm, convolution, norm, convolution, sum: five launches, and one for a shortcut. The time
-embedding's projections of all blocks are one product, computed by the first block that needs one.
+A residual block is norm, convolution, norm, convolution, sum: five launches, and one for a shortcut, whose
+product is the sum too where the kernel of `linear` takes it. The time embedding's projections of all blocks
+are one product, computed by the first block that needs one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from difusores.acceleration.cuda_layers import leaves_its_bias
 from difusores.acceleration.layers import (
     CHANNELS_LAST,
+    POINTWISE,
     Surroundings,
     apply_conv,
     direct,
@@ -25,6 +27,9 @@ from difusores.acceleration.merged import Merged
 from difusores.acceleration.network import NetworkForward
 from difusores.acceleration.resnet import ResnetForward
 from difusores.acceleration.session import Session, hooked
+from difusores.acceleration.transformer import as_image, as_tokens
+from difusores.ops import linear
+from difusores.ops.linear import fused
 
 
 class TimeProjections:
@@ -114,9 +119,24 @@ class CudaResnetForward(ResnetForward):
         without = leaves_its_bias(m.conv1, h)
         modulation = self._modulation(temb, without, len(x))
         h = apply_conv(m.conv1, h, Surroundings(norm, bias=not without))
+        if self._shortcut_adds(x, h):
+            h = apply_conv(m.conv2, h, Surroundings(m.norm2, modulation, bias=False))
+            weight, bias = m.conv_shortcut.weight.flatten(1), m.conv_shortcut.bias + m.conv2.bias
+            return as_image(linear(as_tokens(x), weight, bias, residual=as_tokens(h)), h)
         skip = x if m.conv_shortcut is None else apply_conv(m.conv_shortcut, x)
         last = Surroundings(m.norm2, modulation, residual=skip, scale=1 / m.output_scale_factor)
         return apply_conv(m.conv2, h, last)
+
+    def _shortcut_adds(self, x: Tensor, h: Tensor) -> bool:
+        """Whether the shortcut's product adds the second convolution's result, of h and without its bias."""
+        m = self.module
+        layer = m.conv_shortcut
+        if layer is None or m.output_scale_factor != 1 or not direct(layer):
+            return False
+        plain = getattr(layer.__dict__["forward"], "shape", None) == POINTWISE and layer.bias is not None
+        if not plain or not leaves_its_bias(m.conv2, h) or m.conv2.weight.dtype is not x.dtype:
+            return False
+        return fused(as_tokens(x), layer.weight.flatten(1), layer.bias, h, False)
 
     def takes_part(self, temb: Tensor) -> bool:
         """Whether the network may compute this block's projection of this embedding together with others."""

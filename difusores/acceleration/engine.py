@@ -13,6 +13,7 @@ from difusores.acceleration import feature_cache, heap, layers
 from difusores.acceleration.approximations import Approximations, parse
 from difusores.acceleration.cuda_blocks import TimeProjections
 from difusores.acceleration.layers import ConvForward, LayerForward, LinearForward
+from difusores.acceleration.network import NetworkForward
 from difusores.acceleration.report import Report, size
 from difusores.acceleration.session import DTYPES, SESSION, Forward, Session
 from difusores.acceleration.table import KEEPS_DTYPE, OURS, THEIRS, replacement
@@ -171,6 +172,9 @@ def install(
                 forward.allow_int8()
         else:
             module.__dict__["forward"] = kind(module, session)
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), NetworkForward):
+            layers.join_last_activation(module, session)
     if "feature_cache" in session.approximate:
         feature_cache.install(model, session, session.approximate["feature_cache"].depth)
     return reason if reason is None else f"freed memory goes back to the system: {reason}"

@@ -344,14 +344,61 @@ def winograd_plan(in_channels: int, out_channels: int, height: int, width: int) 
 
 
 class GroupNormForward(Forward):
-    """A group normalisation by the package's op."""
+    """A group normalisation by the package's op.
+
+    Attributes:
+        network: of diffusers' networks, whose last normalisation this is: while it runs, the activation
+            behind this is computed here.
+    """
 
     how = "group norm: the package's op"
     invariant = True
+    network: Any = None
 
     def run(self, input: Tensor) -> Tensor:
         """[N, C, *] -> the same."""
-        return normalize(self.module, input, silu=False)
+        silu = self._activates()
+        out = normalize(self.module, input, silu=silu)
+        if silu:
+            self.session.here.activated = out
+        return out
+
+    def _activates(self) -> bool:
+        network: Any = self.network
+        if network is None or getattr(self.session.here, "network", None) is not network:
+            return False
+        act = network.conv_act
+        mine = network.conv_norm_out is self.module
+        return (
+            mine
+            and isinstance(act.__dict__.get("forward"), LastActivationForward)
+            and not (hooked(act) or hooked(self.module))
+        )
+
+
+class LastActivationForward(Forward):
+    """The activation behind a network's last normalisation, which may have computed it."""
+
+    how = "SiLU: by the normalisation before it"
+    invariant = True
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            here = self.session.here
+            activated, here.activated = getattr(here, "activated", None), None
+            if activated is not None and input is activated:
+                return input
+        out: Tensor = type(self.module).forward(self.module, input)
+        return out
+
+
+def join_last_activation(network: Any, session: Session) -> None:
+    """Let the last normalisation of a network of diffusers compute the activation that follows it."""
+    norm, act = (getattr(network, name, None) for name in ("conv_norm_out", "conv_act"))
+    forward = norm.__dict__.get("forward") if isinstance(norm, nn.Module) else None
+    if isinstance(forward, GroupNormForward) and type(act) is nn.SiLU and "forward" not in act.__dict__:
+        forward.network = network
+        act.__dict__["forward"] = LastActivationForward(act, session)
 
 
 def normalize(norm: Any, x: Tensor, silu: bool, **terms: Any) -> Tensor:

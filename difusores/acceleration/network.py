@@ -30,8 +30,13 @@ class NetworkForward(Forward):
             args = (inside, *args[1:])
         else:
             kwargs = {**kwargs, name: inside}
-        with self._approximations(args, kwargs):
-            out = type(self.module).forward(self.module, *args, **kwargs)
+        here = self.session.here
+        before, here.network = getattr(here, "network", None), self.module
+        try:
+            with self._approximations(args, kwargs):
+                out = type(self.module).forward(self.module, *args, **kwargs)
+        finally:
+            here.network = before
         last = x.is_contiguous(memory_format=CHANNELS_LAST) and not x.is_contiguous()
         layout = CHANNELS_LAST if last else torch.contiguous_format
 

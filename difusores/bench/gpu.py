@@ -43,8 +43,8 @@ CALLS = 10  # in the graph of `warm`
 class Clock(Protocol):
     """Takes the time of several calls, interleaved."""
 
-    def medians(self, calls: Mapping[str, Call]) -> dict[str, dict[str, float]]:
-        """For each name microseconds as `warm`, `cold` and `host`."""
+    def medians(self, calls: Mapping[str, Call]) -> dict[str, dict[str, Any]]:
+        """For each name microseconds as `warm`, `cold` and `host`; or why there are none, as `not timed`."""
         ...
 
 
@@ -55,11 +55,15 @@ class GraphClock:
         l2 = torch.cuda.get_device_properties(device).L2_cache_size
         self.flush = torch.empty(4 * l2, dtype=torch.uint8, device=device)
 
-    def medians(self, calls: Mapping[str, Call]) -> dict[str, dict[str, float]]:
-        once = {name: self._captured(call, 1) for name, call in calls.items()}
-        often = {name: self._captured(call, CALLS) for name, call in calls.items()}
-        taken: dict[str, dict[str, list[float]]] = {n: {"warm": [], "cold": [], "host": []} for n in calls}
-        order = list(calls)
+    def medians(self, calls: Mapping[str, Call]) -> dict[str, dict[str, Any]]:
+        once, often, refused = {}, {}, dict[str, dict[str, Any]]()
+        for name, call in calls.items():
+            try:
+                once[name], often[name] = self._captured(call, 1), self._captured(call, CALLS)
+            except Exception as refusal:  # a way that waits for the GPU, or that no graph can hold
+                refused[name] = {"not timed": f"not captured: {in_words(refusal)}"}
+        order = list(often)
+        taken: dict[str, dict[str, list[float]]] = {n: {"warm": [], "cold": [], "host": []} for n in order}
         shuffle = random.Random(0).shuffle
         for _ in range(ROUNDS):
             shuffle(order)
@@ -68,7 +72,7 @@ class GraphClock:
                 taken[name]["cold"].append(self._microseconds(once[name].replay))
                 taken[name]["warm"].append(self._microseconds(often[name].replay) / CALLS)
                 taken[name]["host"].append(self._host(calls[name]))
-        return {
+        return refused | {
             name: {kind: round(statistics.median(times), 2) for kind, times in kinds.items()}
             for name, kinds in taken.items()
         }
@@ -134,8 +138,8 @@ def measure(case: Case, clock: Clock, compile_too: bool, ceilings: Mapping[str, 
                     "ignore", UserWarning
                 )  # PyTorch's words on each attention it does not take
                 found, allowed = error(case.view(way()), eager, oracle)
-        except (RuntimeError, ImportError, NotImplementedError) as refusal:
-            results[name] = {"not timed": (str(refusal) or repr(refusal)).splitlines()[0][:200]}
+        except Exception as refusal:  # Triton's, say, of a kernel that needs more than the card has
+            results[name] = {"not timed": in_words(refusal)}
             continue
         results[name] = {"error": found, "allowed": allowed}
         if wrong(results[name]):
@@ -143,6 +147,9 @@ def measure(case: Case, clock: Clock, compile_too: bool, ceilings: Mapping[str, 
             continue
         runnable[name] = way
     for name, times in clock.medians(runnable).items():
+        if "not timed" in times:
+            results[name] |= times
+            continue
         seconds = 1e-6 * times["warm"]
         rate = case.bytes / seconds / (1e9 * ceilings["copy GB/s"])
         if case.flops:
@@ -150,6 +157,10 @@ def measure(case: Case, clock: Clock, compile_too: bool, ceilings: Mapping[str, 
         results[name] |= {**times, "of ceiling": round(rate, 3)}
     torch.compiler.reset()
     return {"op": case.op, "case": case.label, "bytes": case.bytes, "flops": case.flops, "ways": results}
+
+
+def in_words(refusal: Exception) -> str:
+    return (str(refusal).strip() or repr(refusal)).splitlines()[0][:200]
 
 
 def wrong(way: Mapping[str, Any]) -> bool:

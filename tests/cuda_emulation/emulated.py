@@ -314,6 +314,23 @@ def group_norm_silu(
     return y, total
 
 
+def group_norm_silu_plan(
+    x: Tensor, num_groups: int, shared_limit: int = SHARED_LIMIT, cluster: int = CLUSTER
+) -> GroupNormPlan:
+    """How the kernels cut a call on a tensor like x, which may be on the meta device."""
+    n, c = x.shape[:2]
+    args = GroupNormSiluArgs(dtype=DTYPES[x.dtype], n=n, c=c, s=x.shape[2:].numel(), groups=num_groups)
+    plan = GroupNormPlan()
+    library("plans").group_norm_silu_plan(
+        ctypes.byref(args),
+        not x.is_contiguous(),
+        ctypes.c_int64(shared_limit),
+        ctypes.c_uint32(cluster),
+        ctypes.byref(plan),
+    )
+    return plan
+
+
 class GroupNormSiluGrads(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("y", "sum", "x")),
