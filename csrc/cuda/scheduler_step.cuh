@@ -3,296 +3,356 @@
 //     e = sum g_k e_k,  xh = x + r z,  x0 = clamp(p_x xh + p_e e),  (y, d, u) = W [x0, xh, e, z*, s0 .. s4],  m = c_in
 //     y
 //
-// Bytes: every operand that the row reads once, every output once; 128-bit accesses of the widest dtype in the call.
-// Layout: [B, inner] with any batch stride. A thread has kVec elements of one image, keeps all of them in registers
-// and asks for every operand before it computes. The row is read from device memory, by a counter that is there too:
-// nothing waits for the host. An operand that the row reads and that is not there counts as NaN, as does every number
-// of a row whose counter points outside its table. Sums are written as fmaf, so that an element has the same bits in
-// every instance.
+// Bytes: every operand that the row reads once, every output once. Layout: [B, inner]. Vectors: a thread has the
+// elements of one image that 128 bits hold of the widest dtype in the call, keeps all of their operands in registers,
+// and asks for every operand before it computes (of a row that reads much: every operand but the slots, then these).
+// Dtypes are the instance's; what the row reads is a word that all threads share, so a branch costs a test. What does
+// not fit vectors (mixtures of dtypes, addresses, lengths, strides of images) goes element by element in an instance of
+// its own.
+//
+// The row is read from device memory, by a counter that is there too: nothing waits for the host. An operand that the
+// row reads and that is not there counts as NaN, as does every number of a row whose counter points outside its table.
+// Sums are written as fmaf, so that an element has the same bits in every instance.
 #pragma once
 #include "cuda/common.cuh"
+#include "cuda/philox.cuh"
 
 namespace difusores {
 namespace cuda {
 
 constexpr unsigned kStepThreads = 128;
-constexpr unsigned kStepBlocks = 5;  // a multiprocessor: what the registers hold without spilling
+constexpr unsigned kStepBlocks = 8;  // a multiprocessor
 // Blocks at most, about what runs at once: each waits for the counter and then for the row before it reads its first
 // element, so it takes many.
-constexpr int64_t kStepGrid = 640;
+constexpr int64_t kStepGrid = 1056;
 
 enum Position { kG = 0, kR = 3, kPX, kPE, kLo, kHi, kNu0, kNu1, kMode, kCin, kW = 12, kDraw = 39, kRow = 40 };
 constexpr int kColumns = 9;  // x0, xh, e, z*, s0 .. s4
+constexpr int kFirstSlot = 4;
 
-// Elements [at, at + count) of an operand as they lie in memory, beginning with the lowest bits.
-template <int kVec>
-__device__ __forceinline__ uint4 fetch(const Operand& o, int64_t at, int count, bool wide) {
-    uint4 raw = {~0u, ~0u, ~0u, ~0u};  // NaN in every dtype
-    if (!o.ptr) return raw;
-    const char* p = static_cast<const char*>(o.ptr) + at * bytes_of(o.dtype);
-    if (wide && count == kVec) {
-        if (kVec == 8 || o.dtype == DType::f32) return *reinterpret_cast<const uint4*>(p);
-        const uint2 half = *reinterpret_cast<const uint2*>(p);
-        return {half.x, half.y, 0, 0};
-    }
-    Raw<16> parts{raw};
-    if (kVec == 4 && o.dtype == DType::f32) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-            if (k < count) parts.set(k, reinterpret_cast<const unsigned*>(p)[k]);
-        return parts.v;
-    }
-#pragma unroll
-    for (int k = 0; k < kVec; k += 2) {
-        unsigned word = 0;
-        if (k < count) word = reinterpret_cast<const unsigned short*>(p)[k];
-        if (k + 1 < count) word |= static_cast<unsigned>(reinterpret_cast<const unsigned short*>(p)[k + 1]) << 16;
-        parts.set(k / 2, word);
-    }
-    return parts.v;
-}
+// What a row reads for the outputs that were asked for: bit j, column j; bit kColumns + p, position p is not 0; and:
+constexpr unsigned kReadsX0 = 1u << 21, kReadsXh = 1u << 22, kReadsE = 1u << 23 /* and the next two */,
+                   kReadsZ = 1u << 26, kReadsV = 1u << 27, kClips = 1u << 28;
+constexpr unsigned kColumnZ = 1u << 3, kLateSlots = 7u << (kFirstSlot + 2);
+__device__ __forceinline__ bool nonzero(unsigned reads, int position) { return reads >> (kColumns + position) & 1; }
 
-template <DType D, int kVec>
-__device__ __forceinline__ void widen_as(const uint4& raw, float (&out)[kVec]) {
-    if constexpr (bytes_of(D) * kVec == 16) unpack<D, kVec>({raw}, out);
-    else unpack<D, kVec>({{raw.x, raw.y}}, out);
-}
-
-template <int kVec>
-__device__ __forceinline__ void widen_all(const uint4& raw, DType dtype, float (&out)[kVec]) {
-    if constexpr (kVec == 4)
-        if (dtype == DType::f32) return widen_as<DType::f32, kVec>(raw, out);
-    if (dtype == DType::bf16) widen_as<DType::bf16, kVec>(raw, out);
-    else widen_as<DType::f16, kVec>(raw, out);
-}
-
-template <DType D, int kVec>
-__device__ __forceinline__ void write_as(void* p, int64_t at, int count, bool wide, const float (&v)[kVec]) {
-    if (wide && count == kVec) return store<D, kVec>(p, at, v);
-#pragma unroll
-    for (int k = 0; k < kVec; ++k)
-        if (k < count) store_one<D>(p, at + k, v[k]);
-}
-
-template <int kVec>
-__device__ __forceinline__ void write(const Result& r, int64_t at, int64_t next, int count, bool wide,
-                                      const float (&v)[kVec]) {
-    for (int64_t repeat = 0; repeat < r.repeats; ++repeat, at += next) {
-        if constexpr (kVec == 4) {
-            if (r.dtype == DType::f32) {
-                write_as<DType::f32, kVec>(r.ptr, at, count, wide, v);
-                continue;
-            }
+// A row in shared memory, written by the first kRow threads of a block.
+struct Stage {
+    float4 weights[kColumns];  // of a column: for y, d, u; 0 for what was not asked for
+    float row[kW];
+    float draw;
+    // missing: kColumnZ, the slots' columns and kReadsV, as in what is read: operands that are not there.
+    __device__ __forceinline__ void set(const SchedulerStepArgs& args, unsigned missing, int position, float value) {
+        const float nan = __uint_as_float(~0u);
+        if (position < kW) {
+            const bool lacks = position == kR ? missing & kColumnZ : position == kMode && missing & kReadsV;
+            row[position] = lacks && value != 0.0f ? nan : value;
+        } else if (position < kDraw) {
+            const int output = (position - kW) / kColumns, column = (position - kW) % kColumns;
+            const bool wanted =
+                output == 0 ? args.y.ptr || args.m.ptr : (output == 1 ? args.d.ptr : args.u.ptr) != nullptr;
+            const bool lacks = missing >> column & 1 && value != 0.0f;
+            reinterpret_cast<float*>(weights + column)[output] = !wanted ? 0.0f : lacks ? nan : value;
+        } else {
+            draw = value;
         }
-        if (r.dtype == DType::bf16) write_as<DType::bf16, kVec>(r.ptr, at, count, wide, v);
-        else write_as<DType::f16, kVec>(r.ptr, at, count, wide, v);
     }
-}
-
-// Philox4x32-10: counter (index, index >> 32, draw, 0), key: the image's seed.
-__device__ __forceinline__ uint4 philox(uint64_t seed, uint64_t index, unsigned draw) {
-    uint4 c = {static_cast<unsigned>(index), static_cast<unsigned>(index >> 32), draw, 0};
-    unsigned k0 = static_cast<unsigned>(seed), k1 = static_cast<unsigned>(seed >> 32);
-#pragma unroll
-    for (int round = 0; round < 10; ++round) {
-        const unsigned hi0 = __umulhi(c.x, 0xD2511F53u), lo0 = c.x * 0xD2511F53u;
-        const unsigned hi1 = __umulhi(c.z, 0xCD9E8D57u), lo1 = c.z * 0xCD9E8D57u;
-        c = {hi1 ^ c.y ^ k0, lo1, hi0 ^ c.w ^ k1, lo0};
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    return c;
-}
-
-// Box-Muller: sqrt(-2 ln u) (cos, sin)(2 pi t), u in (0, 1) from the upper 23 bits of a, t in [0, 1) from 24 of b.
-__device__ __forceinline__ float2 box_muller(unsigned a, unsigned b) {
-    const float u = (static_cast<float>(a >> 9) + 0.5f) * 0x1p-23f;
-    const float radius = sqrtf(-2.0f * logf(u));
-    float sine, cosine;
-    sincospif(static_cast<float>(b >> 8) * 0x1p-23f, &sine, &cosine);
-    return make_float2(radius * cosine, radius * sine);
-}
-
-template <int kVec>
-__device__ __forceinline__ void normals(uint64_t seed, int64_t first, unsigned draw, float (&z)[kVec]) {
-#pragma unroll
-    for (int k = 0; k < kVec; k += 4) {
-        const uint4 bits = philox(seed, static_cast<uint64_t>(first + k) / 4, draw);
-        const float2 a = box_muller(bits.x, bits.y), b = box_muller(bits.z, bits.w);
-        z[k] = a.x, z[k + 1] = a.y, z[k + 2] = b.x, z[k + 3] = b.y;
-    }
-}
-
-// Which operands the row reads for the outputs that were asked for; the same in every thread.
-struct Reads {
-    unsigned weights;  // bit 9 k + j: output k reads column j
-    bool x0, xh, e, z, v;
-    __device__ __forceinline__ Reads(const SchedulerStepArgs& args, const float* row) {
+    // What it reads; the same in every thread.
+    __device__ __forceinline__ unsigned reads(const SchedulerStepArgs& args) const {
         const int lane = static_cast<int>(threadIdx.x) % kWarp;
-        const bool wanted = lane < 9 ? args.y.ptr || args.m.ptr : lane < 18 ? !!args.d.ptr : !!args.u.ptr;
-        weights = __ballot_sync(kAllLanes, lane < 27 && wanted && row[kW + (lane < 27 ? lane : 0)] != 0.0f);
-        const unsigned columns = weights | weights >> 9 | weights >> 18;
-        x0 = args.x0.ptr || columns & 1;
-        xh = columns & 2 || (x0 && row[kPX] != 0.0f);
-        e = columns & 4 || (x0 && row[kPE] != 0.0f);
-        z = columns & 8 || (xh && row[kR] != 0.0f);
-        v = columns & 8 && row[kMode] != 0.0f;
-    }
-    __device__ __forceinline__ bool column(int j) const {
-        return (weights >> j | weights >> (9 + j) | weights >> (18 + j)) & 1;
+        bool on = false;
+        if (lane < kColumns) {
+            const float4 w = weights[lane];
+            on = w.x != 0.0f || w.y != 0.0f || w.z != 0.0f;
+        } else if (lane < kColumns + kW) {
+            on = row[lane - kColumns] != 0.0f;
+        }
+        unsigned all = __ballot_sync(kAllLanes, on);
+        const bool x0 = args.x0.ptr || all & 1;
+        const bool xh = all & 2 || (x0 && nonzero(all, kPX)), e = all & 4 || (x0 && nonzero(all, kPE));
+        if (x0) all |= kReadsX0;
+        if (xh) all |= kReadsXh;
+        for (int k = 0; k < 3; ++k)
+            if (e && args.e[k].ptr && nonzero(all, kG + k)) all |= kReadsE << k;
+        if (all & kColumnZ || (xh && nonzero(all, kR))) all |= kReadsZ;
+        if (all & kColumnZ && nonzero(all, kMode)) all |= kReadsV;
+        const float most = __uint_as_float(0x7F800000u);
+        if (!(row[kLo] == -most && row[kHi] == most)) all |= kClips;
+        return all;
     }
 };
 
-// total[k] += W[k, j] * operand, for the outputs k that read column j.
-template <int kVec>
-__device__ __forceinline__ void add_column(const Reads& reads, const float* row, int j, const float (&operand)[kVec],
-                                           float (&total)[3][kVec]) {
+// --- where the elements of a thread are: what goes with the sample (x, z, slots, y, d, u, x0), what with the model ---
+
+// Vectors of the sample's dtype S, image beside image, and of the model's dtype E, with one step between images.
+template <DType S, DType E, int kElements>
+struct Vectors {
+    static constexpr int kVec = kElements;
+    using Narrow = Vectors<S, E, 4>;  // for rows that read much
+    using Count = unsigned;           // of images, and of the vectors of one
+    using OfSample = RawOf<S, kVec>;
+    using OfModel = RawOf<E, kVec>;
+    int64_t at, of_model;
+    __device__ __forceinline__ Vectors(const SchedulerStepArgs& args, int64_t b, int64_t i)
+        : at(b * args.inner + i), of_model(b * args.e[0].batch_stride + i) {}
+    __device__ __forceinline__ OfSample sample(const Operand& o) const {
+        return *reinterpret_cast<const OfSample*>(static_cast<const char*>(o.ptr) + at * bytes_of(S));
+    }
+    __device__ __forceinline__ OfModel model(const Operand& o) const {
+        return *reinterpret_cast<const OfModel*>(static_cast<const char*>(o.ptr) + of_model * bytes_of(E));
+    }
+    static __device__ __forceinline__ void widen_sample(const OfSample& raw, float (&out)[kVec]) {
+        unpack<S, kVec>(raw, out);
+    }
+    static __device__ __forceinline__ void widen_model(const OfModel& raw, float (&out)[kVec]) {
+        unpack<E, kVec>(raw, out);
+    }
+    __device__ __forceinline__ void put_sample(const Result& r, const float (&v)[kVec]) const {
+        store<S, kVec>(r.ptr, at, v);
+    }
+    __device__ __forceinline__ void put_model(const Result& r, int64_t next, const float (&v)[kVec]) const {
+        const RawOf<E, kVec> packed = pack<E, kVec>(v);
+        char* p = static_cast<char*>(r.ptr) + at * bytes_of(E);
+        for (int64_t repeat = 0; repeat < r.repeats; ++repeat, p += next * bytes_of(E))
+            *reinterpret_cast<RawOf<E, kVec>*>(p) = packed;
+    }
+};
+
+// Single elements of any dtypes, as the call says, with any step between images.
+struct Elements {
+    static constexpr int kVec = 1;
+    using Narrow = Elements;
+    using Count = int64_t;
+    using OfSample = float;
+    using OfModel = float;
+    int64_t b, i, at;
+    __device__ __forceinline__ Elements(const SchedulerStepArgs& args, int64_t b, int64_t i)
+        : b(b), i(i), at(b * args.inner + i) {}
+    __device__ __forceinline__ float sample(const Operand& o) const {
+        return load_one(o.ptr, o.dtype, b * o.batch_stride + i);
+    }
+    __device__ __forceinline__ float model(const Operand& o) const { return sample(o); }
+    static __device__ __forceinline__ void widen_sample(float v, float (&out)[1]) { out[0] = v; }
+    static __device__ __forceinline__ void widen_model(float v, float (&out)[1]) { out[0] = v; }
+    __device__ __forceinline__ void put_sample(const Result& r, const float (&v)[1]) const { put_model(r, 0, v); }
+    __device__ __forceinline__ void put_model(const Result& r, int64_t next, const float (&v)[1]) const {
+        const Packed<1> packed = pack<1>(r.dtype, v);
+#pragma unroll 1
+        for (int64_t repeat = 0; repeat < r.repeats; ++repeat) put<1>(r.ptr, at + repeat * next, r.dtype, packed);
+    }
+};
+
+// total[k] += W[k, column] * operand, for the outputs k that read it.
+template <int kOutputs, int kVec>
+__device__ __forceinline__ void add_column(const Stage& stage, int column, const float (&operand)[kVec],
+                                           float (&total)[kOutputs][kVec]) {
+    const float4 weights = stage.weights[column];
+    const float w[3] = {weights.x, weights.y, weights.z};
 #pragma unroll
-    for (int k = 0; k < 3; ++k) {
-        if (!(reads.weights >> (kColumns * k + j) & 1)) continue;
-        const float w = row[kW + kColumns * k + j];
+    for (int k = 0; k < kOutputs; ++k) {
+        if (w[k] == 0.0f) continue;
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) total[k][i] = fmaf(w, operand[i], total[k][i]);
+        for (int i = 0; i < kVec; ++i) total[k][i] = fmaf(w[k], operand[i], total[k][i]);
     }
 }
 
 // x0 = clamp(p_x xh + p_e e, lo, hi), or clamp(., -s, s) / s. NaN stays NaN.
 template <int kVec>
-__device__ __forceinline__ void predict(const float* row, const float (&xh)[kVec], const float (&e)[kVec],
-                                        const float* threshold, float (&x0)[kVec]) {
+__device__ __forceinline__ void predict(const Stage& stage, unsigned reads, const float (&xh)[kVec],
+                                        const float (&e)[kVec], const float* threshold, float (&x0)[kVec]) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) x0[i] = 0.0f;
+    if (nonzero(reads, kPX)) {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) x0[i] = stage.row[kPX] * xh[i];
+    }
+    if (nonzero(reads, kPE)) {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) x0[i] = fmaf(stage.row[kPE], e[i], x0[i]);
+    }
+    if (!threshold && !(reads & kClips)) return;
     const float s = threshold ? *threshold : 1.0f;
-    const float lo = threshold ? -s : row[kLo], hi = threshold ? s : row[kHi];
+    const float lo = threshold ? -s : stage.row[kLo], hi = threshold ? s : stage.row[kHi];
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-        float v = row[kPX] != 0.0f ? row[kPX] * xh[i] : 0.0f;
-        if (row[kPE] != 0.0f) v = fmaf(row[kPE], e[i], v);
-        v = v < lo ? lo : v;
-        v = v > hi ? hi : v;
-        x0[i] = threshold ? v / s : v;
+        x0[i] = x0[i] < lo ? lo : x0[i];
+        x0[i] = x0[i] > hi ? hi : x0[i];
+    }
+    if (threshold) {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) x0[i] /= s;
     }
 }
 
-template <int kVec, bool kPhilox>
-__device__ __forceinline__ void step_vector(const SchedulerStepArgs& args, const float* row, const Reads& reads,
-                                            int64_t b, int64_t i, bool wide) {
-    const int count = args.inner - i < kVec ? static_cast<int>(args.inner - i) : kVec;
-    const auto from = [&](const Operand& o) { return fetch<kVec>(o, b * o.batch_stride + i, count, wide); };
-    uint4 raw_x = {}, raw_z = {}, raw_v = {}, raw_e[3] = {}, raw_s[5] = {};
-    if (reads.xh) raw_x = from(args.sample);
-#pragma unroll
-    for (int k = 0; k < 3; ++k)
-        if (reads.e && args.e[k].ptr && row[kG + k] != 0.0f) raw_e[k] = from(args.e[k]);
-    if (reads.z && !kPhilox) raw_z = from(args.noise);
-    if (reads.v) raw_v = from(args.variance);
-#pragma unroll
-    for (int k = 0; k < 5; ++k)
-        if (reads.column(4 + k)) raw_s[k] = from(args.slots[k]);
+// What nearly every row reads: x, one or two outputs of the model, given noise, two slots; y and d. Not churn, a third
+// output, a learned variance, more slots, u, or a threshold of each image.
+__device__ __forceinline__ bool usual(const SchedulerStepArgs& args, unsigned reads) {
+    constexpr unsigned kAlways = kReadsXh | kReadsE;
+    constexpr unsigned kNever = kReadsE << 2 | kReadsV | kLateSlots | 1u << (kColumns + kR);
+    return (reads & (kAlways | kNever)) == kAlways && !args.u.ptr && !args.threshold;
+}
 
-    float x0[kVec] = {}, xh[kVec] = {}, e[kVec] = {}, z[kVec] = {}, v[kVec], total[3][kVec] = {};
+// The elements from i on of image b. kAll: of any row, else of a usual one.
+template <class Where, bool kPhilox, bool kAll>
+__device__ __forceinline__ void step_elements(const SchedulerStepArgs& args, const Stage& stage, unsigned reads,
+                                              int64_t b, int64_t i) {
+    constexpr int kVec = Where::kVec, kModels = kAll ? 3 : 2, kSlots = kAll ? 5 : 2, kOutputs = kAll ? 3 : 2;
+    const Where where(args, b, i);
+    typename Where::OfSample raw_x{}, raw_z{}, raw_s[kSlots]{};
+    typename Where::OfModel raw_e[kModels]{}, raw_v{};
+    const auto reads_e = [&](int k) { return (!kAll && k == 0) || reads & kReadsE << k; };
+    const auto ask_for_slots = [&] {
 #pragma unroll
-    for (int k = 0; k < 3; ++k) {
-        if (!(reads.e && args.e[k].ptr && row[kG + k] != 0.0f)) continue;
-        widen_all<kVec>(raw_e[k], args.e[k].dtype, v);
+        for (int k = 0; k < kSlots; ++k)
+            if (reads >> (kFirstSlot + k) & 1) raw_s[k] = where.sample(args.slots[k]);
+    };
+    if (!kAll || reads & kReadsXh) raw_x = where.sample(args.sample);
 #pragma unroll
-        for (int j = 0; j < kVec; ++j) e[j] = fmaf(row[kG + k], v[j], e[j]);
+    for (int k = 0; k < kModels; ++k)
+        if (reads_e(k)) raw_e[k] = where.model(args.e[k]);
+    if (!kPhilox && reads & kReadsZ) raw_z = where.sample(args.noise);
+    if (kAll && reads & kReadsV) raw_v = where.model(args.variance);
+    if (!kAll) ask_for_slots();
+
+    float x0[kVec], xh[kVec] = {}, e[kVec] = {}, z[kVec] = {}, v[kVec], total[kOutputs][kVec] = {};
+#pragma unroll
+    for (int k = 0; k < kModels; ++k) {
+        if (!reads_e(k)) continue;
+        where.widen_model(raw_e[k], v);
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) e[j] = fmaf(stage.row[kG + k], v[j], e[j]);
     }
-    if (reads.z) {
+    where.widen_sample(raw_x, xh);
+    if (kAll && reads & kReadsZ) {
         if constexpr (kPhilox)
-            normals<kVec>(static_cast<uint64_t>(args.seeds[b]), i, static_cast<unsigned>(row[kDraw]), z);
-        else widen_all<kVec>(raw_z, args.noise.dtype, z);
-    }
-    if (reads.xh) {
-        widen_all<kVec>(raw_x, args.sample.dtype, xh);
-        if (row[kR] != 0.0f) {
+            normals<kVec>(static_cast<uint64_t>(args.seeds[b]), i, static_cast<unsigned>(stage.draw), z);
+        else where.widen_sample(raw_z, z);
+        if (nonzero(reads, kR)) {
 #pragma unroll
-            for (int j = 0; j < kVec; ++j) xh[j] = fmaf(row[kR], z[j], xh[j]);
+            for (int j = 0; j < kVec; ++j) xh[j] = fmaf(stage.row[kR], z[j], xh[j]);
         }
     }
-    const int64_t at = b * args.inner + i, next = args.batch * args.inner;
-    if (reads.x0) {
-        predict<kVec>(row, xh, e, args.threshold ? args.threshold + b : nullptr, x0);
-        if (args.x0.ptr) write<kVec>(args.x0, at, next, count, wide, x0);
+    if (reads & kReadsX0) {
+        predict<kVec>(stage, reads, xh, e, kAll && args.threshold ? args.threshold + b : nullptr, x0);
+        if (args.x0.ptr) where.put_sample(args.x0, x0);
+        if (reads & 1) add_column(stage, 0, x0, total);
     }
-    if (reads.v) {
-        widen_all<kVec>(raw_v, args.variance.dtype, v);
+    if (reads & 2) add_column(stage, 1, xh, total);
+    if (reads & 4) add_column(stage, 2, e, total);
+    if (kAll) ask_for_slots();  // into registers that x and the model's outputs had
+    if (reads & kColumnZ) {
+        if (!kAll) where.widen_sample(raw_z, z);
+        if (kAll && reads & kReadsV) {
+            const float mode = stage.row[kMode];
+            where.widen_model(raw_v, v);
 #pragma unroll
-        for (int j = 0; j < kVec; ++j)
-            z[j] *= row[kMode] == 1.0f ? expf(fmaf(v[j], row[kNu1], row[kNu0])) : sqrtf(v[j]);
+            for (int j = 0; j < kVec; ++j)
+                z[j] *= mode == 1.0f   ? expf(fmaf(v[j], stage.row[kNu1], stage.row[kNu0]))
+                        : mode == 2.0f ? sqrtf(v[j])
+                                       : __uint_as_float(~0u);
+        }
+        add_column(stage, 3, z, total);
     }
-    add_column<kVec>(reads, row, 0, x0, total);
-    add_column<kVec>(reads, row, 1, xh, total);
-    add_column<kVec>(reads, row, 2, e, total);
-    add_column<kVec>(reads, row, 3, z, total);
 #pragma unroll
-    for (int k = 0; k < 5; ++k) {
-        if (!reads.column(4 + k)) continue;
-        widen_all<kVec>(raw_s[k], args.slots[k].dtype, v);
-        add_column<kVec>(reads, row, 4 + k, v, total);
+    for (int k = 0; k < kSlots; ++k) {
+        if (!(reads >> (kFirstSlot + k) & 1)) continue;
+        where.widen_sample(raw_s[k], v);
+        add_column(stage, kFirstSlot + k, v, total);
     }
-    if (args.y.ptr) write<kVec>(args.y, at, next, count, wide, total[0]);
-    if (args.d.ptr) write<kVec>(args.d, at, next, count, wide, total[1]);
-    if (args.u.ptr) write<kVec>(args.u, at, next, count, wide, total[2]);
+    if (args.y.ptr) where.put_sample(args.y, total[0]);
+    if (args.d.ptr) where.put_sample(args.d, total[1]);
+    if (kAll && args.u.ptr) where.put_sample(args.u, total[kOutputs - 1]);
     if (args.m.ptr) {
 #pragma unroll
-        for (int j = 0; j < kVec; ++j) total[0][j] *= row[kCin];
-        write<kVec>(args.m, at, next, count, wide, total[0]);
+        for (int j = 0; j < kVec; ++j) total[0][j] *= stage.row[kCin];
+        where.put_model(args.m, args.batch * args.inner, total[0]);
     }
 }
 
-// kVec 8: every tensor has 16-bit elements. `wide`: every tensor allows accesses of kVec elements.
-template <int kVec, bool kPhilox>
+template <class Where, bool kPhilox, bool kAll>
+__device__ __forceinline__ void step_images(const SchedulerStepArgs& args, const Stage& stage, unsigned reads) {
+    using Count = typename Where::Count;
+    const Count vectors = static_cast<Count>(args.inner / Where::kVec), step = Count{gridDim.x} * blockDim.x;
+    const Count images = static_cast<Count>(args.batch);
+    for (Count b = blockIdx.y; b < images; b += gridDim.y)
+        for (Count k = Count{blockIdx.x} * blockDim.x + threadIdx.x; k < vectors; k += step) {
+            asm volatile("" ::: "memory");  // the row stays in shared memory: registers are for operands
+            step_elements<Where, kPhilox, kAll>(args, stage, reads, b, int64_t{k} * Where::kVec);
+        }
+}
+
+template <class Where, bool kPhilox>
 __global__ void __launch_bounds__(kStepThreads, kStepBlocks)
     scheduler_step_kernel(const __grid_constant__ SchedulerStepArgs args, const __grid_constant__ StepRow source,
-                          bool wide) {
-    DIFUSORES_SHARED(float, row, kRow);
+                          unsigned missing) {
+    DIFUSORES_SHARED(Stage, stage, 1);
     if (threadIdx.x < kRow) {
         const int64_t index = source.step ? *source.step : 0;
         const bool inside = index >= 0 && index < source.count;
-        row[threadIdx.x] = !source.table ? static_cast<float>(source.row[threadIdx.x])
-                           : inside      ? static_cast<float>(source.table[index * kRow + threadIdx.x])
-                                         : __uint_as_float(~0u);
+        stage->set(args, missing, static_cast<int>(threadIdx.x),
+                   !source.table ? static_cast<float>(source.row[threadIdx.x])
+                   : inside      ? static_cast<float>(source.table[index * kRow + threadIdx.x])
+                                 : __uint_as_float(~0u));
     }
     __syncthreads();
-    const Reads reads(args, row);
-    const int64_t vectors = (args.inner + kVec - 1) / kVec;
-    for (int64_t b = blockIdx.y; b < args.batch; b += gridDim.y)
-        for (int64_t k = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; k < vectors;
-             k += static_cast<int64_t>(gridDim.x) * blockDim.x)
-            step_vector<kVec, kPhilox>(args, row, reads, b, k * kVec, wide);
+    const unsigned reads = stage->reads(args);
+    if constexpr (Where::kVec > 1 && !kPhilox)
+        if (usual(args, reads)) return step_images<Where, kPhilox, false>(args, *stage, reads);
+    step_images<typename Where::Narrow, kPhilox, true>(args, *stage, reads);
 }
 
-// The instance and the grid for a call. launch(kernel, grid, threads, dynamic shared bytes, arguments of the kernel …)
-template <class Launch>
-__host__ auto launch_scheduler_step(const SchedulerStepArgs& args, const StepRow& row, const Launch& launch) {
-    const Operand* const operands[] = {&args.sample,   &args.e[0],     &args.e[1],     &args.e[2],
-                                       &args.noise,    &args.variance, &args.slots[0], &args.slots[1],
-                                       &args.slots[2], &args.slots[3], &args.slots[4]};
-    const Result* const results[] = {&args.y, &args.d, &args.u, &args.x0, &args.m};
-    const auto allows = [&](int elements) {
-        bool all = true;
-        for (const Operand* o : operands)
-            if (o->ptr)
-                all = all &&
-                      aligned(o->ptr, args.batch > 1 ? o->batch_stride : 0, o->dtype, elements * bytes_of(o->dtype));
-        for (const Result* r : results)
-            if (r->ptr)
-                all = all && aligned(r->ptr, args.batch * r->repeats > 1 ? args.inner : 0, r->dtype,
-                                     elements * bytes_of(r->dtype));
-        return all;
+// Whether there are vectors for this call, which every operand and result has whole.
+inline __host__ bool step_fits(const SchedulerStepArgs& args) {
+    const DType of_sample = args.sample.dtype, of_model = args.e[0].dtype;
+    const int vec = of_sample == DType::f32 || of_model == DType::f32 ? 4 : 8;
+    bool fits = args.inner % vec == 0 && args.inner / 4 < int64_t{1} << 31 && args.batch < int64_t{1} << 31 &&
+                (of_model == of_sample || of_sample == DType::f32);
+    const auto demand = [&](const void* p, DType dtype, int64_t stride, DType wanted, int64_t wanted_stride) {
+        if (args.batch == 1) stride = wanted_stride = 0;
+        fits = fits &&
+               (!p || (dtype == wanted && stride == wanted_stride && aligned(p, stride, dtype, vec * bytes_of(dtype))));
     };
-    bool short_elements = true;
-    for (const Operand* o : operands) short_elements = short_elements && (!o->ptr || o->dtype != DType::f32);
-    for (const Result* r : results) short_elements = short_elements && (!r->ptr || r->dtype != DType::f32);
-    const int vec = short_elements && allows(8) ? 8 : 4;
-    const int64_t blocks = (args.inner + vec * int64_t{kStepThreads} - 1) / (vec * int64_t{kStepThreads});
+    const Operand* const like_sample[] = {&args.sample,   &args.noise,    &args.slots[0], &args.slots[1],
+                                          &args.slots[2], &args.slots[3], &args.slots[4]};
+    for (const Operand* o : like_sample) demand(o->ptr, o->dtype, o->batch_stride, of_sample, args.inner);
+    for (const Operand* o : {&args.e[0], &args.e[1], &args.e[2], &args.variance})
+        demand(o->ptr, o->dtype, o->batch_stride, of_model, args.e[0].batch_stride);
+    for (const Result* r : {&args.y, &args.d, &args.u, &args.x0})
+        demand(r->ptr, r->dtype, args.inner, of_sample, args.inner);
+    demand(args.m.ptr, args.m.dtype, args.inner, of_model, args.inner);
+    return fits;
+}
+
+// missing: as Stage::set takes it.
+template <class Where, class Launch>
+__host__ auto launch_step_of(const SchedulerStepArgs& args, const StepRow& row, unsigned missing,
+                             const Launch& launch) {
+    constexpr int64_t kOfBlock = int64_t{kStepThreads} * Where::kVec;
+    const int64_t blocks = (args.inner + kOfBlock - 1) / kOfBlock;
     const int64_t of_image = args.batch < kStepGrid ? kStepGrid / args.batch : 1;
     const dim3 grid = {static_cast<unsigned>(blocks < of_image ? blocks : of_image),
                        static_cast<unsigned>(args.batch < 65535 ? args.batch : 65535), 1};
-    const auto go = [&](auto kernel) {
-        return launch(kernel, grid, kStepThreads, size_t{0}, args, row, vec == 8 || allows(4));
-    };
-    if (vec == 8) return args.seeds ? go(scheduler_step_kernel<8, true>) : go(scheduler_step_kernel<8, false>);
-    return args.seeds ? go(scheduler_step_kernel<4, true>) : go(scheduler_step_kernel<4, false>);
+    const auto kernel = args.seeds ? scheduler_step_kernel<Where, true> : scheduler_step_kernel<Where, false>;
+    return launch(kernel, grid, kStepThreads, size_t{0}, args, row, missing);
+}
+
+// The instance for a call. launch(kernel, grid, threads, dynamic shared bytes, arguments of the kernel …)
+template <class Launch>
+__host__ auto launch_scheduler_step(const SchedulerStepArgs& given, const StepRow& row, const Launch& launch) {
+    SchedulerStepArgs args = given;
+    unsigned missing = 0;  // something else stands in for what is not there, times NaN
+    if (!args.noise.ptr) args.noise = args.sample, missing |= args.seeds ? 0 : kColumnZ;
+    if (!args.variance.ptr) args.variance = args.e[0], missing |= kReadsV;
+    for (int k = 0; k < 5; ++k)
+        if (!args.slots[k].ptr) args.slots[k] = args.sample, missing |= 1u << (kFirstSlot + k);
+    constexpr DType f32 = DType::f32, bf16 = DType::bf16, f16 = DType::f16;
+    const DType of_sample = args.sample.dtype, of_model = args.e[0].dtype;
+    if (!step_fits(args)) return launch_step_of<Elements>(args, row, missing, launch);
+    if (of_sample == bf16) return launch_step_of<Vectors<bf16, bf16, 8>>(args, row, missing, launch);
+    if (of_sample == f16) return launch_step_of<Vectors<f16, f16, 8>>(args, row, missing, launch);
+    if (of_model == bf16) return launch_step_of<Vectors<f32, bf16, 4>>(args, row, missing, launch);
+    if (of_model == f16) return launch_step_of<Vectors<f32, f16, 4>>(args, row, missing, launch);
+    return launch_step_of<Vectors<f32, f32, 4>>(args, row, missing, launch);
 }
 
 }  // namespace cuda

@@ -51,7 +51,7 @@ def attend(
 
 
 BARRIERS = {
-    "scheduler_step": ("__syncthreads();\n    const Reads reads", "const Reads reads"),
+    "scheduler_step": ("__syncthreads();\n    const unsigned reads", "const unsigned reads"),
     "group_norm_silu": (
         "shared.sums[g] = total;\n    }\n    __syncthreads();",
         "shared.sums[g] = total;\n    }",
@@ -62,7 +62,7 @@ BARRIERS = {
 @pytest.mark.parametrize("op", BARRIERS)
 def test_a_missing_barrier(op: str) -> None:
     """Another order of the threads gives other bits."""
-    x = torch.randn(2, 8, 4, 4)
+    x = torch.randn(2, 8, 8, 8)  # for every warp of a block
 
     def run(change: Change) -> None:
         if op == "scheduler_step":
@@ -177,10 +177,11 @@ def test_faults_of_the_gradients_of_attention(fault: str) -> None:
     caught(not all(near), change)
 
 
-@pytest.mark.parametrize("change", [None, ("if (k < count) store_one", "if (k <= count) store_one")], ids=str)
-def test_an_off_by_one_mask(change: Change) -> None:
+@pytest.mark.parametrize("shape", [(7, 5), (4, 8)], ids=["elements", "vectors"])
+@pytest.mark.parametrize("change", [None, ("k < vectors;", "k <= vectors;")], ids=str)
+def test_an_off_by_one_mask(change: Change, shape: tuple[int, int]) -> None:
     """An element is written that is not the image's: of its neighbour, or beyond the last."""
-    x, memory = torch.randn(2, 3, 7, 5), torch.zeros(3, 3, 7, 5)
+    x, memory = torch.randn(2, 3, *shape), torch.zeros(3, 3, *shape)
     try:
         step(x, x, memory[:2], change)
     except AssertionError:
@@ -198,13 +199,25 @@ def two_images_far_apart(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "change", [None, ("b * o.batch_stride + i,", "static_cast<int>(b * o.batch_stride) + i,")], ids=str
+    "change",
+    [
+        None,
+        ("b * o.batch_stride + i", "static_cast<int>(b * o.batch_stride) + i"),
+        ("b * args.e[0].batch_stride + i", "static_cast<int>(b * args.e[0].batch_stride) + i"),
+    ],
+    ids=str,
 )
 def test_an_overflow_of_32_bits(change: Change) -> None:
-    x = two_images_far_apart(1, 4, 4).fill_(2.0)
-    y = torch.empty(2, 1, 4, 4, dtype=torch.float16)
-    step(x, torch.zeros_like(y), y, change)
-    caught(bool((y != 1.0).any()), change)
+    """Of the sample, whose images then are no vectors side by side, and of what a model gave."""
+    far, near = two_images_far_apart(1, 4, 4), torch.zeros(2, 1, 4, 4, dtype=torch.float16)
+    far.fill_(2.0)
+    wrong = []
+    for x, e, right in ((far, near, 1.0), (near, far, 0.5)):
+        y = torch.empty_like(near)
+        step(x, e, y, change)
+        wrong.append(bool((y != right).any()))
+    caught(any(wrong), change)
+    assert not all(wrong)
 
 
 ROWS_OF = (

@@ -126,3 +126,24 @@ def test_the_reference_does_not_answer_for_a_module(monkeypatch: pytest.MonkeyPa
     assert dispatch.choose("bias_residual", "cpu", lambda *call: None) == "reference"
     with ops.use_backend("cpu"), pytest.raises(ops.BackendUnavailable, match="built without bias_residual"):
         dispatch.choose("bias_residual", "cpu", lambda *call: None)
+
+
+def test_the_kernel_that_a_gpu_found_faster_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the measured size on, by default; what is asked for by name, or is alone there, stays."""
+    monkeypatch.setattr(dispatch, "_refusal", lambda backend, device: missing.get(backend))
+    monkeypatch.setattr(dispatch, "_left_out", lambda op, backend: None)
+    monkeypatch.setattr(dispatch, "status", lambda backend: None)
+    missing: dict[str, str] = {}
+
+    def chosen(*shape: int) -> str:
+        sample = torch.empty(shape, device="meta")
+        return dispatch.choose("scheduler_step", "cuda", lambda *call: None, sample)
+
+    assert dispatch.TRITON_FIRST["scheduler_step"].triton < dispatch.TRITON_FIRST["scheduler_step"].cuda
+    if dispatch.wanted() is None:
+        assert (chosen(8, 3, 512, 512), chosen(1, 4, 64, 64)) == ("triton", "cuda")
+    with ops.use_backend("cuda"):
+        assert chosen(8, 3, 512, 512) == "cuda"
+    missing["triton"] = "no Triton here"
+    if dispatch.wanted() is None:
+        assert chosen(8, 3, 512, 512) == "cuda"

@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cuda_budget
 import emulated
 import pytest
 import torch
 
 from difusores import native, ops
 from difusores.ops import dispatch
-from difusores.ops.scheduler_step import PX, ROW, W
+from difusores.ops.scheduler_step import MODE, PX, ROW, W
 
 pytestmark = [
     pytest.mark.skipif(emulated.why_not() is not None, reason=emulated.why_not() or ""),
     pytest.mark.skipif(native.status("cpu") is not None, reason=native.status("cpu") or ""),
 ]
+
+
+BUDGET = json.loads(cuda_budget.BUDGET.read_text(encoding="utf-8"))
 
 
 def suite(op: str) -> ModuleType:
@@ -131,21 +136,54 @@ class TestSchedulerStep:
         (y,) = ops.scheduler_step(row, x, [x])
         assert torch.equal(y, 0.5 * x)
 
-    @pytest.mark.parametrize("missing", ["noise", "s0", "s4"])
+    def test_every_instance_has_the_same_bits(self) -> None:
+        """Vectors of each pair of dtypes, and the same numbers element by element where an address is odd."""
+        half, brain, single = torch.float16, torch.bfloat16, torch.float32
+        everything = self.of.row(mode=1, churn=0.2, clip=1.0, guidance=3)
+        usual = self.of.row(clip=1.0, guidance=2, columns="111111000")
+        seeds = torch.tensor([5, -7])
+
+        def moved(t: torch.Tensor) -> torch.Tensor:
+            return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
+
+        for of_sample, of_model in (
+            *((single, single), (half, half), (brain, brain)),
+            *((single, half), (single, brain)),
+        ):
+            like_x = [torch.randn(2, 1, 4, 4).to(of_sample) for _ in range(7)]
+            like_e = [torch.rand(2, 1, 4, 4).to(of_model) for _ in range(4)]
+            for row, names, more in (
+                *((everything, "yduxm", {}), (usual, "ydxm", {})),
+                *((everything, "yduxm", {"seeds": seeds}), (usual, "ydxm", {"seeds": seeds})),
+            ):
+                found = []
+                for place in (lambda t: t, moved):
+                    x, z, *slots = map(place, like_x)
+                    *e, v = map(place, like_e)
+                    options: dict[str, Any] = {"model_dtype": of_model, "model_repeats": 2, "variance": v}
+                    options |= more or {"noise": z}
+                    outputs = ["x0" if name == "x" else name for name in names]
+                    found.append(ops.scheduler_step(row, x, e, slots, outputs=outputs, **options))
+                assert all(map(emulated.same_bits, *found)), (of_sample, of_model, names, more)
+        ran = {cuda_budget.short_name(name) for name in emulated.launched("scheduler_step")}
+        assert ran == {name for name in BUDGET["sm_80"] if name.startswith("scheduler_step")}
+
+    @pytest.mark.parametrize("missing", ["noise", "s0", "s4", "variance"])
     def test_an_operand_that_is_not_there_is_nan(self, missing: str) -> None:
         """The row may be in device memory, where the host cannot check it without waiting."""
-        row, x = torch.zeros(2, ROW, dtype=torch.float64), torch.randn(2, 3, 5, 5)
-        (
-            row[:, PX],
-            row[:, W + 1],
-            row[1, W + ("x0", "xh", "e", "noise", "s0", "", "", "", "s4").index(missing)],
-        ) = (
-            *(1, 1),
-            0.5,
-        )
-        for index, is_nan in ((0, False), (1, True)):
-            (y,) = ops.scheduler_step(row, x, [x], step=torch.tensor([index]))
-            assert torch.isnan(y).all() if is_nan else torch.equal(y, x)
+        row, given = torch.zeros(2, ROW, dtype=torch.float64), {}
+        row[:, PX] = row[:, W + 1] = 1
+        if missing == "variance":
+            row[1, MODE] = row[1, W + 3] = 1
+        else:
+            row[1, W + ("x0", "xh", "e", "noise", "s0", "", "", "", "s4").index(missing)] = 0.5
+        for size in (4, 5):  # vectors, elements
+            x = torch.randn(2, 3, size, size)
+            if missing == "variance":
+                given = {"noise": torch.ones_like(x)}
+            for index, is_nan in ((0, False), (1, True)):
+                (y,) = ops.scheduler_step(row, x, [x], step=torch.tensor([index]), **given)
+                assert torch.isnan(y).all() if is_nan else torch.equal(y, x)
 
     @pytest.mark.parametrize("index", [-1, 2, 2**40])
     def test_a_counter_outside_the_table_gives_nan(self, index: int) -> None:
