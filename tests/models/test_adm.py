@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import runpy
@@ -18,82 +19,23 @@ from difusores.models.adm_blocks import AttentionBlock, AttentionPool2d, ResBloc
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 fill = runpy.run_path(str(FIXTURES / "make.py"))["fill"]
 
-# The options of guided-diffusion's README for its checkpoints.
-ALL: dict[str, Any] = {
-    "attention_resolutions": "32,16,8",
-    "learn_sigma": True,
-    "resblock_updown": True,
-    "use_scale_shift_norm": True,
-}
-AT_256 = {**ALL, "image_size": 256, "num_channels": 256, "num_head_channels": 64, "num_res_blocks": 2}
-UNETS: dict[str, dict[str, Any]] = {
-    "64x64_diffusion": {
-        **ALL,
-        "class_cond": True,
-        "dropout": 0.1,
-        "image_size": 64,
-        "num_channels": 192,
-        "num_head_channels": 64,
-        "num_res_blocks": 3,
-        "use_new_attention_order": True,
-    },
-    "128x128_diffusion": {
-        **ALL,
-        "class_cond": True,
-        "image_size": 128,
-        "num_channels": 256,
-        "num_heads": 4,
-        "num_res_blocks": 2,
-    },
-    "256x256_diffusion": {**AT_256, "class_cond": True},
-    "256x256_diffusion_uncond": AT_256,
-    "512x512_diffusion": {**AT_256, "image_size": 512, "class_cond": True},
-    "64_256_upsampler": {
-        **ALL,
-        "class_cond": True,
-        "image_size": 256,
-        "small_size": 64,
-        "num_channels": 192,
-        "num_heads": 4,
-        "num_res_blocks": 2,
-    },
-    "128_512_upsampler": {
-        **ALL,
-        "attention_resolutions": "32,16",
-        "class_cond": True,
-        "image_size": 512,
-        "small_size": 128,
-        "num_channels": 192,
-        "num_head_channels": 64,
-        "num_res_blocks": 2,
-    },
-    "lsun_bedroom": {**AT_256, "dropout": 0.1},
-}
-CLASSIFIERS: dict[str, dict[str, Any]] = {
-    "64x64_classifier": {"image_size": 64, "classifier_depth": 4},
-    "128x128_classifier": {"image_size": 128},
-    "256x256_classifier": {"image_size": 256},
-    "512x512_classifier": {"image_size": 512},
-}
-# sha256 of the lines "name [shape]" in alphabetical order, number of lines, number of parameters: of the
-# models that guided-diffusion's own code builds with these options, on the meta device.
-EXPECTED = {
-    "64x64_diffusion": ("cdbf32c1675c84fb6da4f769818eb4980bc71961a09ee1fd72653565ec04d974", 541, 295904454),
-    "128x128_diffusion": ("c56d52445fdb2112b94cacc66f3e72fb277c6468c0a3907521619b0fc87ef37e", 493, 421529606),
-    "256x256_diffusion": ("e357403fc997eb00c7f3c70091fdc5286057847a0e1ffc31f6140f1fed305261", 567, 553838086),
-    "256x256_diffusion_uncond": (
-        "77e18ded5689d791c0f80de615de87c7b701e6613a73e6856ce4baeebb4a6524",
-        566,
-        552814086,
-    ),
-    "512x512_diffusion": ("ab03f15f765591ce8e1ffca2860c02fea26bbe6e0300e58ff6576c7660d272dd", 645, 558997638),
-    "64_256_upsampler": ("3a8b8bceb82c3f82b22b5dcf81f6e36d85ccad0d36e36f0e3a6243bb7a950f30", 567, 311795910),
-    "128_512_upsampler": ("7e722e2f64fce61c3f61d6d062dbf1367c8e8b3d238ec71c62173ec6b8d3e3cd", 537, 308835270),
-    "lsun_bedroom": ("77e18ded5689d791c0f80de615de87c7b701e6613a73e6856ce4baeebb4a6524", 566, 552814086),
-    "64x64_classifier": ("0b7fc9917ffd8325f41be9ccb410a7ed19b1b246f2ec700d87120b5ec670ee13", 307, 65438568),
-    "128x128_classifier": ("e717337216e0644859cedb0c4ed35bb9012a2c6ddf6d460c4b99ed3af8c704ef", 221, 42568040),
-    "256x256_classifier": ("bc098f973cf9f8b95ca9251e326846016ea8cd08d65e19bba139551b01721c21", 249, 54096360),
-    "512x512_classifier": ("2a24b6c641814825a5b3bc56d50013e856eb1b459b504910ce9a04fa38a6e35f", 281, 54448360),
+KEYS = runpy.run_path(str(FIXTURES / "adm_keys.py"))
+# Numbers of parameters of the models that guided-diffusion's own code builds, on the meta device.
+PARAMETERS = {
+    "64x64_diffusion": 295904454,
+    "128x128_diffusion": 421529606,
+    "256x256_diffusion": 553838086,
+    "256x256_diffusion_uncond": 552814086,
+    "512x512_diffusion": 558997638,
+    "64_256_upsampler": 311795910,
+    "128_512_upsampler": 308835270,
+    "lsun_bedroom": 552814086,
+    "lsun_cat": 552814086,
+    "lsun_horse": 552814086,
+    "64x64_classifier": 65438568,
+    "128x128_classifier": 42568040,
+    "256x256_classifier": 54096360,
+    "512x512_classifier": 54448360,
 }
 # The paper's figures, in millions (tables of hyperparameters in its appendix): all agree, when rounded.
 PAPER = {
@@ -110,15 +52,29 @@ PAPER = {
 }
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-def test_public_checkpoints(name: str) -> None:
+@pytest.fixture(scope="module")
+def listed() -> dict[str, list[str]]:
+    """checkpoint -> "name [shape]" of its tensors."""
+    lists: dict[str, list[str]] = json.loads(
+        gzip.decompress((FIXTURES / "adm" / "keys.json.gz").read_bytes())
+    )
+    return lists
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_public_checkpoints(name: str, listed: dict[str, list[str]]) -> None:
+    assert hashlib.sha256("\n".join(listed[name]).encode()).hexdigest() == KEYS["DIGESTS"][name]
     with torch.device("meta"):
-        model = ADMUNet(**UNETS[name]) if name in UNETS else ADMClassifier(**CLASSIFIERS[name])
-    lines = sorted(f"{key} {list(tensor.shape)}" for key, tensor in model.state_dict().items())
-    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    assert (digest, len(lines), model.num_parameters()) == EXPECTED[name]
+        unets, classifiers = KEYS["UNETS"], KEYS["CLASSIFIERS"]
+        model = ADMUNet(**unets[name]) if name in unets else ADMClassifier(**classifiers[name])
+    assert sorted(f"{key} {list(tensor.shape)}" for key, tensor in model.state_dict().items()) == listed[name]
+    assert model.num_parameters() == PARAMETERS[name]
     if name in PAPER:
         assert round(model.num_parameters() / 1e6) == PAPER[name]
+
+
+def test_the_lists_are_those_that_the_command_writes(listed: dict[str, list[str]]) -> None:
+    assert dict(KEYS["lists"]()) == listed
 
 
 def stored() -> tuple[dict[str, torch.Tensor], dict[str, str]]:
