@@ -44,9 +44,12 @@ class LoraPipeline(LatentPipeline):
         self,
         pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Tensor],
         adapter_name: str | None = None,
+        hotswap: bool = False,
         *,
         weight_name: str | None = None,
         subfolder: str | None = None,
+        use_safetensors: bool | None = None,
+        low_cpu_mem_usage: bool = True,
         **hub: Any,
     ) -> None:
         """Load an adapter, which alone is active then.
@@ -55,13 +58,17 @@ class LoraPipeline(LatentPipeline):
             pretrained_model_name_or_path_or_dict: a file, a folder, a Hub id, or tensors by name, in the
                 layout of diffusers or of kohya.
             adapter_name: "default_0", "default_1" and so on if None.
+            hotswap: put it in the place of the loaded adapter of this name, which is active or not as before.
             weight_name: of the file in the folder; None for "pytorch_lora_weights.safetensors" or ".bin".
+            use_safetensors: True refuses ".bin", False reads only that.
+            low_cpu_mem_usage: taken for compatibility; nothing is ever initialised first.
             hub: `cache_dir`, `force_download`, `local_files_only`, `revision`, `token` of a Hub repository.
 
         Raises:
             OSError: there is no such file.
             TypeError: an argument that is not one of these.
-            ValueError: the adapter's name is in use, or tensors do not fit, which are all named.
+            ValueError: the adapter's name is in use, or with `hotswap` is not; or tensors do not fit, which
+                are all named.
         """
         unknown = hub.keys() - set(HUB)
         if unknown:
@@ -70,7 +77,8 @@ class LoraPipeline(LatentPipeline):
         if isinstance(pretrained_model_name_or_path_or_dict, Mapping):
             tensors = dict(pretrained_model_name_or_path_or_dict)
         else:
-            names = [weight_name] if weight_name else [f"{WEIGHT_NAME}.safetensors", f"{WEIGHT_NAME}.bin"]
+            endings = {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[use_safetensors]
+            names = [weight_name] if weight_name else [f"{WEIGHT_NAME}.{ending}" for ending in endings]
             path = find_file(pretrained_model_name_or_path_or_dict, names, subfolder, **hub)
             tensors, header = read_tensors([path]), _header(path)
         if not tensors:
@@ -78,13 +86,23 @@ class LoraPipeline(LatentPipeline):
         models = self._lora_models()
         if adapter_name is None:
             adapter_name = f"default_{len({n for a in self._adapters().values() for n in a.loaded})}"
+        there = {name: dict(adapters.weights) for name, adapters in self._adapters().items()}
+        if hotswap and not any(adapter_name in adapters.loaded for adapters in self._adapters().values()):
+            raise ValueError(
+                f"hotswap is True, and there is no adapter {adapter_name!r} to take the place of"
+            )
         for adapters in self._adapters().values():
-            if adapters.fused or adapter_name in adapters.loaded:
+            if adapters.fused or (adapter_name in adapters.loaded and not hotswap):
                 adapters.load(adapter_name, {})  # raises, before anything is changed
-        for name, layers in read_layers(tensors, models, header).items():
-            make_adapters(models[name]).load(adapter_name, layers)
-        for adapters in self._adapters().values():
-            if adapter_name not in adapters.loaded:
+        layers = read_layers(tensors, models, header)
+        if hotswap:
+            self.delete_adapters(adapter_name)
+        for name, changes in layers.items():
+            make_adapters(models[name]).load(adapter_name, changes)
+        for name, adapters in self._adapters().items():
+            if hotswap:
+                adapters.activate(there.get(name, {}))
+            elif adapter_name not in adapters.loaded:
                 adapters.activate({})
 
     def set_adapters(

@@ -27,7 +27,11 @@ LAYERS = (
     "up_blocks.1.resnets.0.conv1",
     "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj",
 )
-TEXT_LAYERS = ("encoder.layers.0.self_attn.q_proj", "encoder.layers.1.mlp.fc1")
+TEXT_LAYERS = (
+    "encoder.layers.0.self_attn.q_proj",
+    "encoder.layers.0.self_attn.out_proj",
+    "encoder.layers.1.mlp.fc1",
+)
 Pairs = dict[str, dict[str, tuple[Tensor, Tensor, float]]]
 
 
@@ -243,10 +247,26 @@ def test_bad_input_in_words(pipeline: Any, tmp_path: Path) -> None:
     for call, message in bad:
         with pytest.raises(ValueError, match=message):
             call()
-    with pytest.raises(TypeError, match="takes no hotswap"):
-        pipeline.load_lora_weights(tensors, hotswap=True)
+    with pytest.raises(ValueError, match="hotswap is True, and there is no adapter 'two'"):
+        pipeline.load_lora_weights(tensors, "two", hotswap=True)
+    with pytest.raises(TypeError, match="takes no speed"):
+        pipeline.load_lora_weights(tensors, speed=2)
     with pytest.raises(OSError):
         pipeline.load_lora_weights(tmp_path)
+    torch.save(tensors, tmp_path / "pytorch_lora_weights.bin")
+    with pytest.raises(OSError, match=r"no file named pytorch_lora_weights\.safetensors"):
+        pipeline.load_lora_weights(tmp_path, use_safetensors=True)
+    pipeline.load_lora_weights(tmp_path, "of a pickle", use_safetensors=False)
+
+
+def test_one_adapter_in_the_place_of_another(pipeline: Any) -> None:
+    one, two, three = (make(pipeline, seed) for seed in (1, 2, 3))
+    pipeline.load_lora_weights(kohya(one), "one")
+    pipeline.load_lora_weights(kohya(two), "two")
+    pipeline.set_adapters(["one", "two"], [0.7, 0.4])
+    pipeline.load_lora_weights(kohya(three), "two", hotswap=True)
+    assert pipeline.get_active_adapters() == ["one", "two"]
+    assert_close(sample(pipeline), sample(by_hand(pipeline, (one, 0.7), (three, 0.4))))
 
 
 @torch.no_grad()
