@@ -253,6 +253,7 @@ class DiffusionPipeline(MemorySavers, ConfigMixin):
                 or (where no such path exists) the id of a Hub repository.
             torch_dtype, dtype, variant, use_safetensors, low_cpu_mem_usage: of models, see
                 `ModelMixin.from_pretrained`. A dictionary gives a dtype by component, and one to "default".
+                Components without files of the variant are read without it, with a warning.
             options: components to use in place of the folder's; and for a Hub id `cache_dir`,
                 `force_download`, `local_files_only`, `revision`, `token`. The names in
                 `difusores.models.modeling.UNSUPPORTED` are taken as None or False.
@@ -261,8 +262,8 @@ class DiffusionPipeline(MemorySavers, ConfigMixin):
             NotImplementedError: one of `UNSUPPORTED` has another value.
             OSError: there is no such folder or file.
             TypeError: an option that is not one of these, or a dtype that is none.
-            ValueError: a component is missing, or this package has no class of its name; or both names of the
-                dtype are given, and differ.
+            ValueError: a component is missing, or this package has no class of its name; no component has
+                the variant; or both names of the dtype are given, and differ.
         """
         dtype = resolve_dtype(torch_dtype, dtype)
         drop_unsupported(options)
@@ -290,11 +291,20 @@ class DiffusionPipeline(MemorySavers, ConfigMixin):
         if missing:
             raise ValueError(f"{source!r} has no {', '.join(missing)}, which {own_class.__name__} needs")
 
+        plain: list[str] = []
         stored = {
-            name: load_component(source, name, index[name], model_options, hub)
+            name: load_component(source, name, index[name], model_options, hub, plain)
             for name in names
             if name in index and name not in options
         }
+        if plain and len(plain) == sum(isinstance(value, nn.Module) for value in stored.values()):
+            raise ValueError(f"no component of {source!r} has files of variant {variant!r}")
+        if plain:
+            warnings.warn(
+                f"{', '.join(plain)} of {source!r} have no files of variant {variant!r}: those without it "
+                "are read",
+                stacklevel=2,
+            )
         pipeline: Self = own_class(**stored, **options)
         if not any(isinstance(value, nn.Module) for value in options.values()):
             pipeline._trained_with = _own_scheduler(source, index, stored, hub)
@@ -391,9 +401,17 @@ def _find_class(library: str, name: str) -> Any:
 
 
 def load_component(
-    source: str, name: str, entry: Any, model_options: dict[str, Any], hub: dict[str, Any]
+    source: str,
+    name: str,
+    entry: Any,
+    model_options: dict[str, Any],
+    hub: dict[str, Any],
+    plain: list[str] | None = None,
 ) -> Any:
-    """One component, from the folder of its name."""
+    """One component, from the folder of its name.
+
+    plain: where a variant is asked for, gets the name if there is none and the files without it are read.
+    """
     if not isinstance(entry, (list, tuple)):
         return entry
     library, class_name = entry
@@ -411,7 +429,14 @@ def load_component(
         if not issubclass(component_class, ModelMixin):
             # transformers', which else takes the file's dtype, and knows the argument as dtype
             options["dtype"] = options.pop("torch_dtype") or torch.float32
-    return component_class.from_pretrained(source, subfolder=name, **options)
+    try:
+        return component_class.from_pretrained(source, subfolder=name, **options)
+    except OSError:
+        if plain is None or options.pop("variant", None) is None:
+            raise
+        found = component_class.from_pretrained(source, subfolder=name, **options)
+    plain.append(name)
+    return found
 
 
 def _own_scheduler(source: str, index: dict[str, Any], stored: dict[str, Any], hub: dict[str, Any]) -> Any:

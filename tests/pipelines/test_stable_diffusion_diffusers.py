@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,24 @@ def test_same_signatures(kind: str) -> None:
             same = list(mine.default) if isinstance(mine.default, tuple) else mine.default
             assert same == other.default, mine.name
         assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
+
+
+def test_components_without_the_variant(folder: Path, parts: dict[str, Any]) -> None:
+    """Are read without it, as diffusers does; a folder that has none of it is refused."""
+    for library in (difusores, diffusers):
+        with pytest.raises(ValueError, match="fp16"):
+            load(library, folder, variant="fp16")
+    shutil.rmtree(folder / "unet")
+    parts["unet"].half().save_pretrained(folder / "unet", variant="fp16")
+    with pytest.warns(UserWarning, match=r"^vae, text_encoder of .* have no files of variant 'fp16'"):
+        ours = load(difusores, folder, variant="fp16")
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    given = {"num_inference_steps": 2, "output_type": "np"}
+    theirs = load(diffusers, folder, variant="fp16")
+    images = [
+        pipeline("a cat", generator=generator, **given).images
+        for pipeline, generator in zip((ours, theirs), generators, strict=True)
+    ]
+    assert_same(images)
+    with pytest.raises(OSError, match="no file named"):
+        load(difusores, folder)
