@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from difusores.models import ControlNetModel as ControlNetModel
     from difusores.models import LDMBertModel as LDMBertModel
     from difusores.models import ModelMixin as ModelMixin
+    from difusores.models import MultiControlNetModel as MultiControlNetModel
     from difusores.models import UNet2DConditionModel as UNet2DConditionModel
     from difusores.models import UNet2DModel as UNet2DModel
     from difusores.models import VQModel as VQModel
@@ -140,6 +141,7 @@ _PUBLIC = {
     "LDMTextToImagePipeline": "difusores.pipelines",
     "LMSDiscreteScheduler": "difusores.schedulers",
     "ModelMixin": "difusores.models",
+    "MultiControlNetModel": "difusores.models",
     "PNDMScheduler": "difusores.schedulers",
     "PosteriorPipeline": "difusores.pipelines",
     "RePaintScheduler": "difusores.schedulers",

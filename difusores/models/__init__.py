@@ -8,6 +8,7 @@ from difusores.models.consistency_decoder import ConsistencyDecoderVAE
 from difusores.models.controlnet import ControlNetModel, ControlNetOutput
 from difusores.models.ldm_bert import LDMBertModel
 from difusores.models.modeling import ModelMixin
+from difusores.models.multi_controlnet import MultiControlNetModel
 from difusores.models.unet_2d import UNet2DModel, UNet2DOutput
 from difusores.models.unet_2d_condition import UNet2DConditionModel, UNet2DConditionOutput
 
@@ -22,6 +23,7 @@ __all__ = [
     "ControlNetOutput",
     "LDMBertModel",
     "ModelMixin",
+    "MultiControlNetModel",
     "UNet2DConditionModel",
     "UNet2DConditionOutput",
     "UNet2DModel",

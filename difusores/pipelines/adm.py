@@ -12,7 +12,7 @@ from difusores.models.adm import ADMClassifier, ADMUNet
 from difusores.models.conditioning import Conditioning, check_labels
 from difusores.pipelines.checks import check_count, check_numbers, check_steps
 from difusores.pipelines.classifier_guidance import Guide, MeanShift, NoiseShift
-from difusores.pipelines.guidance import GuidedPipeline
+from difusores.pipelines.guidance import GuidedPipeline, check_guidance, guided
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
 from difusores.pipelines.pipeline import follows_plan
 from difusores.pipelines.unconditional import Labels, StepCallback
@@ -51,6 +51,8 @@ class ADMPipeline(GuidedPipeline):
         class_labels: Labels = None,
         classifier_scale: float | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         null_label: int | None = None,
         low_res: torch.Tensor | None = None,
         eta: float | None = None,
@@ -74,6 +76,7 @@ class ADMPipeline(GuidedPipeline):
                 clipped first where the scheduler clips.
             guidance_scale: weight w of classifier-free guidance, w * conditional + (1 - w) * unconditional
                 prediction. None or 1 for none. May stand beside the classifier's.
+            guidance_rescale, guidance_interval: of the classifier-free guidance, see `rescaled` and `guided`.
             null_label: the label for which the model predicts unconditionally; needed by `guidance_scale`.
                 The public checkpoints have none.
             low_res: [N, C, h, w] in [-1, 1], for upsamplers: the images to be enlarged.
@@ -87,7 +90,8 @@ class ADMPipeline(GuidedPipeline):
         """
         check_output_type(output_type)
         check_steps(num_inference_steps)
-        check_numbers(classifier_scale=classifier_scale, guidance_scale=guidance_scale)
+        check_numbers(classifier_scale=classifier_scale)
+        scale = check_guidance(guidance_scale, guidance_rescale, guidance_interval)
         check_numbers(0, eta=eta)
         batch_size = check_count(batch_size, "batch_size")
         labels = self._labels(class_labels, batch_size)
@@ -97,24 +101,32 @@ class ADMPipeline(GuidedPipeline):
             if len(low_res) != batch_size:
                 raise ValueError(f"low_res holds {len(low_res)} images, and {batch_size} are asked for")
             low_res = low_res.to(self.device, self.unet.dtype)
-        weights = (1.0,) if guidance_scale in (None, 1) else (guidance_scale, 1 - guidance_scale)
-        conditioning = self._conditioning(labels, weights, null_label)
+        conditioning = self._conditioning(labels, scale, null_label, low_res)
         conditioning.check(self.unet, self.unet.config["in_channels"])
-        options: dict[str, Any] = {} if low_res is None else {"low_res": torch.cat((low_res,) * len(weights))}
         plan, clip = self._plan(num_inference_steps, eta, guide)
         if strict:
             self.check_training()
 
         def predict(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-            return self._call_unet(conditioning, x, time, batch_size, **options, return_dict=False)
+            told = conditioning.part(slice(len(x)))
+            return self._call_unet(told, x, time, batch_size, return_dict=False)
 
-        model, added = predict, None
-        guidance: tuple[float, ...] | None = weights if len(weights) > 1 else None
+        predict_guided, weights = guided(
+            predict,
+            lambda: (scale, 1 - scale),
+            len(plan),
+            conditional=0,
+            rescale=guidance_rescale,
+            interval=guidance_interval,
+            limits=self._guidance_limits,
+        )
+        model, added = predict_guided, None
+        guidance: tuple[float, ...] | None = weights
         if guide is not None and isinstance(self.scheduler, DDPMScheduler):
-            mean = MeanShift(guide, plan, self.scheduler, predict, len(weights))
+            mean = MeanShift(guide, plan, self.scheduler, predict_guided, len(weights))
             model, added = mean.model, mean.shift
         elif guide is not None:
-            shift = NoiseShift(guide, plan, self.scheduler, predict, weights, clip)
+            shift = NoiseShift(guide, plan, self.scheduler, predict_guided, weights, clip)
             model, guidance = shift.model, shift.weights
         side = self.unet.config["image_size"]
         shape = (batch_size, self.unet.config["in_channels"], side, side)
@@ -194,15 +206,22 @@ class ADMPipeline(GuidedPipeline):
         return labels
 
     def _conditioning(
-        self, labels: torch.Tensor | None, weights: tuple[float, ...], null_label: int | None
+        self,
+        labels: torch.Tensor | None,
+        scale: float,
+        null_label: int | None,
+        low_res: torch.Tensor | None,
     ) -> Conditioning:
-        """What the network is told: its labels once for each weight, the null label last."""
+        """What the network is told; with guidance the labels and then as many times the null label."""
         if not self.unet.config["class_cond"]:
             labels = None
-        if len(weights) == 1:
-            if null_label is not None:
-                raise ValueError("null_label is given, and there is no guidance_scale that needs it")
-            return Conditioning("none") if labels is None else Conditioning("class", labels=labels)
-        if null_label is None or labels is None:
+        if scale == 1 and null_label is not None:
+            raise ValueError("null_label is given, and there is no guidance_scale that needs it")
+        if scale != 1 and (null_label is None or labels is None):
             raise ValueError("guidance_scale needs a class-conditional model, and its null_label")
-        return Conditioning("class", labels=torch.cat((labels, torch.full_like(labels, null_label))))
+        if labels is None:
+            return Conditioning("none", low_res=low_res)
+        if null_label is not None:
+            labels = torch.cat((labels, torch.full_like(labels, null_label)))
+            low_res = None if low_res is None else torch.cat((low_res, low_res))
+        return Conditioning("class", labels=labels, low_res=low_res)

@@ -33,6 +33,18 @@ def check_numbers(lowest: float = -math.inf, **values: Any) -> None:
             raise ValueError(f"{name} is {value!r}; it has to be a finite number{least}")
 
 
+def as_number(value: Any, name: str) -> float | None:
+    """A finite number, of a number or of a tensor with one and no dimension; None for None.
+
+    Raises:
+        ValueError: another value.
+    """
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = value.item()
+    check_numbers(**{name: value})
+    return None if value is None else float(value)
+
+
 def check_steps(num_inference_steps: Any) -> None:
     """Raise ValueError for what is no number of steps; a scheduler says how many it has."""
     if not isinstance(num_inference_steps, Integral):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from difusores.models.audio_encoder import AudioEncoder
 from difusores.models.conditioning import Conditioning
-from difusores.pipelines.checks import check_count, check_finite, check_numbers
+from difusores.pipelines.checks import check_count, check_finite
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type
 from difusores.pipelines.latent import StepCallback
 from difusores.pipelines.latent_diffusion import ConditionedPipeline
@@ -47,6 +47,10 @@ class SemanticToImagePipeline(ConditionedPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         *,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        negative_map: SemanticMap | None = None,
         callback_on_step_end: StepCallback | None = None,
         strict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
@@ -59,6 +63,11 @@ class SemanticToImagePipeline(ConditionedPipeline):
                 any other one is an image; a list of pictures of one size is a batch. H and W are divisible
                 by 8 and by the decoder's factor.
             latents: the first sample, [N, C, h, w], in place of noise.
+            guidance_scale: weight w of classifier-free guidance, unconditional + w * (conditional -
+                unconditional) prediction; 1 for none. For models that were trained with maps left out.
+            guidance_rescale, guidance_interval: see `rescaled` and `guided`.
+            negative_map: what stands for no condition, one map for all or one for each; zeros, which are of
+                no class, if None (Wang et al. 2022, "Semantic image synthesis via diffusion models").
 
         The other arguments are those of `LDMPipeline`.
 
@@ -66,18 +75,25 @@ class SemanticToImagePipeline(ConditionedPipeline):
             ValueError: an argument that is not one of these, or a class that the UNet does not know.
         """
         check_output_type(output_type)
+        self._start_guidance(guidance_scale, guidance_rescale, guidance_interval)
         channels = self.unet.config["out_channels"]
-        given = semantic_map if isinstance(semantic_map, Tensor) else _from_pictures(semantic_map)
-        check_finite(given, "semantic_map")
-        if given.ndim == 2:
-            given = given[None]
+        classes = self.unet.config["in_channels"] - channels
+        given = _map(semantic_map, "semantic_map")
         height, width = self._image_size(given.shape[-2], given.shape[-1], None)
         size = (height // self.vae_scale_factor, width // self.vae_scale_factor)
-        image = _map_of_latents(given, self.unet.config["in_channels"] - channels, size)
-        conditioning = Conditioning("concat", image=image.to(self.device, self.unet.dtype))
+        image = _map_of_latents(given, classes, size)
+        count, both = len(image), image
+        if self.do_classifier_free_guidance:
+            negative = torch.zeros_like(image)
+            if negative_map is not None:
+                negative = _map_of_latents(_map(negative_map, "negative_map"), classes, size)
+            if len(negative) not in (1, count):
+                raise ValueError(f"there are {len(negative)} negative maps for {count} maps")
+            both = torch.cat((negative.to(image).expand(image.shape), image))
+        conditioning = Conditioning("concat", image=both.to(self.device, self.unet.dtype))
         conditioning.check(self.unet, channels)
         run = self._begin_run(num_inference_steps, eta=eta, strict=strict)
-        shape = (len(image), channels, *size)
+        shape = (count, channels, *size)
         noise = self._latents(shape, latents, generator, run)
         return self._sample(
             run, noise, conditioning, generator, output_type, return_dict, callback_on_step_end
@@ -113,6 +129,9 @@ class AudioToImagePipeline(ConditionedPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         *,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        negative_audio: Audio | None = None,
         callback_on_step_end: StepCallback | None = None,
         strict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
@@ -123,10 +142,12 @@ class AudioToImagePipeline(ConditionedPipeline):
             sampling_rate: of the audio, in hertz; it has to be the encoder's.
             height, width: in pixels; None for the UNet's own size.
             guidance_scale: weight w of classifier-free guidance, unconditional + w * (conditional -
-                unconditional) prediction (Ho & Salimans 2022), without a condition being silence of the same
-                length; 1 for none.
+                unconditional) prediction (Ho & Salimans 2022); 1 for none.
             num_images_per_audio: images of each sound, side by side.
             latents: the first sample, [N, C, h, w], in place of noise.
+            guidance_rescale, guidance_interval: see `rescaled` and `guided`.
+            negative_audio: what to lead away from, one sound for all or one for each, of the length of
+                `audio`; silence if None.
 
         The other arguments are those of `LDMPipeline`.
 
@@ -134,17 +155,24 @@ class AudioToImagePipeline(ConditionedPipeline):
             ValueError: an argument that is not one of these.
         """
         check_output_type(output_type)
-        check_numbers(guidance_scale=guidance_scale)
+        self._start_guidance(guidance_scale, guidance_rescale, guidance_interval)
         times = check_count(num_images_per_audio, "num_images_per_audio")
         waves = _waveforms(audio).to(self.device)
         height, width = self._image_size(height, width, latents)
-        tokens = self.audio_encoder(waves, sampling_rate).repeat_interleave(times, dim=0)
-        count = len(tokens)
-        weights: tuple[float, ...] = (1.0,)
-        if guidance_scale != 1.0:
-            silence = self.audio_encoder(torch.zeros_like(waves[:1]), sampling_rate)
-            tokens = torch.cat((silence.expand(tokens.shape), tokens))
-            weights = (1.0 - guidance_scale, guidance_scale)
+        tokens = self.audio_encoder(waves, sampling_rate)
+        count = len(tokens) * times
+        if self.do_classifier_free_guidance:
+            unwanted = torch.zeros_like(waves[:1])
+            if negative_audio is not None:
+                unwanted = _waveforms(negative_audio).to(waves)
+            if len(unwanted) not in (1, len(waves)) or unwanted.shape[1:] != waves.shape[1:]:
+                raise ValueError(
+                    f"negative_audio has shape {list(unwanted.shape)}; needed is [1, {waves.shape[-1]}], or "
+                    f"{list(waves.shape)}"
+                )
+            negative = self.audio_encoder(unwanted, sampling_rate).expand(tokens.shape)
+            tokens = torch.cat((negative, tokens))
+        tokens = tokens.repeat_interleave(times, dim=0)
         conditioning = Conditioning("crossattn", context=tokens.to(self.unet.dtype))
         channels = self.unet.config["in_channels"]
         conditioning.check(self.unet, channels)
@@ -159,11 +187,17 @@ class AudioToImagePipeline(ConditionedPipeline):
             output_type,
             return_dict,
             callback_on_step_end,
-            weights=weights,
         )
 
 
-def _from_pictures(pictures: Image.Image | Sequence[Image.Image]) -> Tensor:
+def _map(given: SemanticMap, name: str) -> Tensor:
+    """Class numbers [N, H, W] or an image [N, C, H, W]."""
+    found = given if isinstance(given, Tensor) else _from_pictures(given, name)
+    check_finite(found, name)
+    return found[None] if found.ndim == 2 else found
+
+
+def _from_pictures(pictures: Image.Image | Sequence[Image.Image], name: str) -> Tensor:
     """Class numbers [N, H, W] of pictures of mode "L" or "P", else an image [N, 3, H, W] in [-1, 1]."""
     every = [pictures] if isinstance(pictures, Image.Image) else pictures
     if (
@@ -171,7 +205,7 @@ def _from_pictures(pictures: Image.Image | Sequence[Image.Image]) -> Tensor:
         or not every
         or not all(isinstance(picture, Image.Image) for picture in every)
     ):
-        raise ValueError(f"semantic_map is {pictures!r}; needed is a tensor, a picture or a list of pictures")
+        raise ValueError(f"{name} is {pictures!r}; needed is a tensor, a picture or a list of pictures")
     kinds = {(picture.mode, picture.size) for picture in every}
     if len(kinds) > 1:
         raise ValueError(f"the pictures of one batch need one mode and size, and these have {sorted(kinds)}")

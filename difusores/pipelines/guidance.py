@@ -12,7 +12,7 @@ from torch import Tensor
 
 from difusores.models.conditioning import Conditioning
 from difusores.models.embeddings import Timesteps
-from difusores.pipelines.checks import is_pair
+from difusores.pipelines.checks import as_number, check_numbers, is_pair
 from difusores.pipelines.pipeline import DiffusionPipeline
 from difusores.sampling import Model
 
@@ -22,6 +22,7 @@ class GuidedPipeline(DiffusionPipeline):
 
     unet: Any
     _separate_guidance = False
+    _guidance_limits = (0.0, 1.0)  # `accelerate(approximate=("partial_guidance",))` sets others
 
     def enable_separate_guidance(self) -> None:
         """Call the UNet once for each part of guidance, which takes less memory, not once for all."""
@@ -52,56 +53,79 @@ class GuidedPipeline(DiffusionPipeline):
         return torch.cat(parts)
 
 
+def check_guidance(
+    guidance_scale: Any, guidance_rescale: Any = 0.0, guidance_interval: Any = (0.0, 1.0)
+) -> float:
+    """The scale as a number, of a number or of a tensor with one; 1 for None.
+
+    Raises:
+        ValueError: it is not finite, the rescale is no share, or the interval is none.
+    """
+    scale = as_number(guidance_scale, "guidance_scale")
+    check_numbers(guidance_rescale=guidance_rescale)
+    if guidance_rescale is None or not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale is {guidance_rescale}; it is a share, from 0 to 1")
+    interval = guidance_interval
+    if not is_pair(interval) or not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"guidance_interval is {interval}; needed are two shares, 0 <= first <= last <= 1")
+    return 1.0 if scale is None else scale
+
+
 def guided(
     predict: Model,
-    weight: Callable[[], float],
-    rows: Callable[[], int],
+    weights: Callable[[], tuple[float, ...]],
     steps: int,
+    *,
+    conditional: int = -1,
     rescale: float = 0.0,
     interval: tuple[float, float] = (0.0, 1.0),
     limits: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[Model, tuple[float, ...]]:
     """Guidance without a classifier (Ho & Salimans 2022) for `Plan.run`: (model, weights).
 
-    (1 - w) * unconditional + w * conditional is linear, so the fused step does it. Where it is not, or is not
-    wanted at a step, the outputs are combined here, and both halves given to the step are the same.
+    The weighted sum of the model's outputs, (1 - w) * unconditional + w * conditional, is linear, so the
+    fused step does it. Where it is not, or is not wanted at a step, the outputs are combined here, and all
+    parts given to the step are the same. A learned variance is the conditional one's.
 
     Args:
-        predict: predict(x, t) -> output, for x of 2 * B rows, unconditional first, or of B conditional ones.
-        weight: w now, which callbacks change; at the first call that of the step.
-        rows: rows of the condition now: B of them end the guidance.
+        predict: predict(x, t) -> output, for x with a copy of the batch for each weight, or with one copy
+            for the conditional part alone.
+        weights: those of now, whose sum is 1; callbacks may change them. At the first call those of the step.
+            All on the conditional part is no guidance.
         steps: calls in the run.
+        conditional: which part is the conditional one: the first, 0, or the last, -1. The unconditional one
+            is at the other end.
         rescale: see `rescaled`.
         interval: share of the calls from which and up to which there is guidance (Kynkäänniemi et al. 2024,
             "Applying guidance in a limited interval improves sample and distribution quality").
         limits: shares outside which there is none either.
-
-    Raises:
-        ValueError: the interval is none.
     """
-    if not is_pair(interval) or not 0 <= interval[0] <= interval[1] <= 1:
-        raise ValueError(f"guidance_interval is {interval}; needed are two shares, 0 <= first <= last <= 1")
-    fused, calls = weight(), 0
+    fused, calls = weights(), 0
+    parts, unconditional = len(fused), -1 - conditional
+    alone = tuple(float(k == conditional % parts) for k in range(parts))
+    if fused == alone:
+        return predict, (1.0,)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         nonlocal calls
-        now, half = weight(), len(x) // 2
-        share = calls / steps
+        now, share = weights(), calls / steps
         inside = interval[0] <= share < interval[1] and limits[0] <= share < limits[1]
         calls += 1
-        if not inside or now <= 1 or rows() == half:
-            conditional = as_tensor(predict(x[:half], t))
-            return torch.cat((conditional, conditional))
+        if not inside or now == alone:
+            return torch.cat([as_tensor(predict(x[: len(x) // parts], t))] * parts)
         output = as_tensor(predict(x, t))
         if now == fused and not rescale:
             return output
-        unconditional, conditional = output.chunk(2)
-        mixed = unconditional + now * (conditional - unconditional)
+        outputs, channels = output.chunk(parts), x.shape[1]
+        means = [part[:, :channels] for part in outputs]
+        base = means[unconditional]
+        mixed = base + sum(w * (mean - base) for w, mean in zip(now, means, strict=True) if mean is not base)
         if rescale:
-            mixed = rescaled(mixed, conditional, rescale)
-        return torch.cat((mixed, mixed))
+            mixed = rescaled(mixed, means[conditional], rescale)
+        mixed = torch.cat((mixed, outputs[conditional][:, channels:]), dim=1)
+        return torch.cat([mixed] * parts)
 
-    return model, (1 - fused, fused)
+    return model, fused
 
 
 def rescaled(mixed: Tensor, conditional: Tensor, share: float) -> Tensor:

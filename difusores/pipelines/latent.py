@@ -15,7 +15,13 @@ from torch import Tensor
 from difusores.image_processor import VaeImageProcessor
 from difusores.pipelines.call_state import CallState
 from difusores.pipelines.checks import check_finite
-from difusores.pipelines.guidance import GuidedPipeline, as_tensor, guidance_embedding, guided
+from difusores.pipelines.guidance import (
+    GuidedPipeline,
+    as_tensor,
+    check_guidance,
+    guidance_embedding,
+    guided,
+)
 from difusores.pipelines.runs import Run, begin_run
 from difusores.sampling import Generators, Model, draw_noise
 
@@ -31,15 +37,19 @@ VAE_SCALE_FACTOR = 8
 class Conditions:
     """The tensors that the model is given beside the sample, by the names that callbacks know.
 
-    Each has a row for every row of the model's input: with guidance [unconditional, conditional]. A callback
-    that puts rows of the conditional half alone in their place ends the guidance.
+    Each has a row for every row of the model's input: with guidance [unconditional, conditional], or the
+    other way round. A callback that puts rows of the conditional part alone in their place ends the guidance.
+
+    Attributes:
+        conditional: which part is the conditional one, the first, 0, or the last, -1.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    conditional: int = -1
 
     def rows(self, name: str, count: int) -> Tensor:
-        """The last `count` rows, which are the conditional ones."""
-        return self.tensors[name][-count:]
+        """All rows, or those of the conditional part."""
+        return self.tensors[name][-count:] if self.conditional else self.tensors[name][:count]
 
 
 class _Interrupted(Exception):
@@ -57,13 +67,12 @@ class LatentPipeline(GuidedPipeline):
     pipeline.
     """
 
-    _guidance_limits = (0.0, 1.0)  # `accelerate(approximate=("partial_guidance",))` sets others
-
     vae: Any
     _callback_tensor_inputs: tuple[str, ...] = ("latents",)
 
     _guidance_scale = CallState[float](1.0)
     _guidance_rescale = CallState[float](0.0)
+    _guidance_interval = CallState[tuple[float, float]]((0.0, 1.0))
     _clip_skip = CallState[int | None](None)
     _cross_attention_kwargs = CallState[dict[str, Any] | None](None)
     _num_timesteps = CallState[int](0)
@@ -308,31 +317,36 @@ class LatentPipeline(GuidedPipeline):
             latents = latents if changed is None else changed
         return latents
 
+    def _start_guidance(self, scale: Any, rescale: float, interval: tuple[float, float]) -> None:
+        """Keep a call's guidance; see `check_guidance`."""
+        self._guidance_scale = check_guidance(scale, rescale, interval)
+        self._guidance_rescale, self._guidance_interval = rescale, interval
+
+    def _guidance_weights(self, ended: bool = False) -> tuple[float, ...]:
+        """Of the unconditional and the conditional part of the model's output, now."""
+        scale = 1.0 if ended or not self.do_classifier_free_guidance else self._guidance_scale
+        return 1 - scale, scale
+
     def _guided(
-        self,
-        predict: Model,
-        conditions: Conditions,
-        run: Run,
-        *,
-        rescale: float = 0.0,
-        interval: tuple[float, float] = (0.0, 1.0),
-        rows_of: str = "prompt_embeds",
+        self, predict: Model, conditions: Conditions, run: Run, count: int
     ) -> tuple[Model, tuple[float, ...]]:
         """(predict, weights) for `_denoise`, with the call's guidance; see `guided`.
 
-        interval: the call's; there is no guidance outside `accelerate`'s either.
-        rows_of: the condition whose number of rows says whether a callback has ended the guidance.
+        count: images, which are the rows of "prompt_embeds" where a callback has ended the guidance.
         """
-        model, weights = guided(
+
+        def weights() -> tuple[float, ...]:
+            return self._guidance_weights(len(conditions.tensors.get("prompt_embeds", ())) == count)
+
+        return guided(
             predict,
-            lambda: self._guidance_scale,
-            lambda: len(conditions.tensors[rows_of]),
+            weights,
             len(run.timesteps),
-            rescale,
-            interval,
-            self._guidance_limits,
+            conditional=conditions.conditional,
+            rescale=self._guidance_rescale,
+            interval=self._guidance_interval,
+            limits=self._guidance_limits,
         )
-        return (model, weights) if self.do_classifier_free_guidance else (predict, (1.0,))
 
     def _guidance_embedding(self, count: int) -> Tensor | None:
         """[count, width] for a model that is told the guidance; None for others."""

@@ -19,7 +19,7 @@ from difusores.models.conditioning import Conditioning
 from difusores.models.ldm_bert import LDMBertModel
 from difusores.models.unet_2d import UNet2DModel
 from difusores.models.unet_2d_condition import UNet2DConditionModel
-from difusores.pipelines.checks import check_count, check_finite, check_numbers
+from difusores.pipelines.checks import check_count, check_finite
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
 from difusores.pipelines.latent import Conditions, LatentPipeline, StepCallback
 from difusores.pipelines.prompts import as_list, check_prompts, check_width, repeat_each, tokenize
@@ -35,7 +35,14 @@ SMALL_IMAGE_UNIT = 32
 
 
 class ConditionedPipeline(LatentPipeline):
-    """Base of pipelines whose condition is made once and stays as it is."""
+    """Base of pipelines whose condition is made once and stays as it is: with guidance, the unconditional
+    rows and then the others.
+    """
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the model is called with and without the condition."""
+        return self._guidance_scale != 1
 
     def _sample(
         self,
@@ -47,15 +54,21 @@ class ConditionedPipeline(LatentPipeline):
         return_dict: bool,
         callback: StepCallback | None,
         *,
-        weights: tuple[float, ...] = (1.0,),
         image_scale: Callable[[Tensor], float] = lambda time: 1.0,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Noise to images; image_scale: factor on the conditioning's image at a time."""
+        conditions = Conditions()
+
+        def predict(x: Tensor, time: Tensor) -> Tensor:
+            told = conditioning.part(slice(-len(x), None))
+            return self._call_unet(told, x, time, len(noise), image_scale(time))
+
+        model, weights = self._guided(predict, conditions, run, len(noise))
         latents = self._denoise(
             run,
             noise,
-            lambda x, time: self._call_unet(conditioning, x, time, len(noise), image_scale(time)),
-            Conditions(),
+            model,
+            conditions,
             generator=generator,
             weights=weights,
             callback=callback,
@@ -172,6 +185,8 @@ class LDMTextToImagePipeline(_VQPipeline):
         output_type: str | None = "pil",
         return_dict: bool = True,
         *,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         prompt_embeds: Tensor | None = None,
@@ -188,6 +203,7 @@ class LDMTextToImagePipeline(_VQPipeline):
             guidance_scale: weight w of classifier-free guidance, unconditional + w * (conditional -
                 unconditional) prediction (Ho & Salimans 2022); 1 for none.
             latents: the first sample, [N, C, height / 8, width / 8], in place of noise.
+            guidance_rescale, guidance_interval: see `rescaled` and `guided`.
             negative_prompt: text of the unconditional prediction, empty if None.
             num_images_per_prompt: images of each prompt, side by side.
             prompt_embeds, negative_prompt_embeds: [prompts, tokens, width], what the encoder makes of texts,
@@ -202,20 +218,17 @@ class LDMTextToImagePipeline(_VQPipeline):
         output_type = _checked(output_type)
         count = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         times = check_count(num_images_per_prompt, "num_images_per_prompt")
-        check_numbers(guidance_scale=guidance_scale)
+        self._start_guidance(guidance_scale, guidance_rescale, guidance_interval)
         height, width = self._pixels(height), self._pixels(width)
         run = self._begin_run(num_inference_steps, eta=eta or 0.0, strict=strict)
         run = _without_scale(run)
-        scale = 1.0 if guidance_scale is None else guidance_scale
         if prompt_embeds is None:
             prompt_embeds = self._encode_texts(as_list(prompt, count))
         parts = [prompt_embeds]
-        weights: tuple[float, ...] = (1.0,)
-        if scale != 1.0:
+        if self.do_classifier_free_guidance:
             if negative_prompt_embeds is None:
                 negative_prompt_embeds = self._encode_texts(as_list(negative_prompt, count))
             parts.insert(0, negative_prompt_embeds)
-            weights = (1 - scale, scale)
         for part in parts:
             check_width(part, self.unet.config)
         context = torch.cat([repeat_each(part, times) for part in parts])
@@ -225,14 +238,7 @@ class LDMTextToImagePipeline(_VQPipeline):
         shape = (count * times, channels, height // LATENT_PIXELS, width // LATENT_PIXELS)
         noise = self._latents(shape, latents, generator, run)
         return self._sample(
-            run,
-            noise,
-            conditioning,
-            generator,
-            output_type,
-            return_dict,
-            callback_on_step_end,
-            weights=weights,
+            run, noise, conditioning, generator, output_type, return_dict, callback_on_step_end
         )
 
     def _encode_texts(self, texts: list[str]) -> Tensor:

@@ -11,7 +11,7 @@ from difusores.models.unet_2d import UNet2DModel
 from difusores.ops.scheduler_step import COLUMNS, W
 from difusores.pipelines.checks import check_finite, check_steps
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
-from difusores.pipelines.unconditional import Labels, StepCallback, UNetPipeline
+from difusores.pipelines.unconditional import Labels, StepCallback, UNetPipeline, conditioning_of
 from difusores.sampling import Generators, draw_noise, masked
 from difusores.schedulers import DDPMScheduler
 
@@ -94,7 +94,8 @@ class PosteriorPipeline(UNetPipeline):
         if strict:
             self.check_training()
         labels = self._labels(class_labels, len(observation))
-        inputs = {} if labels is None else {"class_labels": labels}
+        conditioning = conditioning_of(labels)
+        conditioning.check(self.unet, channels)
         alphas = [float(self.scheduler.alphas_cumprod[int(stage.time)]) for stage in plan.stages[1:]] + [1.0]
 
         steps = num_inference_steps
@@ -115,7 +116,7 @@ class PosteriorPipeline(UNetPipeline):
                 return changed.get("image", image)
 
             image = plan.run(
-                lambda x, time: self.unet(x, time, **inputs),
+                lambda x, time: self._call_unet(conditioning, x, time, len(x)),
                 draw_noise(observation.shape, generator, self.device, self.unet.dtype),
                 generator=generator,
                 callback=after_step,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from difusores.models.conditioning import Conditioning
-from difusores.pipelines.checks import check_finite, check_numbers
+from difusores.pipelines.checks import check_finite
 from difusores.pipelines.images import check_output_type
 from difusores.pipelines.latent import (
     After,
@@ -28,8 +28,8 @@ from difusores.sampling import Generators, Model, draw_noise, masked
 Texts = str | list[str] | None
 Output = TypeVar("Output")
 
-ADDED = {"text_embeds": "add_text_embeds", "time_ids": "add_time_ids"}
-"""What a UNet with added conditions calls them -> the names that callbacks know."""
+TOLD = {"prompt_embeds": "context", "add_text_embeds": "text_embeds", "add_time_ids": "time_ids"}
+"""Names that callbacks know -> those of `Conditioning`."""
 BESIDE = ("mask", "masked_image_latents")
 """Conditions that are channels of an inpainting UNet's input."""
 
@@ -51,8 +51,7 @@ class PromptedPipeline(TextualInversion, SingleFilePipeline, Generic[Output]):
 
     def _start_call(
         self,
-        guidance_scale: float,
-        guidance_rescale: float,
+        guidance: tuple[Any, float, tuple[float, float]],
         clip_skip: int | None,
         cross_attention_kwargs: dict[str, Any] | None,
         output_type: str,
@@ -61,6 +60,7 @@ class PromptedPipeline(TextualInversion, SingleFilePipeline, Generic[Output]):
     ) -> None:
         """Check and keep what a call is told, before anything is computed.
 
+        guidance: its scale, rescale and interval, see `check_guidance`.
         refused: `ip_adapter_image` and `ip_adapter_image_embeds`, which have to be None.
         """
         check_output_type(output_type)
@@ -70,20 +70,18 @@ class PromptedPipeline(TextualInversion, SingleFilePipeline, Generic[Output]):
                 "ip_adapter_image and ip_adapter_image_embeds have to be None: there are no IP adapters, "
                 "the UNets have no keys and values for images"
             )
-        check_numbers(guidance_scale=guidance_scale, guidance_rescale=guidance_rescale)
-        if not 0 <= guidance_rescale <= 1:
-            raise ValueError(f"guidance_rescale is {guidance_rescale}; it is a share, from 0 to 1")
-        self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
+        self._start_guidance(*guidance)
         self._clip_skip, self._cross_attention_kwargs = clip_skip, cross_attention_kwargs
 
     def _conditioning(self, conditions: Conditions, count: int, beside: Sequence[str] = ()) -> Conditioning:
         """What `count` rows of the UNet's input are told; beside: see `_predictor`."""
-        context = conditions.rows("prompt_embeds", count)
+        inputs = {
+            told: conditions.rows(name, count) for name, told in TOLD.items() if name in conditions.tensors
+        }
         images = [conditions.rows(name, count) for name in beside]
         if not images:
-            return Conditioning("crossattn", context=context)
-        image = images[0] if len(images) == 1 else torch.cat(images, dim=1)
-        return Conditioning("hybrid", context=context, image=image)
+            return Conditioning("crossattn", **inputs)
+        return Conditioning("hybrid", image=torch.cat(images, dim=1), **inputs)
 
     def _predictor(self, conditions: Conditions, first: Tensor, beside: Sequence[str] = ()) -> Model:
         """predict(x, t) of the UNet.
@@ -96,18 +94,12 @@ class PromptedPipeline(TextualInversion, SingleFilePipeline, Generic[Output]):
         timestep_cond = self._guidance_embedding(len(first))
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            added = {
-                key: conditions.rows(name, len(x))
-                for key, name in ADDED.items()
-                if name in conditions.tensors
-            }
             return self._call_unet(
                 self._conditioning(conditions, len(x), beside),
                 x,
                 t,
                 len(first),
                 timestep_cond=timestep_cond,
-                added_cond_kwargs=added or None,
                 cross_attention_kwargs=self._cross_attention_kwargs,
                 return_dict=False,
             )
@@ -124,15 +116,13 @@ class PromptedPipeline(TextualInversion, SingleFilePipeline, Generic[Output]):
         return_dict: bool,
         *,
         beside: Sequence[str] = (),
-        rescale: float = 0.0,
-        interval: tuple[float, float] = (0.0, 1.0),
         after: After | None = None,
         callback: StepCallback | None = None,
         callback_inputs: Sequence[str] = ("latents",),
     ) -> Output:
         """From the first latents to the output, guided by the prompts; see `_guided` and `_denoise`."""
         predictor = self._predictor(conditions, first, beside)
-        predict, weights = self._guided(predictor, conditions, run, rescale=rescale, interval=interval)
+        predict, weights = self._guided(predictor, conditions, run, len(first))
         last = self._denoise(
             run,
             first,

@@ -275,8 +275,7 @@ class StableDiffusionPipeline(StableDiffusionBase):
             ValueError: an argument that is not one of these, or tensors that do not fit.
         """
         self._start_call(
-            guidance_scale,
-            guidance_rescale,
+            (guidance_scale, guidance_rescale, guidance_interval),
             clip_skip,
             cross_attention_kwargs,
             output_type,
@@ -299,8 +298,6 @@ class StableDiffusionPipeline(StableDiffusionBase):
             generator,
             output_type,
             return_dict,
-            rescale=guidance_rescale,
-            interval=guidance_interval,
             callback=callback_on_step_end,
             callback_inputs=callback_on_step_end_tensor_inputs,
         )

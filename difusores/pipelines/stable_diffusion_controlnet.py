@@ -1,14 +1,15 @@
-"""Stable Diffusion led by an image such as edges or a pose, through a ControlNet (Zhang et al. 2023)."""
+"""Stable Diffusion led by images such as edges or a pose, through ControlNets (Zhang et al. 2023)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from difusores.models.controlnet import ControlNetModel
+from difusores.models.multi_controlnet import MultiControlNetModel
 from difusores.pipelines.checks import check_numbers
 from difusores.pipelines.latent import Conditions, StepCallback
 from difusores.pipelines.legacy_callback import takes_callback
@@ -19,11 +20,24 @@ from difusores.pipelines.stable_diffusion import StableDiffusionBase, StableDiff
 from difusores.sampling import Generators, Model
 
 
+class Lead(NamedTuple):
+    """What leads one network: [N, 3, H, W] in [0, 1], a factor, and the shares of the run between which."""
+
+    pixels: Tensor
+    scale: float
+    start: float
+    end: float
+
+    def scale_at(self, done: int, steps: int) -> float:
+        """The factor at the call behind `done` of `steps`."""
+        return self.scale if done / steps >= self.start and (done + 1) / steps <= self.end else 0.0
+
+
 class StableDiffusionControlNetPipeline(StableDiffusionBase):
-    """Text to image, led by an image.
+    """Text to image, led by an image, or by one for each of several networks.
 
     Args:
-        controlnet: one `ControlNetModel`; lists of them are refused.
+        controlnet: a `ControlNetModel`; several in a list or a `MultiControlNetModel`.
 
     The other components are those of `StableDiffusionBase`.
     """
@@ -43,8 +57,13 @@ class StableDiffusionControlNetPipeline(StableDiffusionBase):
         image_encoder: Any = None,
         requires_safety_checker: bool = True,
     ) -> None:
-        if not isinstance(controlnet, ControlNetModel):
-            raise ValueError(f"controlnet is a {type(controlnet).__name__}; needed is one ControlNetModel")
+        if isinstance(controlnet, (list, tuple)):
+            several = MultiControlNetModel(controlnet)
+            controlnet = several if len(several.nets) > 1 else several.nets[0]
+        if not isinstance(controlnet, (ControlNetModel, MultiControlNetModel)):
+            raise ValueError(
+                f"controlnet is a {type(controlnet).__name__}; needed is a ControlNetModel, or a list of them"
+            )
         super().__init__(
             vae,
             text_encoder,
@@ -92,23 +111,27 @@ class StableDiffusionControlNetPipeline(StableDiffusionBase):
         output_type: str = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
-        controlnet_conditioning_scale: float = 1.0,
+        controlnet_conditioning_scale: float | list[float] = 1.0,
         guess_mode: bool = False,
-        control_guidance_start: float = 0.0,
-        control_guidance_end: float = 1.0,
+        control_guidance_start: float | list[float] = 0.0,
+        control_guidance_end: float | list[float] = 1.0,
         clip_skip: int | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
+        guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         strict: bool = True,
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Sample images.
 
         Args:
-            image: what leads: see `preprocess`, numbers in [0, 1]; one for all prompts or one for each.
+            image: what leads: see `preprocess`, numbers in [0, 1]; one for all prompts or one for each. With
+                several networks a list with one for each of them; or for each prompt a list with one for
+                each network.
             height, width: pixels; those of `image` if None.
-            controlnet_conditioning_scale: factor on the residuals.
+            controlnet_conditioning_scale: factor on the residuals. This and the two shares below may be
+                lists, with a number for each network.
             guess_mode: see `ControlNetModel.forward`; the negative half of guidance is not led.
             control_guidance_start, control_guidance_end: share of the steps from which and up to which the
                 image leads.
@@ -119,8 +142,7 @@ class StableDiffusionControlNetPipeline(StableDiffusionBase):
             ValueError: an argument that is not one of these, or tensors that do not fit.
         """
         self._start_call(
-            guidance_scale,
-            0.0,
+            (guidance_scale, guidance_rescale, guidance_interval),
             clip_skip,
             cross_attention_kwargs,
             output_type,
@@ -128,43 +150,36 @@ class StableDiffusionControlNetPipeline(StableDiffusionBase):
             ip_adapter_image,
             ip_adapter_image_embeds,
         )
-        check_numbers(
-            controlnet_conditioning_scale=controlnet_conditioning_scale,
-            control_guidance_start=control_guidance_start,
-            control_guidance_end=control_guidance_end,
-        )
-        if not 0 <= control_guidance_start < control_guidance_end <= 1:
-            raise ValueError(
-                f"control_guidance_start and control_guidance_end are {control_guidance_start} and "
-                f"{control_guidance_end}; needed are two shares, 0 <= start < end <= 1"
+        scales, starts, ends = (
+            self._of_networks(value, name)
+            for value, name in (
+                (controlnet_conditioning_scale, "controlnet_conditioning_scale"),
+                (control_guidance_start, "control_guidance_start"),
+                (control_guidance_end, "control_guidance_end"),
             )
+        )
+        for start, end in zip(starts, ends, strict=True):
+            if not 0 <= start < end <= 1:
+                raise ValueError(
+                    f"control_guidance_start and control_guidance_end are {start} and {end}; needed are two "
+                    "shares, 0 <= start < end <= 1"
+                )
         count, conditions = self._conditions(
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt
         )
         unit = max(8, self.vae_scale_factor)
         self._image_size(height or unit, width or unit, None)  # refuses what is not divisible
-        pixels = (preprocess(image, unit, height, width, latent_channels=0) + 1) / 2
         times = num_images_per_prompt or 1
-        if len(pixels) not in (1, count // times):
-            raise ValueError(
-                f"there are {len(pixels)} images for {count // times} prompts: needed is 1 or as many"
-            )
-        pixels = pixels.repeat_interleave(count if len(pixels) == 1 else times, dim=0)
-        pixels = pixels.to(self.device, self.controlnet.dtype)
+        pixels = [self._leading(one, unit, (height, width), count, times) for one in self._images(image)]
         run = self._begin_run(num_inference_steps, timesteps=timesteps, sigmas=sigmas, eta=eta, strict=strict)
         factor = self.vae_scale_factor
-        sides = [side // factor for side in pixels.shape[2:]]
+        sides = [side // factor for side in pixels[0].shape[2:]]
         shape = (count, self.unet.config["in_channels"], *sides)
         first = self._latents(shape, latents, generator, run)
-        predictor = self._led(
-            conditions,
-            pixels,
-            run,
-            controlnet_conditioning_scale,
-            guess_mode or self.controlnet.config.global_pool_conditions,
-            (control_guidance_start, control_guidance_end),
-        )
-        predict, weights = self._guided(predictor, conditions, run, interval=guidance_interval)
+        guess_mode = guess_mode or self._networks()[0].config.global_pool_conditions
+        leads = [Lead(*lead) for lead in zip(pixels, scales, starts, ends, strict=True)]
+        predictor = self._led(conditions, leads, run, guess_mode)
+        predict, weights = self._guided(predictor, conditions, run, count)
         last = self._denoise(
             run,
             first,
@@ -177,30 +192,63 @@ class StableDiffusionControlNetPipeline(StableDiffusionBase):
         )
         return self._output(last, output_type, return_dict, generator)
 
-    def _led(
-        self,
-        conditions: Conditions,
-        pixels: Tensor,
-        run: Run,
-        scale: float,
-        guess_mode: bool,
-        interval: tuple[float, float],
-    ) -> Model:
-        """predict(x, t) of the UNet with the ControlNet's residuals."""
-        done, steps = 0, len(run.timesteps)
-        timestep_cond = self._guidance_embedding(len(pixels))
+    def _networks(self) -> list[Any]:
+        several = isinstance(self.controlnet, MultiControlNetModel)
+        return list(self.controlnet.nets) if several else [self.controlnet]
+
+    def _of_networks(self, value: Any, name: str) -> list[float]:
+        """A number for each network, of one for all or of a list."""
+        count = len(self._networks())
+        values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+        if len(values) != count:
+            raise ValueError(f"{name} has {len(values)} numbers for {count} ControlNets")
+        check_numbers(**{f"{name}[{i}]": number for i, number in enumerate(values)})
+        return values
+
+    def _images(self, image: Any) -> list[Any]:
+        """What leads each network."""
+        count = len(self._networks())
+        if not isinstance(self.controlnet, MultiControlNetModel):
+            return [image]
+        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        of_prompts = [list(one) for one in images if isinstance(one, (list, tuple))]
+        for one in of_prompts or [images]:
+            if len(one) != count:
+                raise ValueError(f"there are {len(one)} images for {count} ControlNets")
+        if of_prompts and len(of_prompts) < len(images):
+            raise ValueError("image has lists and single images; needed is a list for each prompt, or none")
+        return [list(one) for one in zip(*of_prompts, strict=True)] or images
+
+    def _leading(
+        self, image: Any, unit: int, size: tuple[int | None, int | None], count: int, times: int
+    ) -> Tensor:
+        """[count, 3, H, W] in [0, 1]."""
+        pixels = (preprocess(image, unit, *size, latent_channels=0) + 1) / 2
+        if len(pixels) not in (1, count // times):
+            raise ValueError(
+                f"there are {len(pixels)} images for {count // times} prompts: needed is 1 or as many"
+            )
+        pixels = pixels.repeat_interleave(count if len(pixels) == 1 else times, dim=0)
+        return pixels.to(self.device, self.controlnet.dtype)
+
+    def _led(self, conditions: Conditions, leads: list[Lead], run: Run, guess_mode: bool) -> Model:
+        """predict(x, t) of the UNet with the ControlNets' residuals."""
+        done, steps, count = 0, len(run.timesteps), len(leads[0].pixels)
+        timestep_cond = self._guidance_embedding(count)
+        several = isinstance(self.controlnet, MultiControlNetModel)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             nonlocal done
-            on = done / steps >= interval[0] and (done + 1) / steps <= interval[1]
+            seen = x[-count:] if guess_mode else x
+            images = [lead.pixels.repeat(len(seen) // count, 1, 1, 1) for lead in leads]
+            scales = [lead.scale_at(done, steps) for lead in leads]
             done += 1
-            seen = x[-len(pixels) :] if guess_mode else x
             down, mid = self._conditioning(conditions, len(seen))(
                 self.controlnet,
                 seen,
                 t,
-                controlnet_cond=pixels.repeat(len(seen) // len(pixels), 1, 1, 1),
-                conditioning_scale=scale if on else 0.0,
+                controlnet_cond=images if several else images[0],
+                conditioning_scale=scales if several else scales[0],
                 guess_mode=guess_mode,
                 return_dict=False,
             )
@@ -211,7 +259,7 @@ class StableDiffusionControlNetPipeline(StableDiffusionBase):
                 self._conditioning(conditions, len(x)),
                 x,
                 t,
-                len(pixels),
+                count,
                 timestep_cond=timestep_cond,
                 cross_attention_kwargs=self._cross_attention_kwargs,
                 return_dict=False,

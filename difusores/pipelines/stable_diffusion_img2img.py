@@ -46,6 +46,7 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionBase):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
+        guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         strict: bool = True,
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
@@ -60,8 +61,7 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionBase):
         The other arguments and Raises are those of `StableDiffusionPipeline`.
         """
         self._start_call(
-            guidance_scale or 0.0,
-            0.0,
+            (guidance_scale, guidance_rescale, guidance_interval),
             clip_skip,
             cross_attention_kwargs,
             output_type,
@@ -87,7 +87,6 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionBase):
             generator,
             output_type,
             return_dict,
-            interval=guidance_interval,
             callback=callback_on_step_end,
             callback_inputs=callback_on_step_end_tensor_inputs,
         )

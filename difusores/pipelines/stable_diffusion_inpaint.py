@@ -65,6 +65,7 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
+        guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         strict: bool = True,
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
@@ -82,8 +83,7 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
         The other arguments and Raises are those of `StableDiffusionPipeline`.
         """
         self._start_call(
-            guidance_scale,
-            0.0,
+            (guidance_scale, guidance_rescale, guidance_interval),
             clip_skip,
             cross_attention_kwargs,
             output_type,
@@ -122,7 +122,6 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
             output_type,
             return_dict,
             beside=self._beside(),
-            interval=guidance_interval,
             after=after,
             callback=callback_on_step_end,
             callback_inputs=callback_on_step_end_tensor_inputs,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from difusores.pipelines.call_state import CallState
-from difusores.pipelines.checks import check_finite, check_numbers
+from difusores.pipelines.checks import as_number, check_finite
 from difusores.pipelines.latent import Conditions, StepCallback
 from difusores.pipelines.legacy_callback import takes_callback
 from difusores.pipelines.preprocess import preprocess, repeat_to
@@ -36,6 +36,13 @@ class StableDiffusionInstructPix2PixPipeline(StableDiffusionBase):
     def do_classifier_free_guidance(self) -> bool:
         """Whether the model is called with both conditions, with the image's alone and with none."""
         return self._guidance_scale > 1 and self._image_guidance_scale >= 1
+
+    def _guidance_weights(self, ended: bool = False) -> tuple[float, ...]:
+        """Of the parts with text and image, with the image alone, and with neither."""
+        if ended or not self.do_classifier_free_guidance:
+            return 1.0, 0.0, 0.0
+        text, image = self._guidance_scale, self._image_guidance_scale
+        return text, image - text, 1 - image
 
     def _update_old_configs(self, unet: Any, scheduler: Any) -> None:
         """Nothing: diffusers leaves the configurations of these folders as they are."""
@@ -64,6 +71,8 @@ class StableDiffusionInstructPix2PixPipeline(StableDiffusionBase):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         cross_attention_kwargs: dict[str, Any] | None = None,
         *,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         strict: bool = True,
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Sample images.
@@ -77,11 +86,9 @@ class StableDiffusionInstructPix2PixPipeline(StableDiffusionBase):
 
         The other arguments and Raises are those of `StableDiffusionPipeline`.
         """
-        check_numbers(image_guidance_scale=image_guidance_scale)
-        self._image_guidance_scale = image_guidance_scale
+        self._image_guidance_scale = as_number(image_guidance_scale, "image_guidance_scale") or 0.0
         self._start_call(
-            guidance_scale,
-            0.0,
+            (guidance_scale, guidance_rescale, guidance_interval),
             None,
             cross_attention_kwargs,
             output_type,
@@ -106,22 +113,19 @@ class StableDiffusionInstructPix2PixPipeline(StableDiffusionBase):
             )
         run = self._begin_run(num_inference_steps, eta=eta, strict=strict)
         first = self._latents(tuple(known.shape), latents, generator, run)
-        weights: tuple[float, ...] = (1.0,)
         embeds = conditions.tensors["prompt_embeds"]
         if self.do_classifier_free_guidance:
             negative, positive = embeds.chunk(2)
             embeds = torch.cat((positive, negative, negative))
             known = torch.cat((known, known, torch.zeros_like(known)))
-            weights = (guidance_scale, image_guidance_scale - guidance_scale, 1 - image_guidance_scale)
-        conditions = Conditions({"prompt_embeds": embeds, "image_latents": known})
-        last = self._denoise(
+        return self._sample(
             run,
             first,
-            self._predictor(conditions, first, ("image_latents",)),
-            conditions,
-            generator=generator,
-            weights=weights,
+            Conditions({"prompt_embeds": embeds, "image_latents": known}, conditional=0),
+            generator,
+            output_type,
+            return_dict,
+            beside=("image_latents",),
             callback=callback_on_step_end,
             callback_inputs=callback_on_step_end_tensor_inputs,
         )
-        return self._output(last, output_type, return_dict, generator)

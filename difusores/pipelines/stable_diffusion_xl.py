@@ -89,8 +89,7 @@ class StableDiffusionXLPipeline(StableDiffusionXLBase):
             ValueError: an argument that is not one of these, or tensors that do not fit.
         """
         self._start_call(
-            guidance_scale,
-            guidance_rescale,
+            (guidance_scale, guidance_rescale, guidance_interval),
             clip_skip,
             cross_attention_kwargs,
             output_type,
@@ -132,8 +131,6 @@ class StableDiffusionXLPipeline(StableDiffusionXLBase):
             generator,
             output_type,
             return_dict,
-            rescale=guidance_rescale,
-            interval=guidance_interval,
             callback=callback_on_step_end,
             callback_inputs=callback_on_step_end_tensor_inputs,
         )

@@ -194,8 +194,7 @@ class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLImageBase):
         The other arguments and Raises are those of `StableDiffusionXLPipeline`.
         """
         self._start_call(
-            guidance_scale,
-            guidance_rescale,
+            (guidance_scale, guidance_rescale, guidance_interval),
             clip_skip,
             cross_attention_kwargs,
             output_type,
@@ -251,8 +250,6 @@ class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLImageBase):
             generator,
             output_type,
             return_dict,
-            rescale=guidance_rescale,
-            interval=guidance_interval,
             callback=callback_on_step_end,
             callback_inputs=callback_on_step_end_tensor_inputs,
         )

@@ -96,8 +96,7 @@ class StableDiffusionXLInpaintPipeline(StableDiffusionXLImageBase):
         The other arguments and Raises are those of `StableDiffusionXLImg2ImgPipeline`.
         """
         self._start_call(
-            guidance_scale,
-            guidance_rescale,
+            (guidance_scale, guidance_rescale, guidance_interval),
             clip_skip,
             cross_attention_kwargs,
             output_type,
@@ -168,8 +167,6 @@ class StableDiffusionXLInpaintPipeline(StableDiffusionXLImageBase):
             output_type,
             return_dict,
             beside=self._beside(),
-            rescale=guidance_rescale,
-            interval=guidance_interval,
             after=after,
             callback=callback_on_step_end,
             callback_inputs=callback_on_step_end_tensor_inputs,

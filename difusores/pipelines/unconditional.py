@@ -9,11 +9,11 @@ import torch
 
 from difusores.models.conditioning import Conditioning
 from difusores.models.unet_2d import UNet2DModel
-from difusores.pipelines.checks import check_count, check_numbers, check_steps
-from difusores.pipelines.guidance import GuidedPipeline
+from difusores.pipelines.checks import as_number, check_count, check_numbers, check_steps
+from difusores.pipelines.guidance import GuidedPipeline, check_guidance, guided
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
 from difusores.pipelines.pipeline import follows_plan, step_accepts_generator
-from difusores.sampling import Callback, Generators, draw_noise
+from difusores.sampling import Callback, Generators, Model, draw_noise
 from difusores.schedulers import DDIMScheduler
 
 Labels = int | Sequence[int] | torch.Tensor | None
@@ -40,14 +40,22 @@ class UNetPipeline(GuidedPipeline):
         return_dict: bool,
         *,
         class_labels: Labels,
-        guidance_scale: float | None,
+        guidance: tuple[float | None, float, tuple[float, float]],
+        null_label: int | None,
         callback_on_step_end: StepCallback | None,
         strict: bool,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """options: of the scheduler's `plan` and `step`. The other arguments are those of `DDPMPipeline`."""
+        """Sample images.
+
+        Args:
+            options: of the scheduler's `plan` and `step`.
+            guidance: its scale, rescale and interval.
+
+        The other arguments are those of `DDPMPipeline`.
+        """
         check_output_type(output_type)
         check_steps(num_inference_steps)
-        check_numbers(guidance_scale=guidance_scale)
+        scale = check_guidance(*guidance)
         check_numbers(0, eta=options.get("eta"))
         batch_size = check_count(batch_size, "batch_size")
         scheduler, plan = self.scheduler, None
@@ -61,16 +69,25 @@ class UNetPipeline(GuidedPipeline):
         labels = self._labels(class_labels, batch_size)
         batch_size = batch_size if labels is None else len(labels)
         shape = (batch_size, self.unet.config["in_channels"], *self._image_size())
-        guidance = None
-        if guidance_scale is not None and guidance_scale != 1:
-            labels = self._with_null_labels(labels)
-            guidance = (guidance_scale, 1 - guidance_scale)
-        conditioning = _conditioning(labels)
+        if scale != 1:
+            labels = self._with_null_labels(labels, null_label)
+        elif null_label is not None:
+            raise ValueError("null_label is given, and there is no guidance_scale that needs it")
+        conditioning = conditioning_of(labels)
         conditioning.check(self.unet, shape[1])
+        steps = len(scheduler.timesteps if plan is None else plan)
+        model, weights = guided(
+            lambda x, t: self._call_unet(conditioning.part(slice(len(x))), x, t, batch_size),
+            lambda: (scale, 1 - scale),
+            steps,
+            conditional=0,
+            rescale=guidance[1],
+            interval=guidance[2],
+            limits=self._guidance_limits,
+        )
 
-        total = len(scheduler.timesteps if plan is None else plan)
         seen = None if plan is None else num_inference_steps
-        with self.progress_bar(total=total) as bar, self._running(scheduler, seen):
+        with self.progress_bar(total=steps) as bar, self._running(scheduler, seen):
 
             def after_step(index: int, time: torch.Tensor, image: torch.Tensor) -> torch.Tensor | None:
                 bar.update()
@@ -85,15 +102,9 @@ class UNetPipeline(GuidedPipeline):
             if plan is None:
                 if takes_generator:
                     options = {**options, "generator": generator}
-                image = self._steps(scheduler, noise, conditioning, guidance, after_step, options)
+                image = self._steps(scheduler, noise, model, weights, after_step, options)
             else:
-                image = plan.run(
-                    lambda x, time: self._call_unet(conditioning, x, time, batch_size),
-                    noise,
-                    generator=generator,
-                    callback=after_step,
-                    guidance=guidance,
-                )
+                image = plan.run(model, noise, generator=generator, callback=after_step, guidance=weights)
         images = to_images(image, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -101,22 +112,22 @@ class UNetPipeline(GuidedPipeline):
         self,
         scheduler: Any,
         image: torch.Tensor,
-        conditioning: Conditioning,
-        guidance: tuple[float, float] | None,
+        model: Model,
+        weights: tuple[float, ...],
         callback: Callback,
         options: dict[str, Any],
     ) -> torch.Tensor:
         """The loop of diffusers' pipelines. options: of `step`."""
         for i, time in enumerate(scheduler.timesteps):
-            given = image if guidance is None else torch.cat((image, image))
+            given = torch.cat((image,) * len(weights))
             if hasattr(scheduler, "scale_model_input"):
                 given = scheduler.scale_model_input(given, time)
-            output = self._call_unet(conditioning, given, time, len(image))
-            if guidance is not None:
-                output, null = output.chunk(2)
-                channels = image.shape[1]  # the others are a learned variance, which guidance leaves as it is
-                mixed = guidance[0] * output[:, :channels] + guidance[1] * null[:, :channels]
-                output = torch.cat((mixed, output[:, channels:]), dim=1)
+            output = model(given, time)
+            if len(weights) > 1:
+                parts, channels = output.chunk(len(weights)), image.shape[1]
+                mixed = sum(w * part[:, :channels] for w, part in zip(weights, parts, strict=True))
+                # the others are a learned variance, which guidance leaves as it is
+                output = torch.cat((mixed, parts[0][:, channels:]), dim=1)
             image = scheduler.step(output, time, image, **options).prev_sample
             changed = callback(i, time, image)
             image = image if changed is None else changed
@@ -139,15 +150,15 @@ class UNetPipeline(GuidedPipeline):
             raise ValueError(f"batch_size is {batch_size}, and there are {len(labels)} class_labels")
         return labels
 
-    def _with_null_labels(self, labels: torch.Tensor | None) -> torch.Tensor:
-        """The labels, then as many times the null label: the last row of the model's label table."""
+    def _with_null_labels(self, labels: torch.Tensor | None, null_label: int | None) -> torch.Tensor:
+        """The labels, then as many times the null label."""
         classes = self.unet.config.get("num_class_embeds")
         if labels is None or classes is None:
             raise ValueError("guidance_scale needs class_labels, and a model with num_class_embeds")
-        return torch.cat((labels, torch.full_like(labels, classes - 1)))
+        return torch.cat((labels, torch.full_like(labels, classes - 1 if null_label is None else null_label)))
 
 
-def _conditioning(labels: torch.Tensor | None) -> Conditioning:
+def conditioning_of(labels: torch.Tensor | None) -> Conditioning:
     """By rows of a table or numbers [N], by embeddings [N, width], or by nothing."""
     if labels is None:
         return Conditioning("none")
@@ -175,6 +186,9 @@ class DDPMPipeline(UNetPipeline):
         *,
         class_labels: Labels = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        null_label: int | None = None,
         callback_on_step_end: StepCallback | None = None,
         strict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
@@ -189,8 +203,9 @@ class DDPMPipeline(UNetPipeline):
             return_dict: return an `ImagePipelineOutput`; else a tuple of one.
             class_labels: one for all images or one per image; needed by class-conditional models.
             guidance_scale: weight w of classifier-free guidance, w * conditional + (1 - w) * unconditional
-                prediction (Ho & Salimans 2022). The model's last label has to be the null label. None or 1
-                for no guidance.
+                prediction (Ho & Salimans 2022). None or 1 for no guidance.
+            guidance_rescale, guidance_interval: see `rescaled` and `guided`.
+            null_label: the label of the unconditional prediction; the model's last one if None.
             callback_on_step_end: callback(pipeline, step, timestep, {"image": sample}) after each step; may
                 return a dictionary with another "image".
             strict: refuse a scheduler that contradicts the one in the model's folder, see `check_training`.
@@ -206,7 +221,8 @@ class DDPMPipeline(UNetPipeline):
             output_type,
             return_dict,
             class_labels=class_labels,
-            guidance_scale=guidance_scale,
+            guidance=(guidance_scale, guidance_rescale, guidance_interval),
+            null_label=null_label,
             callback_on_step_end=callback_on_step_end,
             strict=strict,
         )
@@ -235,6 +251,9 @@ class DDIMPipeline(UNetPipeline):
         *,
         class_labels: Labels = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        null_label: int | None = None,
         callback_on_step_end: StepCallback | None = None,
         strict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
@@ -249,7 +268,7 @@ class DDIMPipeline(UNetPipeline):
         The other arguments are those of `DDPMPipeline`.
         """
         if use_clipped_model_output is None and guidance_scale is not None:
-            use_clipped_model_output = guidance_scale != 1
+            use_clipped_model_output = as_number(guidance_scale, "guidance_scale") != 1
         return self._sample(
             num_inference_steps,
             {"eta": eta, "use_clipped_model_output": use_clipped_model_output},
@@ -258,7 +277,8 @@ class DDIMPipeline(UNetPipeline):
             output_type,
             return_dict,
             class_labels=class_labels,
-            guidance_scale=guidance_scale,
+            guidance=(guidance_scale, guidance_rescale, guidance_interval),
+            null_label=null_label,
             callback_on_step_end=callback_on_step_end,
             strict=strict,
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from difusores import UNet2DConditionModel, UNet2DModel
+from difusores import ADMUNet, UNet2DConditionModel, UNet2DModel
 from difusores.models.conditioning import KINDS, Conditioning
 
 INPUTS: dict[str, Tensor] = {
@@ -125,3 +125,74 @@ def test_networks_that_do_not_fit() -> None:
     hybrid = Conditioning("hybrid", **given("hybrid"))
     hybrid.check(crossing, 1)
     assert hybrid(crossing, SAMPLE, torch.tensor(3)).sample.shape == (2, 4, 4, 4)
+
+
+TOLD = {"text_embeds": torch.ones(2, 6), "time_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}
+
+
+@pytest.mark.parametrize("kind", ["crossattn", "hybrid"])
+def test_pooled_texts_and_sizes(kind: str) -> None:
+    conditioning = Conditioning(kind, **given(kind), **TOLD)
+    _, _, conditions = conditioning(Recorder(), SAMPLE, 0)
+    assert {name: id(value) for name, value in conditions.pop("added_cond_kwargs").items()} == {
+        name: id(value) for name, value in TOLD.items()
+    }
+    assert list(conditions) == ["encoder_hidden_states"]
+    part = conditioning.part(slice(1, 2))
+    assert part.time_ids is not None and part.time_ids.tolist() == [[4, 5, 6]]
+    with pytest.raises(ValueError, match="text_embeds is for a batch of 2, and the sample's is 1"):
+        Conditioning(kind, **{name: value[:1] for name, value in given(kind).items()}, **TOLD).inputs(
+            SAMPLE[:1]
+        )
+    with pytest.raises(
+        ValueError, match=r"text_embeds is torch.float32 .*needed is floating point .N, width"
+    ):
+        Conditioning(kind, **given(kind), text_embeds=torch.ones(2, 1, 6))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_kind_does_not_take_beside_it(kind: str) -> None:
+    beside = {**TOLD, "low_res": INPUTS["image"]}
+    for name in {"crossattn": ["low_res"], "hybrid": ["low_res"], "none": TOLD, "class": TOLD}.get(
+        kind, beside
+    ):
+        with pytest.raises(ValueError, match=f"'{kind}' takes .*and no {name}"):
+            Conditioning(kind, **given(kind), **{name: beside[name]})
+
+
+def test_networks_that_are_told_more() -> None:
+    shape: dict[str, Any] = {"block_out_channels": (8,), "norm_num_groups": 4, "attention_head_dim": 2}
+    kinds = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    plain = UNet2DConditionModel(in_channels=1, out_channels=1, cross_attention_dim=7, **kinds, **shape)
+    told = UNet2DConditionModel.from_config(
+        plain.config,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 + 3 * 4,
+    )
+    bare = Conditioning("crossattn", **given("crossattn"))
+    full = Conditioning("crossattn", **given("crossattn"), **TOLD)
+    full.check(told, 1)
+    assert full(told, SAMPLE, torch.tensor(3)).sample.shape == (2, 1, 4, 4)
+    with pytest.raises(
+        ValueError, match=r"needs text_embeds, floating.* and time_ids, numbers \[N, ids\]: its"
+    ):
+        bare.check(told, 1)
+    with pytest.raises(
+        ValueError, match="takes no text_embeds and time_ids: its addition_embed_type is None"
+    ):
+        full.check(plain, 1)
+    small = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1"}
+    upsampler = ADMUNet(**small, attention_resolutions="8", small_size=4)
+    images = Conditioning("none", low_res=torch.ones(2, 3, 4, 4))
+    images.check(upsampler, 3)
+    assert images(upsampler, torch.zeros(2, 3, 8, 8), 1).sample.shape == (2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"ADMUNet needs low_res, floating point .*: its small_size is 4"):
+        Conditioning("none").check(upsampler, 3)
+    with pytest.raises(ValueError, match="UNet2DModel takes no low_res, where low_res would go"):
+        images.check(
+            UNet2DModel(**{**shape, "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}),
+            3,
+        )
+    with pytest.raises(ValueError, match="takes no low_res: its small_size is None"):
+        images.check(ADMUNet(**small, attention_resolutions="8"), 3)

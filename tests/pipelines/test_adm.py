@@ -342,7 +342,7 @@ def test_an_upsampler_is_given_small_images() -> None:
     assert (images[0].images - images[1].images).abs().max() > 0.01
     with pytest.raises(ValueError, match="low_res holds 1 images, and 2 are asked for"):
         pipeline(2, low_res=torch.zeros(1, 3, 4, 4))
-    with pytest.raises(ValueError, match="is an upsampler and needs low_res"):
+    with pytest.raises(ValueError, match="ADMUNet needs low_res, floating point"):
         pipeline(num_inference_steps=1)
 
 

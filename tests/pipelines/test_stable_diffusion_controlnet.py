@@ -15,19 +15,21 @@ import difusores
 pytest.importorskip("transformers")
 
 
-@pytest.fixture
-def pipeline(parts: dict[str, Any]) -> Any:
-    torch.manual_seed(0)
-    net = difusores.ControlNetModel.from_unet(
-        parts["unet"], conditioning_embedding_out_channels=[4, 4]
-    ).eval()
+def network(unet: Any, seed: int) -> Any:
+    torch.manual_seed(seed)
+    net = difusores.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=[4, 4]).eval()
     for layer in (
         net.controlnet_cond_embedding.conv_out,
         *net.controlnet_down_blocks,
         net.controlnet_mid_block,
     ):
         torch.nn.init.normal_(layer.weight, std=0.3)
-    made = difusores.StableDiffusionControlNetPipeline(**parts, controlnet=net)
+    return net
+
+
+@pytest.fixture
+def pipeline(parts: dict[str, Any]) -> Any:
+    made = difusores.StableDiffusionControlNetPipeline(**parts, controlnet=network(parts["unet"], 0))
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -102,6 +104,74 @@ def test_bad_input_in_words(pipeline: Any, options: dict[str, Any], message: str
         sample(pipeline, **options)
 
 
-def test_several_networks_are_refused(parts: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="controlnet is a list; needed is one ControlNetModel"):
-        difusores.StableDiffusionControlNetPipeline(**parts, controlnet=[])
+@pytest.fixture
+def two(parts: dict[str, Any]) -> Any:
+    nets = [network(parts["unet"], seed) for seed in (1, 2)]
+    made = difusores.StableDiffusionControlNetPipeline(**parts, controlnet=nets)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image": [picture(1), picture(2)], "guess_mode": True},
+        {
+            "image": [[picture(1), picture(2)], [picture(3), picture(4)]],
+            "prompt": ["a cat", "a dog"],
+            "controlnet_conditioning_scale": [0.5, 1.2],
+            "control_guidance_start": [0.0, 0.4],
+            "control_guidance_end": [0.6, 1.0],
+        },
+    ],
+)
+def test_several_networks(two: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    two.save_pretrained(tmp_path)
+    results = []
+    for library in (difusores, diffusers):
+        loaded = library.StableDiffusionControlNetPipeline.from_pretrained(tmp_path)
+        assert len(loaded.controlnet.nets) == 2
+        loaded.set_progress_bar_config(disable=True)
+        results.append(sample(loaded, **options))
+    assert np.abs(results[0] - results[1]).max() < 2e-3
+    assert np.abs(results[0] - sample(two, **{**options, "controlnet_conditioning_scale": 0.0})).max() > 1e-2
+
+
+def test_lists_of_one(pipeline: Any, parts: dict[str, Any]) -> None:
+    made = difusores.StableDiffusionControlNetPipeline(**parts, controlnet=[pipeline.controlnet])
+    assert made.controlnet is pipeline.controlnet
+    lists = {
+        "controlnet_conditioning_scale": [0.5],
+        "control_guidance_start": [0.0],
+        "control_guidance_end": [0.5],
+    }
+    numbers = {name: value[0] for name, value in lists.items()}
+    assert np.array_equal(sample(pipeline, **lists), sample(pipeline, **numbers))
+
+
+def test_lists_that_do_not_fit(two: Any, parts: dict[str, Any]) -> None:
+    images = [picture(1), picture(2)]
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"image": picture()}, "there are 1 images for 2 ControlNets"),
+        ({"image": [[picture()] * 3]}, "there are 3 images for 2 ControlNets"),
+        ({"image": [images, picture()]}, "image has lists and single images"),
+        ({"image": images, "control_guidance_start": [0.1]}, "control_guidance_start has 1 numbers for 2"),
+        ({"image": images, "control_guidance_end": [0.1, 0.0]}, r"are 0\.0 and 0\.0; needed are two shares"),
+    ]
+    for options, message in bad:
+        with pytest.raises(ValueError, match=message):
+            sample(two, **options)
+    for wrong, message in (
+        ([], "controlnets has nothing"),
+        ([parts["vae"]], "controlnets has AutoencoderKL"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            difusores.StableDiffusionControlNetPipeline(**parts, controlnet=wrong)
+    with pytest.raises(ValueError, match="controlnet is a AutoencoderKL; needed is a ControlNetModel"):
+        difusores.StableDiffusionControlNetPipeline(**parts, controlnet=parts["vae"])
+    with pytest.raises(OSError, match="is no folder of this machine"):
+        difusores.MultiControlNetModel.from_pretrained("some/repository")
+    inputs = torch.zeros(1, 4, 8, 8), 3, torch.zeros(1, 5, 16)
+    with pytest.raises(ValueError, match="there are 1 images and 2 scales for 2 ControlNets"):
+        two.controlnet(*inputs, [torch.zeros(1, 3, 16, 16)], [1.0, 1.0])
