@@ -112,9 +112,9 @@ def two(parts: dict[str, Any]) -> Any:
     return made
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
+def test_several_networks(two: Any, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    cases: list[dict[str, Any]] = [
         {"image": [picture(1), picture(2)], "guess_mode": True},
         {
             "image": [[picture(1), picture(2)], [picture(3), picture(4)]],
@@ -123,19 +123,17 @@ def two(parts: dict[str, Any]) -> Any:
             "control_guidance_start": [0.0, 0.4],
             "control_guidance_end": [0.6, 1.0],
         },
-    ],
-)
-def test_several_networks(two: Any, options: dict[str, Any], tmp_path: Path) -> None:
-    diffusers = pytest.importorskip("diffusers")
+    ]
     two.save_pretrained(tmp_path)
     results = []
     for library in (difusores, diffusers):
         loaded = library.StableDiffusionControlNetPipeline.from_pretrained(tmp_path)
         assert len(loaded.controlnet.nets) == 2
         loaded.set_progress_bar_config(disable=True)
-        results.append(sample(loaded, **options))
-    assert np.abs(results[0] - results[1]).max() < 2e-3
-    assert np.abs(results[0] - sample(two, **{**options, "controlnet_conditioning_scale": 0.0})).max() > 1e-2
+        results.append([sample(loaded, **options) for options in cases])
+    free = [sample(two, **{**options, "controlnet_conditioning_scale": 0.0}) for options in cases]
+    for found, expected, other in zip(*results, free, strict=True):
+        assert np.abs(found - expected).max() < 2e-3 < 1e-2 < np.abs(found - other).max()
 
 
 def test_lists_of_one(pipeline: Any, parts: dict[str, Any]) -> None:
