@@ -239,16 +239,28 @@ struct Made {
     PyObject* slots = nullptr;
 };
 
+// A row: 40 float64 in a tensor, or as bytes, which take no call into torch. nullptr: neither.
+const double* row_of(PyObject* given) {
+    constexpr Py_ssize_t kBytes = 40 * sizeof(double);
+    if (PyBytes_CheckExact(given)) {
+        const char* const bytes = PyBytes_AS_STRING(given);
+        const bool fits =
+            PyBytes_GET_SIZE(given) == kBytes && reinterpret_cast<uintptr_t>(bytes) % alignof(double) == 0;
+        return fits ? reinterpret_cast<const double*>(bytes) : nullptr;
+    }
+    dlpack::Tensor row;
+    const bool fits = look(given, false, true, row) && row.type_code == dlpack::kFloat && row.type_bits == 64 &&
+                      row.ndim == 1 && row.shape[0] == 40 && row.strides[0] == 1;
+    return fits ? static_cast<const double*>(data(row)) : nullptr;
+}
+
 Made make(PyObject* given_row, PyObject* given_sample, PyObject* model_output, PyObject* noise, PyObject* given_slots,
           PyObject* given_outputs, PyObject* places, bool only_f32) {
     Plain call;
-    dlpack::Tensor row;
-    if (!call.look_at(given_sample, model_output, noise, given_slots, only_f32) || !look(given_row, false, true, row) ||
-        row.type_code != dlpack::kFloat || row.type_bits != 64 || row.ndim != 1 || row.shape[0] != 40 ||
-        row.strides[0] != 1)
-        return {};
+    if (!call.look_at(given_sample, model_output, noise, given_slots, only_f32)) return {};
     SchedulerStepArgs& a = call.a;
-    a.row = static_cast<const double*>(data(row));
+    a.row = row_of(given_row);
+    if (!a.row) return {};
     const Py_ssize_t outputs = PyTuple_GET_SIZE(given_outputs);
     PyObject* const made = PyTuple_New(outputs);
     if (!made) return {};
@@ -338,9 +350,9 @@ PyObject* take_stage(PyObject*, PyObject* const* given, Py_ssize_t count) {
     if (place < 0 || place >= PyList_GET_SIZE(stages)) return otherwise();
     PyObject* const stage = PyList_GET_ITEM(stages, place);
     held[8] = pybind11::reinterpret_borrow<pybind11::object>(stage);
-    if (!PyTuple_Check(stage) || PyTuple_GET_SIZE(stage) != 8) return otherwise();
+    if (!PyTuple_Check(stage) || PyTuple_GET_SIZE(stage) != 9) return otherwise();
     // CachedStage of difusores/schedulers/base.py
-    PyObject *const row = PyTuple_GET_ITEM(stage, 0), *const places = PyTuple_GET_ITEM(stage, 5),
+    PyObject *const row = PyTuple_GET_ITEM(stage, 8), *const places = PyTuple_GET_ITEM(stage, 5),
                     *const outputs = PyTuple_GET_ITEM(stage, 7);
     PyObject* const draw = PyTuple_GET_ITEM(stage, 1);
     if (PyTuple_GET_ITEM(stage, 2) != Py_False || PyTuple_GET_ITEM(stage, 3) != Py_None) return otherwise();

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from difusores import native
 from difusores.ops.dispatch import (
@@ -405,7 +406,7 @@ def _native(
 
 
 def plain_step(
-    row: Tensor,
+    row: Tensor | bytes,
     sample: Tensor,
     model_output: Tensor,
     slots: tuple[Tensor, ...],
@@ -419,7 +420,8 @@ def plain_step(
     its results lie in memory that dropped results of the same size have left.
 
     Args:
-        row, sample, model_output, slots, noise: as there; row and slots are no negated views.
+        row, sample, model_output, slots, noise: as there; row and slots are no negated views, and row may be
+            the bytes of its numbers.
         outputs: positions in OUTPUTS, without "m".
         places: positions in (*results, sample, noise, *slots) of what the slots hold afterwards.
 
@@ -444,7 +446,7 @@ def shortcut() -> Any:
     sample of another dtype.
     """
     # not `is_compiling`, which takes longer: other tracers than Dynamo are modes, and those are looked for
-    return None if torch.compiler.is_dynamo_compiling() else _without_dispatcher()
+    return None if is_dynamo_compiling() else _without_dispatcher()
 
 
 @functools.cache

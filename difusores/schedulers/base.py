@@ -112,9 +112,9 @@ class PredictedSchedulerOutput(SchedulerOutput):
 class CachedStage(NamedTuple):
     """A stage as `step` needs it.
 
-    row: [40] float64 on the CPU. outputs: of the op. slots: positions in (*results, sample, noise, *slots)
-    of what the slots hold afterwards. predicts_x0: x0 is the model's output itself. targets: positions of the
-    outputs in OUTPUTS.
+    row: [40] float64 on the CPU; packed: the same as bytes, which C reads without asking torch. outputs: of
+    the op. slots: positions in (*results, sample, noise, *slots) of what the slots hold afterwards.
+    predicts_x0: x0 is the model's output itself. targets: positions of the outputs in OUTPUTS.
     """
 
     row: Tensor
@@ -125,6 +125,7 @@ class CachedStage(NamedTuple):
     slots: tuple[int, ...]
     predicts_x0: bool
     targets: tuple[int, ...]
+    packed: bytes
 
 
 class _Times(NamedTuple):
@@ -420,6 +421,7 @@ def cached_stage(stage: Stage, returned: tuple[str, ...]) -> CachedStage:
         tuple(places[name] for name in stage.slots),
         stage.row[PX] == 0,
         tuple(OUTPUTS.index(name) for name in outputs),
+        np.array(stage.row, dtype=np.float64).tobytes(),
     )
 
 
@@ -437,7 +439,7 @@ def advance(
     upcast: y in the model output's dtype and everything else in float32 at least, as the classes of diffusers
         do that compute in float32 and cast back.
     """
-    row, draw, learned, threshold, _, places, _, targets = cached
+    _, draw, learned, threshold, _, places, _, targets, row = cached
     variance = None
     if learned:
         shape = torch.Size((len(model_output), *sample.shape[1:]))

@@ -369,7 +369,9 @@ def test_the_shortest_way_gives_the_same_bits(plain: dict[str, Any], shape: Any,
                 plain[name] = plain[name].to(memory_format=torch.channels_last)
             plain["slots"] = tuple(t.to(memory_format=torch.channels_last) for t in plain["slots"])
         made = plain_step(**plain, places=(0, 3, 4, 6))
-        assert made is not None
+        packed = plain_step(**(plain | {"row": plain["row"].numpy().tobytes()}))
+        assert made is not None and packed is not None
+        assert all(torch.equal(one, other) for one, other in zip(made[0], packed[0], strict=True))
         results, held = made
         kept = (results[0], plain["sample"], plain["noise"], plain["slots"][1])
         assert all(ours is expected for ours, expected in zip(held, kept, strict=True))
@@ -395,6 +397,7 @@ def test_the_shortest_way_gives_the_same_bits(plain: dict[str, Any], shape: Any,
         {"noise": None},
         {"slots": ()},
         {"row": torch.zeros(ROW)},
+        {"row": bytes(8 * ROW - 8)},
         {"row": torch.zeros(ROW - 1, dtype=torch.float64)},
         {"row": torch.zeros(2 * ROW, dtype=torch.float64)[::2]},
         {"outputs": (4,)},
