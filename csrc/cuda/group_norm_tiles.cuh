@@ -227,7 +227,9 @@ constexpr int64_t kMapThreads = 256;         // channels first, tiles that are n
 constexpr unsigned kMostCluster = 8;         // blocks, which every device with clusters takes
 constexpr unsigned kClusterThreads = 512;    // channels last, where one such block fills a multiprocessor
 constexpr int64_t kClusterBytes = 96 << 10;  // that a block of a cluster keeps, channels first, at most if it can
-constexpr int64_t kStaticShared = 512;       // bytes that the kernels declare, rounded up
+// The same where one block could keep it all: the groups of an image or two are fewer than a card's multiprocessors.
+constexpr int64_t kShareBytes = 32 << 10;
+constexpr int64_t kStaticShared = 512;  // bytes that the kernels declare, rounded up
 
 inline __host__ int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline __host__ int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -263,7 +265,8 @@ inline __host__ void plan_run_cluster(const GroupNormSiluArgs& args, int64_t sha
     const auto fits = [&](int64_t chunk) {
         return table_of(chunk) <= 2 * kTableChannels && shared_of(chunk) + kStaticShared <= shared_limit;
     };
-    plan.cluster = cluster_of(run, plan.vec, most, fits, [&](int64_t chunk) { return chunk * size <= kClusterBytes; });
+    const int64_t share = plan.whole ? kShareBytes : kClusterBytes;
+    plan.cluster = cluster_of(run, plan.vec, most, fits, [&](int64_t chunk) { return chunk * size <= share; });
     if (plan.cluster == 1) return;
     plan.whole = true;
     plan.chunk = up(up(run, plan.cluster), plan.vec) * plan.vec;
@@ -281,7 +284,7 @@ inline __host__ void plan_runs(const GroupNormSiluArgs& args, int64_t shared_lim
     plan.whole = per_group <= 2 * kTableChannels && plan.shared_bytes + kStaticShared <= shared_limit;
     plan.chunk = run;
     plan.threads = static_cast<unsigned>(at_most(up(run / plan.vec, kWarp) * kWarp, kNormThreads));
-    if (!plan.whole) plan_run_cluster(args, shared_limit, most_cluster, plan);
+    if (!plan.whole || run * size > kShareBytes) plan_run_cluster(args, shared_limit, most_cluster, plan);
     if (!plan.whole) {
         plan.chunk = at_most(at_least(kTileBytes / size, least_tile(run, size)), kTableChannels * args.s);
         plan.chunk = at_most(plan.chunk / plan.vec * plan.vec, run);

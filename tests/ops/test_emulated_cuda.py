@@ -324,8 +324,9 @@ class TestGroupNormSiluBackward(UnderItsOwnName):
 @pytest.mark.parametrize(
     ("shape", "groups", "layout", "limit", "plan"),
     [
-        # SD 1.5's first level, of one image and fewer channels: 80 KB of a group in one block
-        ((1, 20, 64, 64), 2, "contiguous", 227 << 10, {"whole": True, "vec": 8, "chunks": 1}),
+        # SD 1.5's first level, of one image and fewer channels: 80 KB of a group, which four blocks share
+        ((1, 20, 64, 64), 2, "contiguous", 227 << 10, {"whole": True, "vec": 8, "cluster": 4, "chunks": 4}),
+        ((1, 4, 64, 64), 2, "contiguous", 227 << 10, {"whole": True, "cluster": 1, "chunks": 1}),
         ((1, 20, 64, 64), 2, "contiguous", 8 << 10, {"whole": False, "chunks": 3, "partials": 6}),
         ((1, 80, 64, 64), 8, "channels_last", 24 << 10, {"whole": False, "vec": 8, "chunks": 25}),
         ((1, 160, 16, 16), 4, "channels_last", 99 << 10, {"whole": True, "spans": 4, "groups_in_span": 1}),
