@@ -304,8 +304,9 @@ def markdown(machine: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> l
         )
     columns = ["diffusers", "faster", "limit", "over it"]
     tiny = found["DDIM", TINY]
+    clock = "of the processor's time, others at work beside it" if machine["clock"] == "process_time" else ""
     return [
-        f"{where(machine)}; medians of interleaved runs.",
+        f"{where(machine)}; medians of interleaved runs {clock}".rstrip() + ".",
         "",
         *table(["", f"{size(SMALL)}, µs", *columns, f"{size(LARGE)}, ms", *columns], lines),
         "",
