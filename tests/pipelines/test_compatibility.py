@@ -96,7 +96,9 @@ def test_from_pipe(pipeline: Any) -> None:
         difusores.StableDiffusionXLPipeline.from_pipe(pipeline)
     with pytest.raises(TypeError, match="and no uent"):
         StableDiffusionImg2ImgPipeline.from_pipe(pipeline, uent=pipeline.unet)
-    assert StableDiffusionImg2ImgPipeline.from_pipe(pipeline, dtype=torch.bfloat16).dtype is torch.bfloat16
+    encoder = copy.deepcopy(pipeline.text_encoder)  # the fixture's own serves all tests
+    cast = StableDiffusionImg2ImgPipeline.from_pipe(pipeline, text_encoder=encoder, dtype=torch.bfloat16)
+    assert cast.dtype is torch.bfloat16 and encoder.dtype is torch.bfloat16
 
 
 def test_pipelines_of_a_task(pipeline: Any, tmp_path: Path) -> None:
