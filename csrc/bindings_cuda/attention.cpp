@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_gradients(Tensor grad, Tensor q, Te
     for (const char* const reason : {cuda::attention_refuses(forward, device.shared_limit()),
                                      cuda::attention_gradients_refuses(a, device.shared_limit())})
         STD_TORCH_CHECK(reason == nullptr, "attention: the CUDA kernels of the gradients take ", reason);
-    OnDevice::check(cuda::attention_gradients(a, device.stream()), "attention_gradients");
+    OnDevice::check(cuda::attention_gradients(a, device.shared_limit(), device.stream()), "attention_gradients");
     return {grad_q, grad_k, grad_v};
 }
 

@@ -149,17 +149,22 @@ __global__ void __launch_bounds__(threads_at_once(kWidth, kMask), 1)
     constexpr int kTiles = tiles_of(kWidth);
     DIFUSORES_DYNAMIC_SHARED(shared);
     const BlockOf block(args, plan);
-    const int warp = threadIdx.x / kWarp, group = warp >= plan.warps;
-    const int first = block.first + (group ? warp - plan.warps : warp) * 16 * kTiles;
+    const int group = static_cast<int>(thread_anew()) / kWarp >= plan.warps;
+    // The warp's first query. As other numbers that are seldom needed it is found anew each time: registers are few.
+    const auto first = [&] {
+        const int warp = static_cast<int>(thread_anew()) / kWarp;
+        return block.first + (warp >= plan.warps ? warp - plan.warps : warp) * 16 * kTiles;
+    };
     const int keys = static_cast<int>(args.s), d = static_cast<int>(args.d), dv = static_cast<int>(args.dv);
     const unsigned short *const k = block.rows_of(args.k), *const v = block.rows_of(args.v);
     const int half_stage = plan.tile_keys * row_bytes(kWidth);
-    const int tiles = (keys + plan.tile_keys - 1) / plan.tile_keys;
     const auto copy_tile = [&](int tile) {
-        if (tile < tiles) {
+        const int key = tile * plan.tile_keys;
+        if (key < keys) {
             unsigned char* const to = shared + tile % kTileStages * 2 * half_stage;
-            copy_rows<kWidth>(to, k, args.k.stride[2], tile * plan.tile_keys, plan.tile_keys, keys, d);
-            copy_rows<kWidth>(to + half_stage, v, args.v.stride[2], tile * plan.tile_keys, plan.tile_keys, keys, dv);
+            const RowCopies<kWidth> copy;
+            copy(to, k, args.k.stride[2], key, plan.tile_keys, keys, d);
+            copy(to + half_stage, v, args.v.stride[2], key, plan.tile_keys, keys, dv);
         }
         close_copies();
     };
@@ -171,35 +176,35 @@ __global__ void __launch_bounds__(threads_at_once(kWidth, kMask), 1)
     // the minus infinity of keys which are not there what it is.
     const float scale = fabsf(args.scale), c = kMask ? kLog2E : fmaxf(scale * kLog2E, kSmallest);
     Rows<T, kWidth, kTiles> q;
-    q.load(block.rows_of(args.q), args.q.stride[2], first, static_cast<int>(args.l), d, args.scale < 0.0f);
+    q.load(block.rows_of(args.q), args.q.stride[2], first(), static_cast<int>(args.l), d, args.scale < 0.0f);
     Running<T, kWidth, kTiles> running;
     const MaskView mask = kMask ? block.mask(args) : MaskView{};
 
-    for (int tile = 0; tile < tiles; ++tile) {
+    for (int tile = 0; tile * plan.tile_keys < keys; ++tile) {
         copies_done<kTileStages - 2>();
         __syncthreads();  // this tile is there for all, and nobody reads the last one any more, whose place is next
         copy_tile(tile + kTileStages - 1);
-        const unsigned char* const at = shared + tile % kTileStages * 2 * half_stage;
         for (int part = group * kChunkKeys; part < plan.tile_keys; part += plan.groups * kChunkKeys) {
             const int key0 = tile * plan.tile_keys + part;
             if (key0 >= keys) break;
+            // At 40 a register for the tile's place would spill.
+            const unsigned char* const at = shared + (kWidth == 40 ? anew(tile) : tile) % kTileStages * 2 * half_stage;
             float s[kTiles][kChunkKeys / 8][4];
             q.times_rows(s, at + part * row_bytes(kWidth));
             if (kMask || key0 + kChunkKeys > keys)
-                hide_keys<kMask>(s, mask, scale, first, static_cast<int>(args.l), key0, keys);
+                hide_keys<kMask>(s, mask, scale, first(), static_cast<int>(args.l), key0, keys);
             running.raise_tops(s, c);
             weigh(s, running.top, running.total, c);
             add_product<T, kWidth>(running.out, s, at + half_stage + part * row_bytes(kWidth));
         }
     }
     if (plan.groups > 1) running.join(reinterpret_cast<float*>(shared), plan.warps * kWarp);
-    if (!group) running.store(args, block, first);
+    if (!group) running.store(args, block, first());
 }
 
 // nullptr, or what the kernel takes and this is not.
 inline __host__ const char* refuses_attention(const AttentionArgs& args, int64_t shared_limit) {
     const bool fp32 = args.dtype == DType::f32;
-    if (fp32 && args.log2_sums) return "float16 and bfloat16 where their gradients are wanted";
     if (fp32 && (args.d % 4 || args.dv % 4)) return "heads of a multiple of 4 elements in float32";
     if (!fp32 && (args.d % 8 || args.dv % 8)) return "heads of a multiple of 8 elements";
     if (args.d > kWidest || args.dv > kWidest) return "heads of at most 512 elements";
@@ -215,7 +220,7 @@ inline __host__ const char* refuses_attention(const AttentionArgs& args, int64_t
         if (!fits) return "rows without gaps between their elements, each at a multiple of 16 bytes";
     }
     constexpr int64_t kMost = int64_t{1} << 31;
-    if (args.l >= kMost - kChunkKeys || args.s >= kMost - 64 || (args.l + 7) / 8 * args.b * args.h >= kMost)
+    if (args.l >= kMost - kChunkKeys || args.s >= kMost - 256 || (args.l + 7) / 8 * args.b * args.h >= kMost)
         return "fewer than 2^31 queries, keys, and eighths of all queries";
     return nullptr;
 }

@@ -8,8 +8,8 @@ const char* attention_gradients_refuses(const AttentionGradArgs& args, int64_t s
     return refuses_attention_gradients(args, shared_limit);
 }
 
-cudaError_t attention_gradients(const AttentionGradArgs& args, cudaStream_t stream) {
-    return launch_attention_gradients(args, OnStream{stream});
+cudaError_t attention_gradients(const AttentionGradArgs& args, int64_t shared_limit, cudaStream_t stream) {
+    return launch_attention_gradients(args, shared_limit, OnStream{stream});
 }
 
 }  // namespace cuda

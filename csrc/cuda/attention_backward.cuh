@@ -11,14 +11,15 @@
 // memory: 2 D cycles for 16 x 32 scores, products 1.2 D to 1.6 D. Bytes: all tensors once; theirs once per 64 own rows,
 // from L2.
 #pragma once
-#include "cuda/attention_parts.cuh"
+#include <type_traits>
+
+#include "cuda/attention_backward_fp32.cuh"
 
 namespace difusores {
 namespace cuda {
 
-constexpr int kWidestGradient = 160, kWidestPair = 80;  // the latter: of dk and dv in one pass
-enum class Pass { of_q, of_k_and_v, of_k, of_v };
-constexpr int kGradRows = 64, kGradThreads = 128, kGradTile = 64, kGradStages = 2;
+constexpr int kWidestGradient = 160;
+constexpr int kGradTile = 64, kGradStages = 2;
 constexpr int kDeltaLanes = 8;  // lanes of a row
 
 // Bytes of a stage: two tiles of rows and two of floats, log2 sums and deltas.
@@ -34,14 +35,14 @@ __global__ void __launch_bounds__(kGradThreads) attention_delta(const __grid_con
     float sum = 0.0f;
     if (query < args.l) {
         const auto at = [&](const Heads& t) { return batch * t.stride[0] + head * t.stride[1] + query * t.stride[2]; };
-        const unsigned short *const grad = static_cast<const unsigned short*>(args.grad.ptr) + at(args.grad),
-                                    *const out = static_cast<const unsigned short*>(args.out.ptr) + at(args.out);
-        for (int i = threadIdx.x % kDeltaLanes * 8; i < args.dv; i += kDeltaLanes * 8) {
-            float a[8], b[8];
-            unpack<T, 8>({*reinterpret_cast<const uint4*>(grad + i)}, a);
-            unpack<T, 8>({*reinterpret_cast<const uint4*>(out + i)}, b);
+        constexpr int kVec = 16 / bytes_of(T);
+        const int64_t of_grad = at(args.grad), of_out = at(args.out);
+        for (int i = threadIdx.x % kDeltaLanes * kVec; i < args.dv; i += kDeltaLanes * kVec) {
+            float a[kVec], b[kVec];
+            unpack<T, kVec>({get<kVec>(args.grad.ptr, of_grad + i, T).v}, a);
+            unpack<T, kVec>({get<kVec>(args.out.ptr, of_out + i, T).v}, b);
 #pragma unroll
-            for (int k = 0; k < 8; ++k) sum = fmaf(a[k], b[k], sum);
+            for (int k = 0; k < kVec; ++k) sum = fmaf(a[k], b[k], sum);
         }
     }
 #pragma unroll
@@ -68,21 +69,16 @@ __global__ void __launch_bounds__(256, 1) attention_gradient(const __grid_consta
     constexpr bool kOfKeys = kPass != Pass::of_q;
     constexpr int kHalf = kGradTile * row_bytes(kWidth), kStage = grad_stage_bytes(kWidth);
     DIFUSORES_DYNAMIC_SHARED(shared);
-    const Heads &own0 = kOfKeys ? args.k : args.q, &own1 = kOfKeys ? args.v : args.grad;
-    const Heads &their0 = kOfKeys ? args.q : args.k, &their1 = kOfKeys ? args.grad : args.v;
-    const int rows = static_cast<int>(kOfKeys ? args.s : args.l), columns = static_cast<int>(kOfKeys ? args.l : args.s);
-    const int d = static_cast<int>(args.d), dv = static_cast<int>(args.dv);
-    const unsigned blocks = (rows + kGradRows - 1) / kGradRows, heads = static_cast<unsigned>(args.h);
-    const unsigned index = blockIdx.x / blocks, batch = index / heads, head = index - batch * heads;
-    const auto rows_of = [&](const Heads& t) {
-        return static_cast<const unsigned short*>(t.ptr) + batch * t.stride[0] + head * t.stride[1];
-    };
-    const int lane = threadIdx.x % kWarp;
-    const int first =
-        static_cast<int>(blockIdx.x - index * blocks) * kGradRows + static_cast<int>(threadIdx.x) / kWarp * 16;
-    const unsigned short *const theirs0 = rows_of(their0), *const theirs1 = rows_of(their1);
-    const float *const log2_sums = args.log2_sums + index * args.padded_l, *const delta =
-                                                                               args.delta + index * args.padded_l;
+    const GradBlock block(args, kOfKeys, kGradRows);
+    const Heads &own0 = block.own0, &own1 = block.own1, &their0 = block.their0, &their1 = block.their1;
+    const int rows = block.rows, columns = block.columns, d = static_cast<int>(args.d), dv = static_cast<int>(args.dv);
+    const int lane = threadIdx.x % kWarp, first = block.first + static_cast<int>(threadIdx.x) / kWarp * 16;
+    const unsigned short *const theirs0 = block.rows_of<unsigned short>(their0), *const theirs1 =
+                                                                                     block.rows_of<unsigned short>(
+                                                                                         their1);
+    const float *const log2_sums = args.log2_sums + block.index * args.padded_l, *const delta =
+                                                                                     args.delta +
+                                                                                     block.index * args.padded_l;
 
     const int tiles = (columns + kGradTile - 1) / kGradTile;
     const auto copy_tile = [&](int tile) {
@@ -101,8 +97,9 @@ __global__ void __launch_bounds__(256, 1) attention_gradient(const __grid_consta
     copy_tile(0);
 
     Rows<T, kWidth, 1> mine0, mine1;
-    mine0.load(rows_of(own0), own0.stride[2], first, rows, d, false);
-    if constexpr (kPass != Pass::of_v) mine1.load(rows_of(own1), own1.stride[2], first, rows, dv, false);
+    mine0.load(block.rows_of<unsigned short>(own0), own0.stride[2], first, rows, d, false);
+    if constexpr (kPass != Pass::of_v)
+        mine1.load(block.rows_of<unsigned short>(own1), own1.stride[2], first, rows, dv, false);
     float sum0[1][kWidth / 8][4] = {}, sum1[1][kWidth / 8][4] = {}, row_log2[2] = {}, row_delta[2] = {};
     if constexpr (!kOfKeys) {
 #pragma unroll
@@ -125,7 +122,8 @@ __global__ void __launch_bounds__(256, 1) attention_gradient(const __grid_consta
             float s[1][kChunkKeys / 8][4], dp[1][kChunkKeys / 8][4] = {};
             mine0.times_rows(s, at0);
             if constexpr (kPass != Pass::of_v) mine1.times_rows(dp, at1);
-            if (masked) add_mask(s, mask_of(args, batch, head), args.scale, first, rows, column0, columns, kOfKeys);
+            if (masked)
+                add_mask(s, mask_of(args, block.batch, block.head), args.scale, first, rows, column0, columns, kOfKeys);
 #pragma unroll
             for (int n = 0; n < kChunkKeys / 8; ++n)
 #pragma unroll
@@ -153,8 +151,7 @@ __global__ void __launch_bounds__(256, 1) attention_gradient(const __grid_consta
     }
 
     const auto store = [&](const float (&sum)[1][kWidth / 8][4], const Gradient& to, int width, float factor) {
-        unsigned short* const rows_to =
-            static_cast<unsigned short*>(to.ptr) + batch * to.stride[0] + head * to.stride[1];
+        unsigned short* const rows_to = block.rows_of<unsigned short>(to);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             store_row<T>(sum[0], half, factor, rows_to, to.stride[2], first + 8 * half + lane / 4, rows, 0, width);
@@ -167,7 +164,8 @@ __global__ void __launch_bounds__(256, 1) attention_gradient(const __grid_consta
 inline __host__ const char* refuses_attention_gradients(const AttentionGradArgs& args, int64_t shared_limit) {
     const int64_t widest = args.d > args.dv ? args.d : args.dv;
     if (widest > kWidestGradient) return "heads of at most 160 elements";
-    if (widest > 96 && kGradStages * grad_stage_bytes(widest > 128 ? 160 : 128) > shared_limit)
+    if (args.dtype != DType::f32 && widest > 96 &&
+        kGradStages * grad_stage_bytes(widest > 128 ? 160 : 128) > shared_limit)
         return "heads of at most 96 elements on this GPU, whose shared memory is too small for more";
     for (const Heads* t : {&args.grad, &args.out}) {
         const int64_t sizes[] = {args.b, args.h, args.l};
@@ -179,34 +177,50 @@ inline __host__ const char* refuses_attention_gradients(const AttentionGradArgs&
     return nullptr;
 }
 
+// The blocks of a launch: of_block rows of a head for each.
+inline __host__ dim3 grad_grid(const AttentionGradArgs& args, int64_t rows, int64_t of_block) {
+    return {static_cast<unsigned>((rows + of_block - 1) / of_block * args.b * args.h), 1, 1};
+}
+
 template <DType T, int kWidth, class Launch>
-__host__ auto launch_gradients(const AttentionGradArgs& args, const Launch& launch) {
-    const auto blocks = [&](int64_t rows, int64_t of_block) {
-        return dim3{static_cast<unsigned>((rows + of_block - 1) / of_block * args.b * args.h), 1, 1};
+__host__ auto launch_gradients(const AttentionGradArgs& args, int64_t shared_limit, const Launch& launch) {
+    auto result = launch(attention_delta<T>, grad_grid(args, args.padded_l, kGradThreads / kDeltaLanes), kGradThreads,
+                         size_t{0}, args);
+    const auto pass = [&](auto which) {
+        constexpr Pass kPass = decltype(which)::value;
+        const int64_t rows = kPass == Pass::of_q ? args.l : args.s;
+        if (!Launch::ok(result)) return;
+        if constexpr (T == DType::f32) {
+            const int warps = fp32_grad_warps(kWidth, kPass, shared_limit);
+            const size_t shared = static_cast<size_t>(fp32_grad_shared_bytes(kWidth, kPass, warps));
+            result = launch(attention_gradient_fp32<kWidth, kPass>, grad_grid(args, rows, warps * kGradRowsOfWarp),
+                            static_cast<unsigned>(warps * kWarp), shared, args);
+        } else {
+            const size_t shared = static_cast<size_t>(kGradStages * grad_stage_bytes(kWidth));
+            result = launch(attention_gradient<T, kWidth, kPass>, grad_grid(args, rows, kGradRows), kGradThreads,
+                            shared, args);
+        }
     };
-    const size_t shared = static_cast<size_t>(kGradStages * grad_stage_bytes(kWidth));
-    auto result =
-        launch(attention_delta<T>, blocks(args.padded_l, kGradThreads / kDeltaLanes), kGradThreads, size_t{0}, args);
-    const auto go = [&](auto kernel, int64_t rows) {
-        if (Launch::ok(result)) result = launch(kernel, blocks(rows, kGradRows), kGradThreads, shared, args);
-    };
-    go(attention_gradient<T, kWidth, Pass::of_q>, args.l);
+    pass(std::integral_constant<Pass, Pass::of_q>{});
     if constexpr (kWidth <= kWidestPair) {
-        go(attention_gradient<T, kWidth, Pass::of_k_and_v>, args.s);
+        pass(std::integral_constant<Pass, Pass::of_k_and_v>{});
     } else {
-        go(attention_gradient<T, kWidth, Pass::of_k>, args.s);
-        go(attention_gradient<T, kWidth, Pass::of_v>, args.s);
+        pass(std::integral_constant<Pass, Pass::of_k>{});
+        pass(std::integral_constant<Pass, Pass::of_v>{});
     }
     return result;
 }
 
 // launch(kernel, grid, threads, dynamic shared bytes, arguments of the kernel …). Queries and keys there must be.
+// shared_limit: bytes of shared memory that a block may have.
 template <class Launch>
-__host__ auto launch_attention_gradients(const AttentionGradArgs& args, const Launch& launch) {
+__host__ auto launch_attention_gradients(const AttentionGradArgs& args, int64_t shared_limit, const Launch& launch) {
     const auto of_width = [&](auto width) {
         constexpr int kWidth = decltype(width)::value;
-        return args.dtype == DType::f16 ? launch_gradients<DType::f16, kWidth>(args, launch)
-                                        : launch_gradients<DType::bf16, kWidth>(args, launch);
+        if (args.dtype == DType::f32)
+            return launch_gradients<DType::f32, kWidth == 96 ? 128 : kWidth>(args, shared_limit, launch);
+        return args.dtype == DType::f16 ? launch_gradients<DType::f16, kWidth>(args, shared_limit, launch)
+                                        : launch_gradients<DType::bf16, kWidth>(args, shared_limit, launch);
     };
     const int64_t wanted = args.d > args.dv ? args.d : args.dv;
     if (wanted <= 40) return of_width(Constant<40>{});

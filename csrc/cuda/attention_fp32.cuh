@@ -29,7 +29,7 @@ constexpr int kQueryLanes = 4, kKeyLanes = 8;
 // Blocks on a multiprocessor for which registers are to suffice: where shared memory has room for three.
 constexpr __host__ __device__ int fp32_blocks([[maybe_unused]] int width) {
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900)
-    return width <= 160 ? 3 : 2;
+    return width <= 96 ? 3 : 2;
 #endif
     return 2;
 }
@@ -204,8 +204,12 @@ __global__ void __launch_bounds__(kQueryWarps* kWarp, fp32_blocks(kWidth))
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
         const int query = block.first + row0 + kQueryLanes * i;
-        const float factor = inverse_of(over_key_lanes(total[i / 2][i % 2], [](float a, float b) { return a + b; }));
+        const float sum = over_key_lanes(total[i / 2][i % 2], [](float a, float b) { return a + b; });
+        const float factor = inverse_of(sum);
         if (query >= queries) continue;  // after the exchange, in which all lanes take part
+        if (args.log2_sums && of_keys == 0)
+            args.log2_sums[(block.batch * args.h + block.head) * args.padded_l + query] =
+                top[i / 2][i % 2] + log2f(sum);
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
             const int column = j / kVec * kVec * kKeyLanes + of_keys * kVec + j % kVec;

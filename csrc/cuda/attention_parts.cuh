@@ -46,17 +46,42 @@ __device__ __forceinline__ float quad_sum(float v) {
     return v + __shfl_xor_sync(kAllLanes, v, 2);
 }
 
-// Rows [first, first + count) of [rows, d] to shared memory; zeros beyond both.
+// Copies rows of tensors to shared memory. A thread has its piece of a row (two or four pieces of a long one) and goes
+// down the rows by additions; those that are left over have nothing to do. Made for each tile: the thread's index is
+// read anew, so that no register holds what follows from it while products run.
+template <int kWidth>
+struct RowCopies {
+    static constexpr int kPieces = kWidth / 8, kOfThread = (kPieces + kWarp - 1) / kWarp;
+    static constexpr int kThreads = kPieces / kOfThread;
+    static_assert(kThreads * kOfThread == kPieces && kThreads <= kWarp, "a warp has threads for a row");
+    int own, piece, step;  // first row, first piece, rows between two of the thread's
+
+    __device__ __forceinline__ RowCopies() {
+        const unsigned thread = thread_anew(), row = thread / kThreads;
+        own = static_cast<int>(row), piece = static_cast<int>(thread - row * kThreads);
+        step = static_cast<int>(threads_anew() / kThreads);
+    }
+
+    // Rows [first, first + count) of [rows, d], zeros beyond both. Of rows that are not there nothing is read,
+    // wherever they would be.
+    __device__ __forceinline__ void operator()(unsigned char* tile, const unsigned short* from, int64_t stride,
+                                               int first, int count, int rows, int d) const {
+        const int there = rows - first;
+        const unsigned short* at = from + (first + own) * stride + piece * 8;
+        unsigned char* to = tile + own * row_bytes(kWidth) + piece * 16;
+        const int last = own < step ? count : 0;
+        for (int row = own; row < last; row += step, at += step * stride, to += step * row_bytes(kWidth)) {
+#pragma unroll
+            for (int j = 0; j < kOfThread; ++j)
+                copy_16(to + j * kThreads * 16, at + j * kThreads * 8, row < there && (piece + j * kThreads) * 8 < d);
+        }
+    }
+};
+
 template <int kWidth>
 __device__ __forceinline__ void copy_rows(unsigned char* tile, const unsigned short* from, int64_t stride, int first,
                                           int count, int rows, int d) {
-    constexpr int kPieces = kWidth / 8;
-    for (int i = threadIdx.x; i < count * kPieces; i += blockDim.x) {
-        const int row = i / kPieces, piece = i - row * kPieces;
-        const bool real = first + row < rows && piece * 8 < d;
-        copy_16(tile + row * row_bytes(kWidth) + piece * 16, real ? from + (first + row) * stride + piece * 8 : from,
-                real);
-    }
+    RowCopies<kWidth>{}(tile, from, stride, first, count, rows, d);
 }
 
 // Of a warp's queries and 32 keys.
@@ -71,7 +96,7 @@ struct Rows {
     // Rows first + 16 m + g (+ 8) of [rows, d], zeros beyond both; negated where asked.
     __device__ __forceinline__ void load(const unsigned short* from, int64_t stride, int first, int rows, int d,
                                          bool negate) {
-        const int lane = threadIdx.x % kWarp, column = lane % 4 * 2;
+        const int lane = static_cast<int>(thread_anew()) % kWarp, column = lane % 4 * 2;
 #pragma unroll
         for (int m = 0; m < kTiles; ++m)
 #pragma unroll
@@ -254,6 +279,35 @@ struct BlockOf {
     __device__ __forceinline__ MaskView mask(const AttentionArgs& args) const { return mask_of(args, batch, head); }
 };
 
+enum class Pass { of_q, of_k_and_v, of_k, of_v };
+
+// What a block of threads has to do in a pass of the gradients: `of_block` rows of two factors of its own, q and grad
+// or k and v, against all rows of the two others.
+struct GradBlock {
+    const Heads &own0, &own1, &their0, &their1;
+    int rows, columns, first;
+    unsigned index, batch, head;
+    __device__ __forceinline__ GradBlock(const AttentionGradArgs& args, bool of_keys, int of_block)
+        : own0(of_keys ? args.k : args.q),
+          own1(of_keys ? args.v : args.grad),
+          their0(of_keys ? args.q : args.k),
+          their1(of_keys ? args.grad : args.v),
+          rows(static_cast<int>(of_keys ? args.s : args.l)),
+          columns(static_cast<int>(of_keys ? args.l : args.s)) {
+        const unsigned blocks = (rows + of_block - 1) / of_block, heads = static_cast<unsigned>(args.h);
+        index = blockIdx.x / blocks, batch = index / heads, head = index - batch * heads;
+        first = static_cast<int>(blockIdx.x - index * blocks) * of_block;
+    }
+    template <class Element>
+    __device__ __forceinline__ const Element* rows_of(const Heads& t) const {
+        return static_cast<const Element*>(t.ptr) + batch * t.stride[0] + head * t.stride[1];
+    }
+    template <class Element>
+    __device__ __forceinline__ Element* rows_of(const Gradient& t) const {
+        return static_cast<Element*>(t.ptr) + batch * t.stride[0] + head * t.stride[1];
+    }
+};
+
 // What a query's sums of weights times v are multiplied by: zero where all of its keys are masked.
 __device__ __forceinline__ float inverse_of(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 
@@ -262,7 +316,7 @@ template <DType T, int kCount>
 __device__ __forceinline__ void store_row(const float (&out)[kCount][4], int half, float factor, unsigned short* to,
                                           int64_t stride, int row, int rows, int first, int dv) {
     if (row >= rows) return;
-    unsigned short* const at = to + row * stride + first + threadIdx.x % 4 * 2;
+    unsigned short* const at = to + row * stride + first + thread_anew() % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kCount; ++n)
         if (first + 8 * n < dv)

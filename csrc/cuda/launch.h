@@ -24,7 +24,7 @@ const char* attention_wgmma_refuses(const AttentionArgs& args, int64_t shared_li
 cudaError_t attention_wgmma(const AttentionArgs& args, cudaStream_t stream);
 // The same; the forward pass takes these arguments.
 const char* attention_gradients_refuses(const AttentionGradArgs& args, int64_t shared_limit);
-cudaError_t attention_gradients(const AttentionGradArgs& args, cudaStream_t stream);
+cudaError_t attention_gradients(const AttentionGradArgs& args, int64_t shared_limit, cudaStream_t stream);
 
 // Whether the kernel counts as far as these sizes.
 bool bias_residual_takes(const BiasResidualArgs& args);

@@ -73,6 +73,25 @@ __device__ __forceinline__ void ldmatrix_transposed(unsigned (&tiles)[4], const 
                  : "r"(shared_address(row)));
 }
 
+// A number, and threadIdx.x and blockDim.x, which the compiler takes for others at every call: what is computed from
+// them is not kept in a register from one use to the next.
+__device__ __forceinline__ int anew(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+__device__ __forceinline__ unsigned thread_anew() {
+    unsigned index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
+__device__ __forceinline__ unsigned threads_anew() {
+    unsigned count;
+    asm volatile("mov.u32 %0, %%ntid.x;" : "=r"(count));
+    return count;
+}
+
 // 16 bytes from global to shared memory, or zeros where the source is not real. They are there after copies_done.
 __device__ __forceinline__ void copy_16(void* to, const void* from, bool real) {
 #if __CUDA_ARCH__ >= 800

@@ -352,7 +352,7 @@ def _has_gradients(backend: str, q: Tensor, v: Tensor, mask: Tensor | None) -> b
     if backend == "triton":
         return q.dtype is not torch.float32 or widest <= _WIDEST_FP32_GRADIENT
     if backend != "cuda" or q.dtype is torch.float32:
-        return False
+        return backend == "cuda"
     return widest <= 96 or _device(q.device)[1] >= _GRADIENT_BYTES[128 if widest <= 128 else 160]
 
 
@@ -371,8 +371,8 @@ def attention(
         [B, H, L, Dv] in q's dtype; from our kernels in memory [B, L, H, Dv], so that joining the heads
         copies nothing. Zeros for a query without keys, or whose keys are all masked. Differentiable: through
         PyTorch's own attention unless a backend was asked for by name. The kernels' backward pass computes
-        the weights again, for some queries at a time; Triton's, and CUDA's in 16 bits, for heads up to 160
-        (80 in fp32) and a mask that needs no gradient itself, in kernels of its own with the same bits twice.
+        the weights again, for some queries at a time; CUDA's and Triton's, for heads up to 160 (Triton's in
+        fp32: 80) and a mask that needs no gradient itself, in kernels of their own with the same bits twice.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, named.

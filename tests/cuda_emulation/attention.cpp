@@ -27,11 +27,15 @@ extern "C" const char* attention(const difusores::AttentionArgs* args, int64_t s
 #endif
 }
 
-extern "C" const char* attention_gradients(const difusores::AttentionGradArgs* args, int schedule) {
+extern "C" const char* attention_gradients(const difusores::AttentionGradArgs* args, int64_t shared_limit,
+                                           int schedule) {
     const emulation::OnFibers fibers{static_cast<emulation::Schedule>(schedule)};
 #ifdef DIFUSORES_FAULTY
-    return emulation::report(difusores::cuda::launch_gradients<difusores::DType::f16, 40>(*args, fibers));
+    using difusores::DType;
+    if (args->dtype == DType::f32)
+        return emulation::report(difusores::cuda::launch_gradients<DType::f32, 40>(*args, shared_limit, fibers));
+    return emulation::report(difusores::cuda::launch_gradients<DType::f16, 40>(*args, shared_limit, fibers));
 #else
-    return emulation::report(difusores::cuda::launch_attention_gradients(*args, fibers));
+    return emulation::report(difusores::cuda::launch_attention_gradients(*args, shared_limit, fibers));
 #endif
 }

@@ -679,7 +679,8 @@ def attention_gradients(
     _set_mask(args, mask, (b, h, length, keys))
     function = library("attention", change).attention_gradients
     function.restype = ctypes.c_char_p
-    under_all_schedules(lambda schedule: function(ctypes.byref(args), schedule), results)
+    limit = ctypes.c_int64(SHARED_LIMIT)
+    under_all_schedules(lambda schedule: function(ctypes.byref(args), limit, schedule), results)
     return results
 
 

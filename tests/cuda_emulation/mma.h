@@ -86,6 +86,10 @@ inline void ldmatrix_transposed(unsigned (&tiles)[4], const void* row,
     emulated::load_tiles<true>(tiles, row, where);
 }
 
+inline int anew(int value) { return value; }
+inline unsigned thread_anew() { return threadIdx.x; }
+inline unsigned threads_anew() { return blockDim.x; }
+
 inline void copy_16(void* to, const void* from, bool real) {
     if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
         emulation::failure = "cp.async: an address is not a multiple of 16 bytes";

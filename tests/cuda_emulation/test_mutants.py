@@ -114,7 +114,7 @@ def test_faults_of_clusters(fault: str) -> None:
 ATTENTION: dict[str, Change] = {
     "none": None,
     "an off-by-one mask": ("if (key >= keys) s", "if (key > keys) s"),
-    "a key that is not there": ("first + row < rows && piece", "first + row <= rows && piece"),
+    "a key that is not there": ("row < there && (piece", "row <= there && (piece"),
     "swapped words of a fragment": (
         "a[0], a[1], b[0], b[1], k[0], k[1])",
         "a[0], a[1], b[0], b[1], k[1], k[0])",
@@ -158,13 +158,19 @@ GRADIENTS: dict[str, Change] = {
     "keys that are not there": ("s[0][n][e] = dp[0][n][e] = 0.0f", "s[0][n][e] += 0.0f"),
     "another row's delta": ("minus = of[kGradTile]", "minus = of[kGradTile + 1]"),
     "a tile's neighbour": ("shared + tile % kGradStages * kStage;\n        for", "shared;\n        for"),
+    "fp32: nothing": None,
+    "fp32: weights too early": ("__syncthreads();  // ds and p are there", ""),
+    "fp32: the next rows too early": ("__syncthreads();  // nobody reads their1 any more", ""),
+    "fp32: keys that are not there": ("column < columns ? exp2_fast", "column <= columns ? exp2_fast"),
+    "fp32: a query's sum": ("row_log2[i] = log2_sums[row]", "row_log2[i] = log2_sums[row - row % 2]"),
 }
 
 
 @pytest.mark.parametrize("fault", GRADIENTS)
 def test_faults_of_the_gradients_of_attention(fault: str) -> None:
     change = GRADIENTS[fault]
-    q, k, v, grad = (torch.randn(1, 1, n, 40, dtype=torch.float16) for n in (70, 77, 77, 70))
+    dtype = torch.float32 if fault.startswith("fp32") else torch.float16
+    q, k, v, grad = (torch.randn(1, 1, n, 40, dtype=dtype) for n in (70, 77, 77, 70))
     wide = [t.double().requires_grad_() for t in (q, k, v)]
     right = torch.autograd.grad(attention_reference(*wide, None, 0.3), wide, grad.double())
     try:
@@ -173,7 +179,8 @@ def test_faults_of_the_gradients_of_attention(fault: str) -> None:
     except AssertionError as error:
         assert "must stand once" not in str(error)
         return caught(True, change)
-    near = (torch.allclose(a.double(), b, atol=1e-2) for a, b in zip(got, right, strict=True))
+    atol = 1e-5 if dtype is torch.float32 else 1e-2
+    near = (torch.allclose(a.double(), b, atol=atol) for a, b in zip(got, right, strict=True))
     caught(not all(near), change)
 
 

@@ -342,9 +342,9 @@ GRADIENT_CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
-def test_gradients_in_half_precision(backend: str, case: Any, dtype: torch.dtype, check: Any) -> None:
+def test_gradients_against_the_oracle(backend: str, case: Any, dtype: torch.dtype, check: Any) -> None:
     b, h, length, keys, d, dv = case
     sizes = ((length, d), (keys, d), (keys, dv), (length, dv))
     tensors = [heads(b, h, n, width, dtype) for n, width in sizes]
@@ -384,6 +384,19 @@ def test_a_gradient_goes_through_pytorch_unless_asked(monkeypatch: pytest.Monkey
     if dispatch.status("cpu") is None:
         with ops.use_backend("cpu"):
             assert "difusores" in str(ops.attention(q, k, v).grad_fn)
+
+
+def test_which_gradients_have_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("difusores.ops.attention")
+    found = module._has_gradients
+    monkeypatch.setattr(module, "_device", lambda device: (7, 65536))
+    for dtype in DTYPES:
+        q, wide = (torch.empty(1, 1, 8, width, dtype=dtype) for width in (128, 168))
+        whole = dtype is torch.float32  # whose kernels make do with less shared memory
+        assert found("cuda", q, q, None) is whole and found("triton", q, q, None) is not whole
+        assert found("cuda", q[..., :96], q[..., :96], None)
+        assert not found("cuda", wide, q, None) and not found("cpu", q, q, None)
+        assert not found("cuda", q, q, torch.zeros(8, 8, requires_grad=True))
 
 
 @pytest.mark.skipif(dispatch.status("cpu") is not None, reason=dispatch.status("cpu") or "")

@@ -500,8 +500,12 @@ class TestAttention:
         sizes = ((length, d), (keys, d), (keys, dv), (length, dv))
         known = torch.rand(b, 1, length, keys) > 0.3
         known[:, :, 3] = False  # a query without keys
-        masks = {torch.float16: [None, known], torch.bfloat16: [torch.randn(b, 1, 1, keys)]}
-        for dtype, scale in zip(HALF, (d**-0.5, -0.2), strict=True):
+        masks = {
+            torch.float16: [None, known],
+            torch.bfloat16: [torch.randn(b, 1, 1, keys)],
+            torch.float32: [known if d == 40 else None],
+        }
+        for dtype, scale in zip((*HALF, torch.float32), (d**-0.5, -0.2, 0.3), strict=True):
             q, k, v, grad = (ATTENTION.heads(b, h, n, width, dtype) for n, width in sizes)
             for mask in masks[dtype] if d != 64 else [None]:
                 whole = mask if mask is None or mask.dtype is torch.bool else mask.to(dtype)
@@ -520,10 +524,23 @@ class TestAttention:
                 for ours, theirs, true in zip(got, eager, oracle, strict=True):
                     check(ours, theirs, true)
 
-    def test_gradients_of_scores_that_are_all_low(self) -> None:
+    def test_gradients_in_fp32_do_not_depend_on_how_many_rows_a_block_has(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        q, k, v, grad = (torch.randn(1, 1, n, 128) for n in (70, 40, 40, 70))
+        mask = torch.randn(70, 40)
+        out, sums = emulated.attention_with_sums(q, k, v, mask, 0.3)
+        results = []
+        for limit in (227, 64):  # four warps, two
+            monkeypatch.setattr(emulated, "SHARED_LIMIT", limit << 10)
+            results.append(emulated.attention_gradients(grad, q, k, v, mask, out, sums, 0.3))
+        assert all(map(torch.equal, *results))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+    def test_gradients_of_scores_that_are_all_low(self, dtype: torch.dtype) -> None:
         """A key that is not there has a score of 0: the highest, were it not left out."""
-        q, k = torch.full((1, 1, 3, 8), 20.0).half(), torch.full((1, 1, 3, 8), -20.0).half()
-        v, grad = torch.randn(1, 1, 3, 8).half(), torch.randn(1, 1, 3, 8).half()
+        q, k = (torch.full((1, 1, 3, 8), size, dtype=dtype) for size in (20.0, -20.0))
+        v, grad = (torch.randn(1, 1, 3, 8, dtype=dtype) for _ in range(2))
         out, sums = emulated.attention_with_sums(q, k, v, None, 1.0)
         assert all(
             torch.isfinite(t).all() for t in emulated.attention_gradients(grad, q, k, v, None, out, sums, 1.0)
@@ -533,11 +550,10 @@ class TestAttention:
         """The last query, key and value are the last bytes of their page; beyond it nothing may be read."""
         for dtype in (torch.float32, torch.float16):
             tensors = [emulated.at_the_end_of_a_page(1, 2, n, 40, dtype) for n in (33, 77, 77)]
-            assert torch.isfinite(ops.attention(*tensors)).all()
-        out, sums = emulated.attention_with_sums(*tensors, None, 0.1)
-        grad = emulated.at_the_end_of_a_page(1, 2, 33, 40, torch.float16)
-        results = emulated.attention_gradients(grad, *tensors, None, out, sums, 0.1)
-        assert all(torch.isfinite(t).all() for t in results)
+            out, sums = emulated.attention_with_sums(*tensors, None, 0.1)
+            grad = emulated.at_the_end_of_a_page(1, 2, 33, 40, dtype)
+            results = emulated.attention_gradients(grad, *tensors, None, out, sums, 0.1)
+            assert all(torch.isfinite(t).all() for t in (out, *results))
 
 
 @pytest.mark.parametrize(
