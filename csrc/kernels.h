@@ -164,6 +164,7 @@ struct WinogradConvArgs {
     const float* weight;  // [O, C, 3, 3] or, weight_last, [O, 3, 3, C]
     bool weight_last;
     const float* packed;       // what winograd_conv_pack wrote, or nullptr
+    const float* gathered;     // what winograd_conv_gather wrote, or nullptr
     Param bias;                // [O]
     Param multiplier, offset;  // [N, C]
     Param add;                 // [N, O]
@@ -178,19 +179,25 @@ struct WinogradConvArgs {
 };
 
 constexpr int64_t kGemmColumns = 64;  // of a panel of packed weights
+constexpr int64_t kGemmChunk = 512;   // of the depth: what of a run's rows stays in L2 at a time
 
-// y = conv(x, weight) + bias + residual; see cpu/gemm_conv.cpp.
+// y = conv(x, weight) + bias + residual; see cpu/gemm_conv.cpp and cpu/gemm_conv_bf16.cpp.
 struct GemmConvArgs {
-    const float* x;         // [N, H, W, C]
-    const float* packed;    // [O / 64][taps * C][64], the last panel as wide as O, rounded up to kMaxWidth
-    Param bias;             // [O]
-    const float* residual;  // like y, or nullptr
-    float* y;               // [N, out_h, out_w, O]
+    const void* x;         // [N, H, W, C], fp32 or bf16
+    const void* packed;    // [O / 64][taps * C][64], the last panel as wide as O, rounded up to kMaxWidth; bf16:
+                           // [O / 32][taps * C / 2][32][2], C rounded up to kGemmPairStep, O to 32, zeros beyond
+    Param bias;            // [O]
+    const void* residual;  // like y, or nullptr
+    void* y;               // [N, out_h, out_w, O], like x
     int64_t n, h, w, c, o, out_h, out_w;
     int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
-    bool gathers;  // else every output pixel's row lies in x
-    int64_t run;   // rows of a task
+    bool gathers;    // else every output pixel's row lies in x
+    int64_t run;     // rows of a task; bf16: a multiple of 16
+    int64_t panels;  // of a task
 };
+
+constexpr int64_t kGemmPairColumns = 32;  // of a panel of weights packed as pairs
+constexpr int64_t kGemmPairStep = 32;     // input channels in one of AMX's tiles
 
 // [B, H, rows, columns], any strides, in elements.
 struct Heads {
@@ -250,6 +257,11 @@ constexpr int64_t kAttentionKeys = 256;    // keys of a task of packing
     /* tasks: B * H * blocks of kAttentionQueries queries; scratch is aligned to 64 */ \
     void attention(const AttentionArgs&, void* scratch, int64_t begin, int64_t end);
 
+// What the levels with products of bf16 pairs alone have.
+#define DIFUSORES_DECLARE_PAIRS                                                                                 \
+    /* tasks: runs of rows * shares of O; scratch: run * (panels * kGemmPairColumns + kGemmChunk / 2) floats */ \
+    void gemm_conv_bf16(const GemmConvArgs&, float* scratch, int64_t begin, int64_t end);
+
 // The functions of one ISA level. They work on tasks [begin, end).
 #define DIFUSORES_DECLARE_KERNELS(isa)                                                                                \
     namespace isa {                                                                                                   \
@@ -275,7 +287,9 @@ constexpr int64_t kAttentionKeys = 256;    // keys of a task of packing
     void winograd_conv_output(const WinogradConvArgs&, float* scratch, int64_t, int64_t);                             \
     /* tasks: blocks of O * blocks of C; packed: tasks * 36 kWinogradPoint floats; scratch: 9 kWinogradPoint */       \
     void winograd_conv_pack(const WinogradConvArgs&, float* packed, float* scratch, int64_t, int64_t);                \
-    /* tasks: runs of rows * panels of O; scratch: run * (kGemmColumns + taps * C if it gathers) floats */            \
+    /* tasks: blocks of O * blocks of C; gathered: tasks * 9 kWinogradPoint floats */                                 \
+    void winograd_conv_gather(const WinogradConvArgs&, float* gathered, int64_t begin, int64_t end);                  \
+    /* tasks: runs of rows * shares of O; scratch: run * (panels * kGemmColumns + kGemmChunk + kMaxWidth) floats */   \
     void gemm_conv(const GemmConvArgs&, float* scratch, int64_t begin, int64_t end);                                  \
     DIFUSORES_DECLARE_PRODUCTS                                                                                        \
     /* micro-benchmark: act, and statistics if asked, of a row of n, `repeats` times */                               \
@@ -286,10 +300,12 @@ DIFUSORES_DECLARE_KERNELS(avx2)
 DIFUSORES_DECLARE_KERNELS(avx512)
 namespace avx512_bf16 {
 DIFUSORES_DECLARE_PRODUCTS
-}
+DIFUSORES_DECLARE_PAIRS
+}  // namespace avx512_bf16
 namespace amx {
 DIFUSORES_DECLARE_PRODUCTS
-}
+DIFUSORES_DECLARE_PAIRS
+}  // namespace amx
 
 // The same functions, chosen at load.
 struct Kernels {
@@ -308,11 +324,13 @@ struct Kernels {
     decltype(&base::winograd_conv_input) winograd_conv_input;
     decltype(&base::winograd_conv_output) winograd_conv_output;
     decltype(&base::winograd_conv_pack) winograd_conv_pack;
+    decltype(&base::winograd_conv_gather) winograd_conv_gather;
     decltype(&base::gemm_conv) gemm_conv;
     decltype(&base::attention_packed_bytes) attention_packed_bytes;
     decltype(&base::attention_scratch_bytes) attention_scratch_bytes;
     decltype(&base::attention_pack) attention_pack;
     decltype(&base::attention) attention;
+    decltype(&base::gemm_conv) gemm_conv_bf16;  // nullptr without products of bf16 pairs
 };
 
 // What this processor offers.

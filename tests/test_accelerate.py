@@ -23,6 +23,7 @@ from difusores.acceleration import engine, layers
 from difusores.acceleration.session import Forward
 from difusores.models.lora import LowRank, make_adapters
 from difusores.ops import BackendUnavailable
+from difusores.ops.gemm_conv import NEEDS_PAIRS, multiplies_pairs
 
 BOUND = 5e-5  # of a whole network, relative L2, against float64
 HALF = 1.25  # in bfloat16: times the error of the plain model in bfloat16
@@ -490,13 +491,34 @@ def test_invariant(library: str, variant: str) -> None:
     model, case = make(library, variant), inputs(variant, 3)
     wanted = oracle(model, *case)
     report = difusores.accelerate(model, invariant=True)
+    assert distance(same_bits(model, case), wanted) <= BOUND
+    is_invariant(report)
+
+
+@pytest.mark.skipif(native.status("cpu") is not None, reason=native.status("cpu") or "")
+@pytest.mark.skipif(not multiplies_pairs(), reason=NEEDS_PAIRS)
+@pytest.mark.parametrize("variant", ["resample", "latents"])
+def test_invariant_in_bfloat16(variant: str) -> None:
+    model, case = make("difusores", variant), inputs(variant, 3)
+    wanted = oracle(model, *case)
+    bound = half_bounds(model, [case], [wanted])[0]
+    report = difusores.accelerate(model, invariant=True, dtype="bfloat16")
+    assert distance(same_bits(model, case), wanted) <= bound
+    is_invariant(report)
+
+
+def same_bits(model: nn.Module, case: tuple[Tensor, ...]) -> Tensor:
+    """The result for three images, which have the same bits alone, and on one thread or two."""
     whole = run(model, *case)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         assert torch.equal(run(model, *case), whole)
         parts = [run(model, *(t[i : i + 1] for t in case)) for i in range(3)]
         assert torch.equal(torch.cat(parts), whole)
-    assert distance(whole, wanted) <= 5e-5
+    return whole
+
+
+def is_invariant(report: difusores.acceleration.Report) -> None:
     kinds = ("Conv2d", "Linear", "GroupNorm", "GroupNormAct")
     assert [layer.name for layer in report.layers if layer.kind in kinds and not layer.invariant] == []
     assert report.packed_bytes > 0
@@ -508,6 +530,10 @@ def test_invariant_without_its_kernels_is_refused(monkeypatch: pytest.MonkeyPatc
     model = make("difusores", "pixels")
     with pytest.raises(BackendUnavailable, match="needs the package's own kernels: it was left out"):
         difusores.accelerate(model, invariant=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(engine, "multiplies_pairs", lambda: False)
+    with pytest.raises(BackendUnavailable, match=r"in bfloat16 needs AVX-512|switched off"):
+        difusores.accelerate(model, invariant=True, dtype="bfloat16")
     assert not any("forward" in module.__dict__ for module in model.modules())
     difusores.accelerate(model)
 
@@ -519,7 +545,6 @@ def test_what_is_refused() -> None:
         ({"memory": "huge"}, "memory is 'huge'; allowed are 'balanced', 'fast'"),
         ({"memory_format": "nchw"}, "memory_format is 'nchw'"),
         ({"approximate": ("int8", "tome")}, "approximate has 'tome'; allowed are 'int8'"),
-        ({"invariant": True, "dtype": "bfloat16"}, "invariant=True is for float32 on a CPU"),
         ({"invariant": True, "approximate": ("int8",)}, "invariant=True and int8 exclude each other"),
     ]
     for options, message in refused:

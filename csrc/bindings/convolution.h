@@ -39,15 +39,19 @@ class Scratch {
 
 inline thread_local Scratch t_work;
 
-// fp32 [N, C, H, W] whose elements lie as [N, H, W, C].
-inline const float* image(const char* op, const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float, op, ": ", name, " must be 4-D float32");
+// [N, C, H, W] of this type whose elements lie as [N, H, W, C].
+inline const void* image(const char* op, const Tensor& t, const char* name, ScalarType type) {
+    STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == type, op, ": ", name, " must be 4-D ",
+                    type == ScalarType::Float ? "float32" : "bfloat16");
     int64_t expected = 1;
     for (const int64_t d : {1, 3, 2, 0}) {
         STD_TORCH_CHECK(t.size(d) == 1 || t.stride(d) == expected, op, ": ", name, " must be channels_last");
         expected *= t.size(d);
     }
-    return static_cast<const float*>(t.data_ptr());
+    return t.data_ptr();
+}
+inline const float* image(const char* op, const Tensor& t, const char* name) {
+    return static_cast<const float*>(image(op, t, name, ScalarType::Float));
 }
 
 // fp32 [rows, columns] or, of no row, [columns].

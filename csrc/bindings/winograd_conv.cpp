@@ -40,8 +40,8 @@ void set_weight(WinogradConvArgs& args, const Tensor& weight) {
         args.weight_last ? image("winograd_conv", weight, "weight") : static_cast<const float*>(weight.data_ptr());
 }
 
-int64_t packed_floats(const WinogradConvArgs& args) {
-    return parts(args.o, kBlock) * parts(args.c, kBlock) * 36 * kWinogradPoint;
+int64_t packed_floats(const WinogradConvArgs& args, bool transformed) {
+    return parts(args.o, kBlock) * parts(args.c, kBlock) * (transformed ? 36 : 9) * kWinogradPoint;
 }
 
 template <class Kernel>
@@ -61,8 +61,8 @@ void convolve(WinogradConvArgs& args) {
     const int64_t groups = cut_into_groups(args), tiles = args.group_n * args.group_h * args.group_w;
     const int64_t in_blocks = parts(args.c, kBlock), out_blocks = parts(args.o, kBlock);
     const int64_t points = 36 * (kBlock * tiles + kMaxWidth);  // of a group's block of channels
-    if (!args.packed && groups >= 4 && packed_floats(args) * int64_t{sizeof(float)} <= kShared) {
-        float* const packed = t_weights.of(packed_floats(args));
+    if (!args.packed && groups >= 4 && packed_floats(args, true) * int64_t{sizeof(float)} <= kShared) {
+        float* const packed = t_weights.of(packed_floats(args, true));
         pack(args, packed);
         args.packed = packed;
     }
@@ -107,23 +107,31 @@ Tensor winograd_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTenso
     }
     args.silu = silu, args.output_scale = static_cast<float>(output_scale);
     if (packed) {
+        const bool transformed = packed->numel() == packed_floats(args, true);
         STD_TORCH_CHECK(packed->is_contiguous() && packed->scalar_type() == ScalarType::Float &&
-                            packed->numel() == packed_floats(args),
+                            (transformed || packed->numel() == packed_floats(args, false)),
                         "winograd_conv: packed is not of this weight");
-        args.packed = static_cast<const float*>(packed->data_ptr());
+        (transformed ? args.packed : args.gathered) = static_cast<const float*>(packed->data_ptr());
     }
     convolve(args);
     return y;
 }
 
-Tensor winograd_conv_pack(Tensor weight) {
+Tensor winograd_conv_pack(Tensor weight, bool transformed) {
     WinogradConvArgs args{};
     set_weight(args, weight);
-    const int64_t size = packed_floats(args), stride = 1;
+    const int64_t size = packed_floats(args, transformed), stride = 1;
     Tensor packed = new_empty(weight, 1, &size, &stride);
     want_huge_pages(packed);
-    std::memset(packed.data_ptr(), 0, size * sizeof(float));  // the kernel leaves what is padding
-    pack(args, static_cast<float*>(packed.data_ptr()));
+    float* const to = static_cast<float*>(packed.data_ptr());
+    std::memset(to, 0, size * sizeof(float));  // the kernels leave what is padding
+    if (transformed) {
+        pack(args, to);
+    } else {
+        torch::stable::parallel_for(
+            0, parts(args.o, kBlock) * parts(args.c, kBlock), 1,
+            [&](int64_t begin, int64_t end) { g_kernels->winograd_conv_gather(args, to, begin, end); });
+    }
     return packed;
 }
 

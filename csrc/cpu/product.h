@@ -14,12 +14,14 @@ DIFUSORES_INLINE int64_t rounded(int64_t a, int64_t unit) { return (a + unit - 1
 DIFUSORES_INLINE f32v get(const float* p) { return load<DType::f32>(p, 0); }
 DIFUSORES_INLINE void put(float* p, f32v v) { store<DType::f32>(p, 0, v); }
 
-// Rows of v `width` apart, of u and m `wide`; `ahead` is what of u comes next.
+// Rows of v `width` apart, of u and m `wide`. `ahead` is what weights come next: `step` floats of them are asked for
+// with each row and channel.
 struct Panel {
     const float *v, *u;
     float* m;
     int64_t width, wide, channels;
     const float* ahead;
+    int64_t step = 1;
 };
 
 // m[kCount][kVectors] (+)= v[kCount][channels] u[channels][kVectors]. Meanwhile the next rows of v and m, and a part of
@@ -30,14 +32,15 @@ DIFUSORES_INLINE void multiply(const Panel& p, int64_t t) {
     float* const m = p.m + t * p.wide;
     const float* const next_v = v + kCount * p.width;
     const float* const next_m = m + kCount * p.wide;
-    const float* const next_u = p.ahead + t * p.wide;
+    const float* const next_u = p.ahead + t * p.channels * p.step;
+    const int64_t step = kCount * p.step;
     f32v sum[kCount][kVectorCount] = {};
     for (int64_t c = 0; c < p.channels; ++c) {
         f32v b[kVectorCount];
         for (int k = 0; k < kVectorCount; ++k) b[k] = get(p.u + c * p.wide + k * kWidth);
         __builtin_prefetch(next_v + kCount * c);
         __builtin_prefetch(next_m + kCount * c);
-        __builtin_prefetch(next_u + kCount * c);
+        __builtin_prefetch(next_u + step * c);
         for (int i = 0; i < kCount; ++i) {
             const f32v a = splat(v[i * p.width + c]);
             for (int k = 0; k < kVectorCount; ++k) sum[i][k] += a * b[k];
@@ -72,7 +75,7 @@ void multiply_panel(const Panel& p, int64_t rows) {
 template <bool kFirst>
 void multiply_columns(const Panel& p, int64_t rows) {
     int64_t o = 0;
-    const auto panel = [&] { return Panel{p.v, p.u + o, p.m + o, p.width, p.wide, p.channels, p.ahead}; };
+    const auto panel = [&] { return Panel{p.v, p.u + o, p.m + o, p.width, p.wide, p.channels, p.ahead, p.step}; };
     for (; o + kVectors * kWidth <= p.wide; o += kVectors * kWidth) multiply_panel<kVectors, kFirst>(panel(), rows);
     if constexpr (kVectors == 4) {
         switch ((p.wide - o) / kWidth) {

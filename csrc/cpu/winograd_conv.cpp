@@ -5,10 +5,12 @@
 // x and y are [N, H, W, C] and [N, H, W, O]. Tiles come in groups (whole images, or a rectangle of one). Of a group
 //     input   act, then V = B^T d B             [C / 64][36][tiles][64]      read once, 2.25 times as large as x
 //     product M = sum over C of V U             [36][tiles][64], of 64 output channels at a time, U = G g G^T by blocks
-//             [36][64][64] in L2, either transformed here from the weights or read as they were packed
+//             [36][64][64] in L2: read as it was packed, or transformed here from the weights, which are gathered in
+//             blocks [9][64][64] here or beforehand
 //     output  y = A^T M A and what follows
 // The sum over C runs in order in blocks of 64, each summed from zero: a tile's bits depend on nothing but its inputs.
-// Least bytes: x, y, residual once; the weights (or U, 4 times as large) once per group.
+// Least bytes: x, y, residual once; the weights (or U, 4 times as large) once per group. With few tiles they decide:
+// then the product asks for the gathered weights of the next block.
 #include "product.h"
 
 namespace difusores {
@@ -267,12 +269,17 @@ constexpr decltype(&weights_rows<0>) kWeightsRows[3] = {weights_rows<0>, weights
 
 // --- product ---
 
-// Six points.
+constexpr int64_t kFewTiles = 16,
+                  kAhead = 9 * kPoint / kPoints;  // floats of gathered weights for each of the 36 points
+
+// Six points. ahead: what weights to ask for meanwhile; nullptr: the points of u that follow.
 template <bool kFirst>
 void multiply_row(const float* v, int64_t width, const float* u, float* m, int64_t stride, int64_t wide,
-                  int64_t channels, int64_t tiles) {
+                  int64_t channels, int64_t tiles, const float* ahead) {
+    const int64_t step = ahead ? (kAhead / kBlock + tiles - 1) / tiles : 1;
     for (int64_t f = 0; f < kInner; ++f, v += stride, m += stride, u += kPoint)
-        multiply_columns<kFirst>(Panel{v, u, m, width, wide, channels, u + kPoint}, tiles);
+        multiply_columns<kFirst>(Panel{v, u, m, width, wide, channels, ahead ? ahead + f * kAhead : u + kPoint, step},
+                                 tiles);
 }
 
 // --- output ---
@@ -336,24 +343,27 @@ void winograd_conv_input(const WinogradConvArgs& args, float* scratch, int64_t b
 void winograd_conv_output(const WinogradConvArgs& args, float* scratch, int64_t begin, int64_t end) {
     const int64_t padded = rounded(args.o, kMaxWidth), wide_blocks = (args.o + kBlock - 1) / kBlock;
     const int64_t blocks = (args.c + kBlock - 1) / kBlock, stride = point_stride(args);
-    float *const g = scratch, *const rows = g + 9 * kPoint, *const m = rows + 2 * kInner * kPoint;
+    float *const here = scratch, *const rows = here + 9 * kPoint, *const m = rows + 2 * kInner * kPoint;
     for (int64_t task = begin; task < end; ++task) {
         const Group group = group_of(args, args.first_group + task / wide_blocks);
         const int64_t o0 = task % wide_blocks * kBlock, wide = at_most(padded - o0, kBlock);
         for (int64_t k = 0; k < blocks; ++k) {
             const int64_t c0 = k * kBlock, channels = at_most(args.c - c0, kBlock);
             const float* const v = args.v + (task / wide_blocks * blocks + k) * kPoints * stride;
-            const float* const ready =
-                args.packed ? args.packed + (o0 / kBlock * blocks + k) * kPoints * kPoint : nullptr;
-            if (!ready) gather_weights(args, o0, wide, c0, g);
+            const int64_t block = o0 / kBlock * blocks + k;
+            const float* const ready = args.packed ? args.packed + block * kPoints * kPoint : nullptr;
+            const float* const g = args.gathered ? args.gathered + block * 9 * kPoint : here;
+            if (!ready && !args.gathered) gather_weights(args, o0, wide, c0, here);
+            const bool asks = !ready && args.gathered && group.tiles() <= kFewTiles;
             for (int pair = 0; pair < 3; ++pair) {
                 if (!ready) kWeightsRows[pair](g, channels * wide, rows, rows + kInner * kPoint);
                 for (int half = 0; half < 2; ++half) {
                     const int64_t y = kPairs[pair][half];
                     const float* const u = ready ? ready + y * kInner * kPoint : rows + half * kInner * kPoint;
-                    (k ? multiply_row<false> : multiply_row<true>)(v + y * kInner * stride, rounded(channels, kWidth),
-                                                                   u, m + y * kInner * stride, stride, wide, channels,
-                                                                   group.tiles());
+                    (k ? multiply_row<false>
+                       : multiply_row<true>)(v + y * kInner * stride, rounded(channels, kWidth), u,
+                                             m + y * kInner * stride, stride, wide, channels, group.tiles(),
+                                             asks ? g + 9 * kPoint + (2 * pair + half) * kInner * kAhead : nullptr);
                 }
             }
         }
@@ -365,11 +375,20 @@ void winograd_conv_pack(const WinogradConvArgs& args, float* packed, float* scra
     const int64_t padded = rounded(args.o, kMaxWidth), blocks = (args.c + kBlock - 1) / kBlock;
     for (int64_t task = begin; task < end; ++task) {
         const int64_t o0 = task / blocks * kBlock, wide = at_most(padded - o0, kBlock), c0 = task % blocks * kBlock;
-        gather_weights(args, o0, wide, c0, scratch);
+        if (!args.gathered) gather_weights(args, o0, wide, c0, scratch);
+        const float* const g = args.gathered ? args.gathered + task * 9 * kPoint : scratch;
         float* const block = packed + task * kPoints * kPoint;
         for (int pair = 0; pair < 3; ++pair)
-            kWeightsRows[pair](scratch, at_most(args.c - c0, kBlock) * wide, block + kPairs[pair][0] * kInner * kPoint,
+            kWeightsRows[pair](g, at_most(args.c - c0, kBlock) * wide, block + kPairs[pair][0] * kInner * kPoint,
                                block + kPairs[pair][1] * kInner * kPoint);
+    }
+}
+
+void winograd_conv_gather(const WinogradConvArgs& args, float* gathered, int64_t begin, int64_t end) {
+    const int64_t padded = rounded(args.o, kMaxWidth), blocks = (args.c + kBlock - 1) / kBlock;
+    for (int64_t task = begin; task < end; ++task) {
+        const int64_t o0 = task / blocks * kBlock, wide = at_most(padded - o0, kBlock), c0 = task % blocks * kBlock;
+        gather_weights(args, o0, wide, c0, gathered + task * 9 * kPoint);
     }
 }
 

@@ -1,17 +1,15 @@
 """Replacements of blocks and networks on a GPU, where launches and bytes count.
 
 A residual block is norm, convolution, norm, convolution, sum: five launches, and one for a shortcut, whose
-product is the sum too where the kernel of `linear` takes it. The time embedding's projections of all blocks
-are one product, computed by the first block that needs one.
+product is the sum too where the kernel of `linear` takes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difusores.acceleration.cuda_layers import leaves_its_bias
@@ -24,87 +22,39 @@ from difusores.acceleration.layers import (
     normalize,
 )
 from difusores.acceleration.merged import Merged
-from difusores.acceleration.network import NetworkForward
 from difusores.acceleration.resnet import ResnetForward
 from difusores.acceleration.session import Session, hooked
+from difusores.acceleration.times import TimeProjections
 from difusores.acceleration.transformer import as_image, as_tokens
 from difusores.ops import linear
 from difusores.ops.linear import fused
 
 
-class TimeProjections:
-    """The time projections of all residual blocks of a network, as one product in a forward pass."""
+class CudaTimeProjections(TimeProjections):
+    """The same with parameters laid side by side, and with the biases of the blocks' first convolutions."""
 
     def __init__(self, session: Session) -> None:
-        self.session = session
-        self.blocks: list[CudaResnetForward] = []
+        super().__init__(session)
         self.weights = Merged(session, "weight")
         self.biases = Merged(session, "bias")
         self.conv_biases = Merged(session, "bias")
 
-    def begin(self) -> Any:
-        """A forward pass begins in this thread; returns what `end` takes."""
-        before = getattr(self.session.here, "rows", None)
-        self.session.here.rows = {}
-        return before
-
-    def end(self, before: Any) -> None:
-        """It is over: nothing is kept."""
-        self.session.here.rows = before
-
-    def row(self, block: CudaResnetForward, temb: Tensor) -> Tensor | None:
-        """[N, width] for this block, with its first convolution's bias; None: it computes its own."""
-        rows = getattr(self.session.here, "rows", None)
-        if rows is None or temb.is_inference():
-            return None
-        key = (id(temb), temb._version)
-        if key not in rows:
-            rows[key] = (temb, self._project(temb))  # the embedding is kept, so that its id is not used again
-        found: Tensor | None = rows[key][1].get(block)
-        return found
-
-    def _project(self, temb: Tensor) -> Mapping[CudaResnetForward, Tensor]:
-        blocks = [block for block in self.blocks if block.takes_part(temb)]
-        layers = [block.module.time_emb_proj for block in blocks]
-        if len(blocks) < 2:
-            return {}
+    def together(self, blocks: Sequence[Any], layers: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
         weight, bias = self.weights.get(layers), self.biases.get(layers)
         of_convs = self.conv_biases.get([block.module.conv1 for block in blocks])
         if weight is None or bias is None or of_convs is None:
-            return {}
-        out = F.linear(blocks[0].module.nonlinearity(temb), weight, bias + of_convs)
-        return dict(zip(blocks, out.split([layer.out_features for layer in layers], dim=1), strict=True))
+            return None
+        return weight, bias + of_convs
 
     def release(self) -> None:
-        """Give the parameters memory of their own again."""
         for merged in (self.weights, self.biases, self.conv_biases):
             merged.release()
-
-
-class CudaNetworkForward(NetworkForward):
-    """The same as on a CPU; its residual blocks share the product of their time projections."""
-
-    how = NetworkForward.how + "; all time projections as one GEMM"
-
-    def release(self) -> None:
-        self.session.times.release()
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        before = self.session.times.begin()
-        try:
-            return super().run(*args, **kwargs)
-        finally:
-            self.session.times.end(before)
 
 
 class CudaResnetForward(ResnetForward):
     """See the head of this file."""
 
     how = "residual block: norm, SiLU, time embedding and bias in one op; bias and residual in one op"
-
-    def __init__(self, module: nn.Module, session: Session) -> None:
-        super().__init__(module, session)
-        session.times.blocks.append(self)
 
     def run(
         self, x: Tensor, temb: Tensor | None = None, size: torch.Size | None = None, **ignored: object
@@ -139,21 +89,12 @@ class CudaResnetForward(ResnetForward):
         return fused(as_tokens(x), layer.weight.flatten(1), layer.bias, h, False)
 
     def takes_part(self, temb: Tensor) -> bool:
-        """Whether the network may compute this block's projection of this embedding together with others."""
-        m = self.module
-        layer = m.time_emb_proj
+        conv = self.module.conv1
         return (
-            layer is not None
-            and not self.scale_shift
-            and not getattr(m, "skip_time_act", False)
-            and direct(layer)
-            and layer.in_features == temb.shape[1]
-            and layer.weight.dtype is temb.dtype
-            and layer.bias is not None
-            and not hooked(m.nonlinearity)
-            and type(m.conv1) is nn.Conv2d
-            and m.conv1.bias is not None
-            and not hooked(m.conv1)
+            super().takes_part(temb)
+            and type(conv) is nn.Conv2d
+            and conv.bias is not None
+            and not hooked(conv)
         )
 
     def _modulation(self, temb: Tensor | None, with_bias: bool, batch: int) -> dict[str, Tensor]:

@@ -11,14 +11,16 @@ from torch import nn
 
 from difusores.acceleration import feature_cache, heap, layers
 from difusores.acceleration.approximations import Approximations, parse
-from difusores.acceleration.cuda_blocks import TimeProjections
+from difusores.acceleration.cuda_blocks import CudaTimeProjections
 from difusores.acceleration.layers import ConvForward, LayerForward, LinearForward
 from difusores.acceleration.network import NetworkForward
 from difusores.acceleration.report import Report, size
 from difusores.acceleration.session import DTYPES, SESSION, Forward, Session
 from difusores.acceleration.table import KEEPS_DTYPE, OURS, THEIRS, replacement
+from difusores.acceleration.times import TimeProjections
 from difusores.acceleration.transformer import AttentionForward
 from difusores.ops.dispatch import BackendUnavailable, availability
+from difusores.ops.gemm_conv import NEEDS_PAIRS, multiplies_pairs
 
 BUDGETS = {"lean": 0.0, "balanced": 1.2, "fast": 2.5}  # of the model's size
 MEMORY_FORMATS = ("auto",)
@@ -54,9 +56,9 @@ def accelerate(
         approximate: what may change the image, by name; nothing if left out. On a CPU: "int8",
             "feature_cache" and "token_merging" for UNets, "partial_guidance" for pipelines of this package;
             a mapping gives options too, as {"feature_cache": {"interval": 2}} (docs/approximate.md).
-        invariant: on a CPU in float32, use only what gives an image the same bits in any batch and with any
-            number of threads: the package's own product in place of oneDNN's and MKL's. The report says of
-            which layers that is true.
+        invariant: on a CPU, use only what gives an image the same bits in any batch and with any number of
+            threads: the package's own product in place of oneDNN's and MKL's, in bfloat16 on processors with
+            products of its pairs. The report says of which layers that is true.
 
     Returns:
         The report: what was replaced, how, and why the rest was not. A second call with the same arguments
@@ -66,7 +68,7 @@ def accelerate(
         TypeError: no model or pipeline of either package.
         ValueError: an argument has another value, the model is in training mode, on another kind of device or
             on several, or an approximation is not for it.
-        BackendUnavailable: invariant, without the compiled module.
+        BackendUnavailable: invariant, without the compiled module or, in bfloat16, without the instructions.
     """
     dtype = _check_arguments(dtype, memory_format, memory)
     allowed = parse(approximate)
@@ -79,6 +81,9 @@ def accelerate(
     }
     of_unets = _check_approximations(model_or_pipe, models, devices, allowed)
     reason = availability()["gemm_conv"]["cpu"] if invariant else None
+    given = {p.dtype for model in models.values() for p in model.parameters()} | {dtype}
+    if invariant and reason is None and torch.bfloat16 in given and not multiplies_pairs():
+        reason = NEEDS_PAIRS
     if reason is not None:
         raise BackendUnavailable(f"invariant=True needs the package's own kernels: {reason}")
     notes: list[str] = []
@@ -158,7 +163,7 @@ def install(
         of_images = dtype if dtype is torch.float32 or layers.fast_bfloat16_convolution() else None
         budget = int(BUDGETS[memory] * size(model))
         session = Session(settings, dtype, of_images, budget, device, cuda, dict(approximate), invariant)
-        session.times = TimeProjections(session) if cuda else None
+        session.times = CudaTimeProjections(session) if cuda else TimeProjections(session)
         model.__dict__[SESSION] = session
     reason = None if cuda else heap.keep(session)
     for name, module in model.named_modules():
@@ -276,7 +281,9 @@ def _check_model(name: str, model: nn.Module, dtype: torch.dtype | None, invaria
             f"dtype is {dtype}, and {name} is on a GPU, where its parameters' dtype decides; allowed is None"
         )
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} | ({dtype} - {None})
-    if invariant and (device == "cuda" or dtypes - {torch.float32}):
+    if invariant and (device == "cuda" or dtypes - set(DTYPES)):
         found = ", ".join(sorted(str(t).removeprefix("torch.") for t in dtypes))
-        raise ValueError(f"invariant=True is for float32 on a CPU; {name} is on {device} in {found}")
+        raise ValueError(
+            f"invariant=True is for float32 and bfloat16 on a CPU; {name} is on {device} in {found}"
+        )
     return device

@@ -9,7 +9,7 @@ layer's replacement, or call the layer where it has none or is watched by hooks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,17 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difusores.acceleration.quantized import PACKING_SIDE, Quantized
+from difusores.acceleration.quantized import Quantized
 from difusores.acceleration.session import DTYPES, GPU_DTYPES, Forward, Packed, Session, hooked
 from difusores.models.layers import GroupNormAct
 from difusores.ops import gemm_conv, group_norm_affine, group_norm_silu, winograd_conv
+from difusores.ops.gemm_conv import multiplies_pairs, packed_numbers
 from difusores.ops.gemm_conv import pack_weight as pack_for_gemm
-from difusores.ops.gemm_conv import packed_numbers
 from difusores.ops.winograd_conv import LayerPlan, pack_weight, plan
 
 CHANNELS_LAST = torch.channels_last
 _MKLDNN = torch.ops.mkldnn
-PACKED_GAIN = 1.4  # of convolutions' weights packed by oneDNN: time without over time with them
+SMALL_IMAGE = 64  # pixels up to which the own product in bfloat16 reads weights faster than oneDNN
+PACKED_GAIN = 1.4  # of weights packed for the own product: time without over time with them
 WORTH_PACKING = 1.1  # of weights transformed for Winograd, from which on they take their memory
 POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1))  # kernel, stride, padding, dilation
 WINOGRAD = ((3, 3), (1, 1), (1, 1), (1, 1))
@@ -153,17 +154,46 @@ def matmul(
     return F.linear(x, matrix.to(dtype), bias)
 
 
+def packed_together(x: Tensor, layers: Sequence[Any], packed: Packed) -> Tensor | None:
+    """x [..., in] times the weights of linear layers, one beside the other, plus their biases.
+
+    None where `matmul` would not have oneDNN pack them, or they do not fit together.
+    """
+    forwards = [layer.__dict__["forward"] for layer in layers]
+    dtypes = {forward.dtype or layer.weight.dtype for forward, layer in zip(forwards, layers, strict=True)}
+    biases = [layer.bias for layer in layers]
+    weights = tuple(layer.weight for layer in layers)
+    dtype = dtypes.pop()
+    if dtypes or packed.session.invariant or not linear_wants_packing(dtype):
+        return None
+    if any(forward.quantized is not None for forward in forwards) or len({w.shape[1] for w in weights}) > 1:
+        return None
+    if any(b is None for b in biases) and any(b is not None for b in biases):
+        return None
+    form = packed.get(
+        weights,
+        lambda: _MKLDNN._reorder_linear_weight(torch.cat([w.detach().flatten(1) for w in weights]).to(dtype)),
+        sum(w.numel() for w in weights) * dtype.itemsize,
+        math.inf,  # as in `matmul`
+    )
+    if form is None:
+        return None
+    bias = None if biases[0] is None else torch.cat(biases).to(dtype)
+    out: Tensor = _MKLDNN._linear_pointwise(x.to(dtype).contiguous(), form, bias, "none", [], "")
+    return out
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
     """x [..., in] times weight [out, in] or [out, in, 1, 1] plus bias; a row's bits are its own."""
     rows = x.reshape(-1, x.shape[-1]).t()[None, :, :, None]
-    out = gemm_conv(rows, as_kernel(weight), bias, packed=form_for_gemm(weight, packed))
+    out = gemm_conv(rows, as_kernel(weight), bias, packed=form_for_gemm(weight, packed, x.dtype))
     return out[0, :, :, 0].t().view(*x.shape[:-1], -1)
 
 
-def form_for_gemm(weight: Tensor, packed: Packed) -> Tensor | None:
+def form_for_gemm(weight: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor | None:
     """The packed weight, made at first use; None where memory is short, and the call makes it."""
-    size = 4 * packed_numbers(weight)
-    return packed.get((weight,), lambda: pack_for_gemm(as_kernel(weight)), size, PACKED_GAIN)
+    size = dtype.itemsize * packed_numbers(weight, dtype)
+    return packed.get((weight,), lambda: pack_for_gemm(as_kernel(weight), dtype), size, PACKED_GAIN)
 
 
 def as_kernel(weight: Tensor) -> Tensor:
@@ -206,6 +236,7 @@ class ConvForward(LayerForward):
         dtype = session.dtype if self.shape == POINTWISE else session.image_dtype
         self.dtype = None if keep_dtype else dtype
         self.weights = Packed(session)
+        self.products = Packed(session)
         self.transformed = Packed(session)
         self.invariant = session.invariant
 
@@ -242,7 +273,7 @@ class ConvForward(LayerForward):
         m = self.module
         x = x.to(self.dtype or m.weight.dtype).contiguous(memory_format=CHANNELS_LAST)
         layer = self.winograd_plan(x)
-        self.invariant = layer is not None or (self.session.invariant and self.module.dilation == (1, 1))
+        self.invariant = layer is not None or self.by_gemm_conv(x)
         if layer is not None:
             return self._winograd(x, around, layer)
         if around.norm is not None:
@@ -258,6 +289,15 @@ class ConvForward(LayerForward):
         if around.add is not None:
             out.add_(around.add[:, :, None, None])
         return out if around.scale == 1 else out.mul_(around.scale)
+
+    def by_gemm_conv(self, x: Tensor) -> bool:
+        """Whether the package's own product takes this image, where Winograd's algorithm does not."""
+        if self.module.dilation != (1, 1):
+            return False
+        if self.session.invariant or x.dtype is torch.float32 or self.shape == POINTWISE:
+            return self.session.invariant
+        pixels = x.shape[2] * x.shape[3]
+        return pixels <= SMALL_IMAGE and fast_bfloat16_convolution() and multiplies_pairs()
 
     def winograd_plan(self, x: Tensor) -> LayerPlan | None:
         """How Winograd's algorithm is used for this image; None where it is not."""
@@ -279,7 +319,10 @@ class ConvForward(LayerForward):
             multiplier, offset = group_norm_affine(*affine, **terms)
         if layer.gain >= WORTH_PACKING:
             form = self.transformed.get(
-                (m.weight,), lambda: pack_weight(m.weight), layer.packed_bytes, layer.gain
+                (m.weight,),
+                lambda: pack_weight(m.weight, layer.transformed),
+                layer.packed_bytes,
+                layer.gain,
             )
         residual = around.residual
         if residual is not None:
@@ -303,28 +346,29 @@ class ConvForward(LayerForward):
             return result if residual is None else result.add_(residual)
         weight, bias = m.weight, m.bias
         bias = bias if bias is None else bias.to(x.dtype)
-        if self.session.invariant and m.dilation == (1, 1):
+        if self.by_gemm_conv(x):
             if residual is not None:
                 residual = residual.contiguous(memory_format=CHANNELS_LAST)
-            form = form_for_gemm(weight, self.weights)
+            form = form_for_gemm(weight, self.products, x.dtype)
             return gemm_conv(
                 x, weight, bias, residual=residual, stride=m.stride, padding=m.padding, packed=form
             )
         options = [list(m.padding), list(m.stride), list(m.dilation), 1]
-        form = None
-        if torch.backends.mkldnn.is_available():
-            form = self.weights.get(
-                (weight,),
-                lambda: _MKLDNN._reorder_convolution_weight(
-                    weight.detach().to(x.dtype), *options, [1, m.in_channels, PACKING_SIDE, PACKING_SIDE]
-                ),
-                weight.numel() * x.dtype.itemsize,
-                PACKED_GAIN,
-            )
-        if form is None:
+        if not torch.backends.mkldnn.is_available():
             out: Tensor = F.conv2d(x, weight.to(x.dtype), bias, m.stride, m.padding, m.dilation)
             out = out.contiguous(memory_format=CHANNELS_LAST)
             return out if residual is None else out.add_(residual)
+
+        def pack() -> Tensor:
+            # oneDNN chooses the layout for a size of images; in another it packs anew in each call.
+            plain = weight.detach().to(x.dtype)
+            packed: Tensor = _MKLDNN._reorder_convolution_weight(plain, *options, [1, *x.shape[1:]])
+            return packed
+
+        size = weight.numel() * x.dtype.itemsize
+        form = self.weights.get((weight,), pack, size, math.inf, tuple(x.shape[2:]))
+        if form is None:  # memory is short: the same bits, slower
+            form = pack()
         if residual is None:
             out = _MKLDNN._convolution_pointwise(x, form, bias, *options, "none", [], "")
             return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,14 +11,23 @@ from torch import Tensor
 
 from difusores.acceleration.feature_cache import caching
 from difusores.acceleration.layers import CHANNELS_LAST
-from difusores.acceleration.session import Forward
+from difusores.acceleration.session import Forward, Packed
 
 
 class NetworkForward(Forward):
-    """Hands images on in channels_last, and returns the layout and dtype that came."""
+    """Hands images on in channels_last, and returns the layout and dtype that came.
 
-    how = "network: channels_last within, layout and dtype of the input outside"
+    Its residual blocks share the product of their time projections.
+    """
+
+    how = "network: channels_last within, layout and dtype of the input outside; time projections as one GEMM"
     timed = False
+
+    def packs(self) -> Iterator[Packed]:
+        yield self.session.times.rows
+
+    def release(self) -> None:
+        self.session.times.release()
 
     def declines(self, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
         return None if x.ndim == 4 else "the input's shape is not [N, C, H, W]"
@@ -32,11 +42,13 @@ class NetworkForward(Forward):
             kwargs = {**kwargs, name: inside}
         here = self.session.here
         before, here.network = getattr(here, "network", None), self.module
+        before_times = self.session.times.begin()
         try:
             with self._approximations(args, kwargs):
                 out = type(self.module).forward(self.module, *args, **kwargs)
         finally:
             here.network = before
+            self.session.times.end(before_times)
         last = x.is_contiguous(memory_format=CHANNELS_LAST) and not x.is_contiguous()
         layout = CHANNELS_LAST if last else torch.contiguous_format
 

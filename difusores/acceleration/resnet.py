@@ -21,6 +21,7 @@ from difusores.acceleration.layers import (
     adds_for_free,
     apply_conv,
     apply_linear,
+    direct,
     normalize,
     plain_norm,
 )
@@ -38,6 +39,7 @@ class ResnetForward(Forward):
         self.scale_shift = (
             self.module.time_embedding_norm == "scale_shift" if scale_shift is None else bool(scale_shift)
         )
+        session.times.blocks.append(self)
 
     @classmethod
     def refuses(cls, module: Any) -> str | None:
@@ -68,7 +70,8 @@ class ResnetForward(Forward):
         m = self.module
         x = x.to(self.session.image_dtype or x.dtype).contiguous(memory_format=CHANNELS_LAST)
         scale = 1 / m.output_scale_factor
-        embedding = self._time(temb)
+        row = None if temb is None else self.session.times.row(self, temb)
+        embedding = self._time(temb) if row is None else {"add": row}
         add, modulation = None, embedding
         if "add" in embedding and adds_for_free(m.conv1, x):
             add, modulation = embedding["add"], {}
@@ -96,6 +99,22 @@ class ResnetForward(Forward):
             return out
         out = (m.upsample or m.downsample)(x)
         return out
+
+    def takes_part(self, temb: Tensor) -> bool:
+        """Whether the network may compute this block's projection of this embedding together with others."""
+        m = self.module
+        layer = m.time_emb_proj
+        return (
+            layer is not None
+            and not self.scale_shift
+            and not self.session.invariant
+            and not getattr(m, "skip_time_act", False)
+            and direct(layer)
+            and layer.in_features == temb.shape[1]
+            and layer.weight.dtype is temb.dtype
+            and layer.bias is not None
+            and not hooked(m.nonlinearity)
+        )
 
     def _time(self, temb: Tensor | None) -> dict[str, Tensor]:
         m = self.module

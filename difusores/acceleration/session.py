@@ -38,7 +38,7 @@ class Session:
         forms: the prepared weights that there are now.
         generation: counts how often bytes were given back.
         preparing: seconds that making prepared weights has taken so far.
-        times: on a GPU, the time projections of its residual blocks.
+        times: the time projections of its residual blocks.
         here: what belongs to the forward pass that runs in a thread.
         clock: seconds within replaced layers while somebody counts them, else None.
     """
@@ -108,18 +108,28 @@ class Packed:
         self.session = session
         self.bytes = 0
         self.gain = 1.0
-        self._made: tuple[list[tuple[Any, ...]], Tensor | None, int] | None = None
+        self._made: tuple[list[tuple[Any, ...]], Tensor | None, int, object] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"session": self.session, "bytes": 0, "gain": 1.0, "_made": None}
 
     def get(
-        self, sources: tuple[Tensor, ...], make: Callable[[], Tensor], size: int, gain: float
+        self,
+        sources: tuple[Tensor, ...],
+        make: Callable[[], Tensor],
+        size: int,
+        gain: float,
+        purpose: object = None,
     ) -> Tensor | None:
-        """What `make` returns, of `size` bytes; None where the session's budget has no room for it."""
+        """What `make` returns, of `size` bytes; None where the session's budget has no room for it.
+
+        purpose: what it is made for; for another one it is made anew.
+        """
         made = self._made
         if (
             made is not None
+            and made[3] == purpose
+            and len(sources) == len(made[0])
             and (made[1] is not None or made[2] == self.session.generation)
             and all(map(unchanged, sources, made[0]))
         ):
@@ -138,6 +148,7 @@ class Packed:
                 [fingerprint(source, _SAMPLES) for source in sources],
                 result,
                 self.session.generation,
+                purpose,
             )
         return result
 

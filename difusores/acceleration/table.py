@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from difusores.acceleration.cuda_blocks import CudaNetworkForward, CudaResnetForward
+from difusores.acceleration.cuda_blocks import CudaResnetForward
 from difusores.acceleration.cuda_layers import CudaConvForward, CudaLinearForward, TimestepsForward
 from difusores.acceleration.layers import ConvForward, GroupNormForward, LinearForward
 from difusores.acceleration.network import NetworkForward
@@ -58,7 +58,6 @@ LAYERS: dict[type[nn.Module], type[Forward]] = {
 }
 # On a GPU: what stands there instead of the above, and what is listed there alone.
 CUDA: dict[type[Forward], type[Forward]] = {
-    NetworkForward: CudaNetworkForward,
     ResnetForward: CudaResnetForward,
     LinearForward: CudaLinearForward,
     ConvForward: CudaConvForward,

@@ -12,10 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difusores.acceleration.layers import CHANNELS_LAST, apply_linear, direct, normalize, plain_norm, plus
+from difusores.acceleration.layers import (
+    CHANNELS_LAST,
+    apply_linear,
+    direct,
+    normalize,
+    packed_together,
+    plain_norm,
+    plus,
+)
 from difusores.acceleration.merged import Merged
 from difusores.acceleration.prompts import Prompts
-from difusores.acceleration.session import Forward, Session, hooked
+from difusores.acceleration.session import Forward, Packed, Session, hooked
 from difusores.acceleration.token_merging import Merging
 from difusores.models.transformer import NO_CONTEXT, Context
 from difusores.ops import attention, geglu, linear
@@ -26,8 +34,8 @@ PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")  # of diffusers, that do what
 class AttentionForward(Forward):
     """Base of the attentions: projections, attention by the package's op, and projection.
 
-    On a GPU q, k and v of tokens that attend to themselves are one product, and so are k and v of a prompt.
-    A prompt's keys and values are computed once.
+    q, k and v of tokens that attend to themselves are one product on a GPU, and on a CPU where oneDNN packs
+    their weights; k and v of a prompt are one on a GPU. A prompt's keys and values are computed once.
     """
 
     how = "attention: the package's op, tokens without copies; a prompt's keys and values once"
@@ -37,6 +45,7 @@ class AttentionForward(Forward):
         self.prompts = Prompts(session)
         self.weights = Merged(session, "weight")
         self.biases = Merged(session, "bias")
+        self.packed = Packed(session)
 
     def release(self) -> None:
         self.weights.release()
@@ -76,6 +85,10 @@ class AttentionForward(Forward):
             merged = self._merged(layers, layers)
             if merged is not None:
                 return F.linear(tokens, *merged).chunk(3, dim=-1)
+        elif all(map(direct, layers)):
+            together = packed_together(tokens, layers, self.packed)
+            if together is not None:
+                return together.chunk(3, dim=-1)
         return tuple(apply_linear(layer, tokens) for layer in layers)
 
     def _prompt(self, parts: Mapping[str, Any], tokens: Tensor, states: Tensor) -> tuple[Tensor, ...]:

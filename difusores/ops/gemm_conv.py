@@ -3,17 +3,23 @@
     y[n, o, p] = sum over taps t and channels c of weight[o, c, t] * x[n, c, p * stride + t - padding]
                  + bias[o] + residual[n, o, p]
 
+in fp32 or bf16, the latter with sums in fp32 and on processors with products of bf16 pairs.
+
 A linear layer is a 1x1 convolution of rows. An output's bits depend on its inputs alone: not on the batch and
 not on the number of threads, neither of which libraries promise.
 """
 
 from __future__ import annotations
 
+import math
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register
+from difusores import native
+from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register, straight_to_cpu
 
 LIBRARY.define(
     "gemm_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int stride_h, int stride_w, "
@@ -23,33 +29,59 @@ register("gemm_conv", "cpu")
 
 LANES = 16  # output channels are computed in multiples of it
 COLUMNS = 64  # output channels of a panel
+DTYPES = (torch.float32, torch.bfloat16)
+PAIRS = 32  # of a panel in bf16, and input channels that lie together in it
 
 
-def pack_weight(weight: Tensor) -> Tensor:
+NEEDS_PAIRS = "the kernel in bfloat16 needs AVX-512 with products of bf16 pairs"
+
+
+@cache
+def multiplies_pairs() -> bool:
+    """Whether this process has a kernel for bf16."""
+    return native.build_info().get("isa_used") in ("avx512_bf16", "amx")
+
+
+def pack_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight as the kernel reads it: panels of output channels, each [taps, channels in, channels out].
+
+    For bf16 [taps, channels in / 2, channels out, 2], channels rounded up to 32.
 
     The tensor is read as it is: make it anew when `weight` changes, and do not save it: its layout is that
     of this version.
 
     Args:
-        weight: [O, C, kh, kw] fp32.
+        weight: [O, C, kh, kw] fp32 or bf16.
+        dtype: of the images; fp32 or bf16.
 
     Returns:
-        [kh * kw * C * O], O rounded up to a multiple of 16.
+        [kh * kw * C * O] of that dtype, O rounded up to a multiple of 16; bf16: C and O to one of 32.
 
     Raises:
         ValueError: another shape or dtype.
     """
-    if weight.ndim != 4 or weight.dtype is not torch.float32:
-        raise ValueError(f"weight must be float32 [O, C, kh, kw], got {weight.dtype} {tuple(weight.shape)}")
-    columns = weight.detach().permute(2, 3, 1, 0).flatten(0, 2)
+    if weight.ndim != 4 or weight.dtype not in DTYPES or dtype not in DTYPES:
+        raise ValueError(
+            "weight must be float32 or bfloat16 [O, C, kh, kw], and packed for one of them, "
+            f"got {weight.dtype} {tuple(weight.shape)} for {dtype}"
+        )
+    if dtype is torch.bfloat16:
+        rows = weight.detach().permute(0, 2, 3, 1).to(dtype).contiguous()
+        rows = F.pad(rows, (0, -rows.shape[3] % PAIRS)).flatten(1).view(torch.int32)  # of two channels each
+        rows = F.pad(rows, (0, 0, 0, -rows.shape[0] % PAIRS))
+        pairs = rows.view(-1, PAIRS, rows.shape[1]).transpose(1, 2).contiguous()
+        return pairs.flatten().view(dtype)
+    columns = weight.detach().to(dtype).permute(2, 3, 1, 0).flatten(0, 2)
     columns = F.pad(columns, (0, -weight.shape[0] % LANES))
     return torch.cat([panel.flatten() for panel in columns.split(COLUMNS, dim=1)])
 
 
-def packed_numbers(weight: Tensor) -> int:
-    """Elements of `pack_weight(weight)`."""
-    return weight[0].numel() * -(-weight.shape[0] // LANES) * LANES
+def packed_numbers(weight: Tensor, dtype: torch.dtype = torch.float32) -> int:
+    """Elements of `pack_weight(weight, dtype)`."""
+    o, c, *taps = weight.shape
+    if dtype is torch.bfloat16:
+        return math.prod(taps) * -(-c // PAIRS) * PAIRS * -(-o // PAIRS) * PAIRS
+    return math.prod(taps) * c * -(-o // LANES) * LANES
 
 
 def reference(
@@ -64,6 +96,7 @@ def reference(
     packed: Tensor,
 ) -> Tensor:
     """The op in plain PyTorch; `packed` is not read."""
+    weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
     y = F.conv2d(x, weight, bias, (stride_h, stride_w), (padding_h, padding_w))
     y = y if residual is None else y + residual
     return y.contiguous(memory_format=torch.channels_last)
@@ -97,9 +130,15 @@ def supports(
     backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> str | None:
     """None if `backend` takes this call, else the reason in words."""
-    for t in (x, weight, bias, residual):
-        if t is not None and t.dtype is not torch.float32:
-            return f"the kernel takes float32, not {t.dtype}"
+    if x.dtype not in DTYPES:
+        return f"the kernel takes float32 and bfloat16, not {x.dtype}"
+    if x.dtype is torch.bfloat16 and not multiplies_pairs():
+        return NEEDS_PAIRS
+    if residual is not None and residual.dtype is not x.dtype:
+        return f"the kernel takes a residual in {x.dtype}, not {residual.dtype}"
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype not in DTYPES:
+            return f"the kernel takes a {name} in float32 or bfloat16, not {t.dtype}"
     return None
 
 
@@ -116,12 +155,12 @@ def gemm_conv(
     """y = conv(x, weight) + bias + residual, channels_last, to which x and residual are copied if need be.
 
     Args:
-        x: [N, C, H, W]; the kernel takes fp32 on the CPU, all else goes to `F.conv2d`.
-        weight: [O, C, kh, kw].
-        bias: [O] or None.
+        x: [N, C, H, W]; the kernel takes fp32 and bf16 on the CPU, all else goes to `F.conv2d`.
+        weight: [O, C, kh, kw], rounded to x's dtype.
+        bias: [O] or None; the kernel adds it in fp32.
         residual: like y, or None.
         stride, padding: down and across; what is outside the image is zero.
-        packed: `pack_weight(weight)`; made anew in the call if None.
+        packed: `pack_weight(weight, x.dtype)`; made anew in the call if None.
 
     Returns:
         y [N, O, H', W'] in x's dtype. Where a gradient is needed the reference runs, and the call is
@@ -130,6 +169,13 @@ def gemm_conv(
     Raises:
         ValueError: shapes that do not fit, named.
     """
+    if packed is not None and straight_to_cpu(x, weight, bias, residual, packed):
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                y: Tensor = _OP(x, weight, bias, residual, *stride, *padding, packed)
+            return y
+        except (RuntimeError, TypeError):
+            pass  # the kernel refused; what follows finds another way or the words for it
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1]:
         raise ValueError(
             "x must be [N, C, H, W] and weight [O, C, kh, kw], "
@@ -146,9 +192,12 @@ def gemm_conv(
         raise ValueError(f"bias must have shape [O] = [{weight.shape[0]}], got {tuple(bias.shape)}")
     if residual is not None and residual.shape != shape:
         raise ValueError(f"residual must have y's shape {shape}, got {tuple(residual.shape)}")
-    numbers = packed_numbers(weight)
-    if packed is not None and packed.shape != (numbers,):
-        raise ValueError(f"packed must be pack_weight(weight), [{numbers}], got {tuple(packed.shape)}")
+    numbers = packed_numbers(weight, x.dtype)
+    if packed is not None and (packed.shape != (numbers,) or packed.dtype is not x.dtype):
+        raise ValueError(
+            f"packed must be pack_weight(weight, {x.dtype}), [{numbers}], "
+            f"got {packed.dtype} {tuple(packed.shape)}"
+        )
     geometry = (*stride, *padding)
     tensors = (x, weight, bias, residual)
     nothing = x.new_empty(0)
@@ -158,9 +207,9 @@ def gemm_conv(
     if backend == "reference":
         return reference(*tensors, *geometry, nothing)
     if packed is None:
-        packed = pack_weight(weight)
+        packed = pack_weight(weight, x.dtype)
     bias = bias if bias is None else bias.contiguous()
     x = x.contiguous(memory_format=torch.channels_last)
     residual = residual if residual is None else residual.contiguous(memory_format=torch.channels_last)
-    y: Tensor = below_autograd(_OP, x, weight, bias, residual, *geometry, packed)
+    y = below_autograd(_OP, x, weight, bias, residual, *geometry, packed)
     return y

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register
+from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register, straight_to_cpu
 from difusores.ops.group_norm_silu import _check as check_group_norm
 from difusores.ops.group_norm_silu import _row as side_by_side
 
@@ -119,6 +119,13 @@ def group_norm_affine(
     Raises:
         ValueError: shapes or devices that do not fit, named. TypeError: x is not floating point.
     """
+    if straight_to_cpu(x, weight, bias, scale, shift):
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                multiplier, offset = _OP(x, num_groups, weight, bias, eps, scale, shift)
+            return multiplier, offset
+        except (RuntimeError, TypeError):
+            pass  # the kernel refused; what follows finds another way or the words for it
     check_group_norm(x, num_groups, weight, bias, scale, shift, None, None)
     weight, bias, scale, shift = map(side_by_side, (weight, bias, scale, shift))
     backend = choose("group_norm_affine", x.device.type, supports, x, weight, bias, scale, shift)

@@ -11,19 +11,28 @@ with rounding errors that depend on the points of interpolation (docs/kernels/wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from difusores import native
-from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register, wanted
+from difusores.ops.dispatch import (
+    LIBRARY,
+    below_autograd,
+    choose,
+    needs_grad,
+    register,
+    straight_to_cpu,
+    wanted,
+)
 
 LIBRARY.define(
     "winograd_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? multiplier, Tensor? offset, bool silu, "
     "Tensor? add, Tensor? residual, float output_scale, Tensor? packed) -> Tensor"
 )
-LIBRARY.define("winograd_conv_pack(Tensor weight) -> Tensor")
+LIBRARY.define("winograd_conv_pack(Tensor weight, bool transformed) -> Tensor")
 register("winograd_conv", "cpu")
 
 LANES = 16  # output channels are computed in multiples of it
@@ -41,8 +50,9 @@ IMAGES = 8
 DIRECT = 9 / 0.9  # of an output pixel, at what oneDNN reaches of the peak
 PRODUCT = 36 / 0.8  # of a tile
 TRANSFORM = 600.0  # of a tile's inputs for all output channels, and of its outputs for all input channels
-WEIGHTS = 400.0  # transforming them
-PACKED_SAVES, CACHED = 1200.0, 4 << 20  # by packed weights of so many bytes; larger ones are slow to read
+WEIGHTS = 800.0  # gathering them and transforming them, once a call
+GATHERED, TRANSFORMED = 300.0, 100.0  # what is left of that with packed weights
+CACHED = 4 << 20  # bytes; transformed weights that are larger are slower to read than to make
 
 
 @dataclass(frozen=True)
@@ -52,16 +62,19 @@ class LayerPlan:
     Attributes:
         winograd: whether this op's kernel is expected to be faster than oneDNN's direct convolution.
         reason: why not, in words; None where it is.
-        packed_bytes: size of `pack_weight`'s tensor.
-        gain: expected time of a call without packed weights over one with them.
+        transformed: which form of packed weights is better, see `pack_weight`.
+        packed_bytes: size of that form.
+        gain: expected time of a call with one image without packed weights over one with them.
     """
 
     winograd: bool
     reason: str | None
+    transformed: bool
     packed_bytes: int
     gain: float
 
 
+@cache
 def plan(in_channels: int, out_channels: int, height: int, width: int) -> LayerPlan:
     """Which algorithm a fp32 layer takes: from its shape and this process's ISA level, never from a batch
     size, a number of threads or a timing, so that bits do not move.
@@ -82,22 +95,27 @@ def plan(in_channels: int, out_channels: int, height: int, width: int) -> LayerP
             f"{in_channels} to {out_channels} channels at {height}x{width}: what the transforms cost is more "
             "than the multiplications saved, F.conv2d is faster"
         )
-    size = 4 * _packed_size(out_channels, in_channels)
-    gain = (cost + PACKED_SAVES) / cost if cost > 0 and size <= CACHED else 1.0
-    return LayerPlan(reason is None, reason, size, gain)
+    transformed = 4 * _packed_size(out_channels, in_channels, True) <= CACHED
+    alone = cost / IMAGES + (TRANSFORMED if transformed else GATHERED)
+    gain = (cost / IMAGES + WEIGHTS) / alone
+    return LayerPlan(
+        reason is None, reason, transformed, 4 * _packed_size(out_channels, in_channels, transformed), gain
+    )
 
 
-def pack_weight(weight: Tensor) -> Tensor:
-    """The transformed weights, four times as large: `winograd_conv` then skips the transform in each call.
+def pack_weight(weight: Tensor, transformed: bool = True) -> Tensor:
+    """The weights as `winograd_conv` works on them, which it then need not make in each call.
 
     Worth its memory where a call has few tiles (small images, small batches). The tensor is read as it is:
     make it anew when `weight` changes, and do not save it, for its layout belongs to this version.
 
     Args:
         weight: [O, C, 3, 3] fp32 on the CPU.
+        transformed: the 36 points of the transform, four times as large as the weights; else the nine
+            weights, block by block, which are read without a detour and transformed in each call.
 
     Returns:
-        [ceil(O / 64) * ceil(C / 64) * 36 * 4112] fp32.
+        [ceil(O / 64) * ceil(C / 64) * (36 or 9) * 4112] fp32.
 
     Raises:
         ValueError: another shape, dtype or device.
@@ -107,16 +125,16 @@ def pack_weight(weight: Tensor) -> Tensor:
     if weight.dtype is not torch.float32 or not weight.is_cpu:
         raise ValueError(f"weight must be float32 on the CPU, got {weight.dtype} on {weight.device}")
     with torch.no_grad():
-        packed: Tensor = torch.ops.difusores.winograd_conv_pack(weight)
+        packed: Tensor = torch.ops.difusores.winograd_conv_pack(weight, transformed)
     return packed
 
 
-def _packed_size(out_channels: int, in_channels: int) -> int:
-    return -(-out_channels // BLOCK) * -(-in_channels // BLOCK) * 36 * POINT
+def _packed_size(out_channels: int, in_channels: int, transformed: bool) -> int:
+    return -(-out_channels // BLOCK) * -(-in_channels // BLOCK) * (36 if transformed else 9) * POINT
 
 
-def pack_reference(weight: Tensor) -> Tensor:
-    """[blocks of O, blocks of C, 36, POINT]: of each point U[channels in, channels out] and zeros."""
+def pack_reference(weight: Tensor, transformed: bool) -> Tensor:
+    """[blocks of O, blocks of C, 36 or 9, POINT]: of each point [channels in, channels out] and zeros."""
     o, c = weight.shape[:2]
     near, far = 1 / (2 * A * A * (A * A - B * B)), 1 / (2 * B * B * (B * B - A * A))
     g = weight.new_tensor(
@@ -128,7 +146,10 @@ def pack_reference(weight: Tensor) -> Tensor:
         ],
         dtype=torch.float64,
     )
-    u = torch.einsum("iy,ocyx,jx->ijco", g, weight.double(), g).reshape(36, c, o).to(weight.dtype)
+    if transformed:
+        u = torch.einsum("iy,ocyx,jx->ijco", g, weight.double(), g).reshape(36, c, o).to(weight.dtype)
+    else:
+        u = weight.permute(2, 3, 1, 0).reshape(9, c, o)
     u = F.pad(u, (0, -o % LANES))
     blocks = [part.flatten(1) for wide in u.split(BLOCK, dim=2) for part in wide.split(BLOCK, dim=1)]
     return torch.cat([F.pad(block, (0, POINT - block.shape[1])).flatten() for block in blocks])
@@ -138,8 +159,8 @@ LIBRARY.impl("winograd_conv_pack", pack_reference, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("difusores::winograd_conv_pack", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _pack_fake(weight: Tensor) -> Tensor:
-    return weight.new_empty(_packed_size(*weight.shape[:2]))
+def _pack_fake(weight: Tensor, transformed: bool) -> Tensor:
+    return weight.new_empty(_packed_size(weight.shape[0], weight.shape[1], transformed))
 
 
 def _per_channel(t: Tensor, x: Tensor) -> Tensor:
@@ -255,10 +276,12 @@ def _check(
             f"residual must be like the output, {(n, o, height, width)} {x.dtype}, "
             f"got {tuple(residual.shape)} {residual.dtype}"
         )
-    size = _packed_size(o, c)
-    if packed is not None and (packed.shape != (size,) or packed.dtype is not torch.float32):
+    sizes = [_packed_size(o, c, transformed) for transformed in (True, False)]
+    if packed is not None and (
+        packed.ndim != 1 or packed.shape[0] not in sizes or packed.dtype is not torch.float32
+    ):
         raise ValueError(
-            f"packed must be what pack_weight made of this weight, [{size}] torch.float32, "
+            f"packed must be what pack_weight made of this weight, {sizes} torch.float32, "
             f"got {tuple(packed.shape)} {packed.dtype}"
         )
     named = {"weight": weight, "bias": bias, "multiplier": multiplier, "offset": offset, "add": add}
@@ -311,6 +334,19 @@ def winograd_conv(
         ValueError: shapes or devices that do not fit, named. TypeError: x is not floating point.
     """
     tensors = (x, weight, bias, multiplier, offset, add, residual, packed)
+    if (
+        straight_to_cpu(*tensors)
+        and x.ndim == 4
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and (wanted() == "cpu" or plan(x.shape[1], weight.shape[0], x.shape[2], x.shape[3]).winograd)
+    ):
+        y: Tensor
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                y = _OP(x, weight, bias, multiplier, offset, silu, add, residual, output_scale, packed)
+            return y
+        except (RuntimeError, TypeError):
+            pass  # the kernel refused; what follows finds another way or the words for it
     _check(*tensors)
     multiplier, offset, add, bias = map(_row, (multiplier, offset, add, bias))
     if not weight.is_contiguous(memory_format=torch.channels_last):
@@ -321,5 +357,5 @@ def winograd_conv(
     backend = choose("winograd_conv", x.device.type, supports, *tensors)
     if backend == "reference" or needs_grad(*tensors):
         return reference(*call)
-    y: Tensor = below_autograd(_OP, *call)
+    y = below_autograd(_OP, *call)
     return y

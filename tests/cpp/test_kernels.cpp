@@ -7,6 +7,7 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -210,36 +211,53 @@ void tokens(const Kernels& k, int64_t rows, int64_t d, DType dtype) {
     }
 }
 
-// A strided 3x3 convolution with zeros around, or a 1x1 one whose rows are read where they lie.
-void gemm(const Kernels& k, int64_t n, int64_t c, int64_t o, int64_t h, int64_t w, int64_t kernel) {
+// A strided 3x3 convolution with zeros around, or a 1x1 one whose rows are read where they lie; in fp32 or bf16.
+void gemm(const Kernels& k, int64_t n, int64_t c, int64_t o, int64_t h, int64_t w, int64_t kernel, bool bf16) {
     GemmConvArgs a{};
     a.n = n, a.c = c, a.o = o, a.h = h, a.w = w, a.kernel_h = a.kernel_w = kernel;
     a.gathers = kernel > 1, a.pad_h = a.pad_w = kernel / 2, a.stride_h = a.stride_w = a.gathers ? 2 : 1;
-    a.out_h = (h - 1) / a.stride_h + 1, a.out_w = (w - 1) / a.stride_w + 1, a.run = 7;
-    const int64_t depth = kernel * kernel * c, rows = n * a.out_h * a.out_w, padded = (o + 15) / 16 * 16;
-    const auto x = normal(n * h * w * c, 1), weight = normal(depth * o, 2), bias = normal(o, 3);
-    const auto residual = normal(rows * o, 4);
-    std::vector<float> packed, y(rows * o), scratch(a.run * (kGemmColumns + (a.gathers ? depth : 0)));
-    for (int64_t o0 = 0; o0 < padded; o0 += kGemmColumns)
-        for (int64_t d = 0; d < depth; ++d)
-            for (int64_t i = o0; i < std::min(padded, o0 + kGemmColumns); ++i)
-                packed.push_back(i < o ? weight[d * o + i] : 0.0f);
-    a.x = x.data(), a.packed = packed.data(), a.bias = {bias.data(), DType::f32, 0};
-    a.residual = residual.data(), a.y = y.data();
-    k.gemm_conv(a, scratch.data(), 0, (rows + a.run - 1) / a.run * ((o + kGemmColumns - 1) / kGemmColumns));
+    a.out_h = (h - 1) / a.stride_h + 1, a.out_w = (w - 1) / a.stride_w + 1;
+    a.run = bf16 ? 16 : 7, a.panels = 2;
+    const int64_t taps = kernel * kernel, rows = n * a.out_h * a.out_w;
+    auto x = normal(n * h * w * c, 1), weight = normal(taps * c * o, 2), residual = normal(rows * o, 4);
+    const auto bias = normal(o, 3);
+    const auto xh = to_half(x, DType::bf16), wh = to_half(weight, DType::bf16), rh = to_half(residual, DType::bf16);
+    if (bf16)
+        for (auto [wide, half] : {std::pair{&x, &xh}, {&weight, &wh}, {&residual, &rh}})
+            for (size_t i = 0; i < wide->size(); ++i) (*wide)[i] = from_half((*half)[i], DType::bf16);
+    const auto up = [](int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; };
+    const int64_t wide = bf16 ? kGemmPairColumns : kGemmColumns, columns = a.panels * wide;
+    const int64_t depth = taps * (bf16 ? up(c, kGemmPairStep) : c), padded = up(o, bf16 ? wide : kMaxWidth);
+    std::vector<float> packed(bf16 ? 0 : depth * padded), y(rows * o);
+    std::vector<uint16_t> packed_half(bf16 ? depth * padded : 0), y_half(rows * o);
+    for (int64_t tap = 0; tap < taps; ++tap)
+        for (int64_t in = 0; in < c; ++in)
+            for (int64_t i = 0; i < o; ++i) {
+                const int64_t d = tap * (depth / taps) + in, o0 = i / wide * wide, from = (tap * c + in) * o + i;
+                if (bf16) packed_half[o0 * depth + d / 2 * 2 * wide + 2 * (i - o0) + d % 2] = wh[from];
+                else packed[o0 * depth + d * std::min(wide, padded - o0) + i - o0] = weight[from];
+            }
+    std::vector<float> scratch(a.run * (columns + (bf16 ? kGemmChunk / 2 : kGemmChunk + kMaxWidth)));
+    const auto either = [&](const auto& single, const auto& half) -> const void* {
+        return bf16 ? static_cast<const void*>(half.data()) : single.data();
+    };
+    a.x = either(x, xh), a.packed = either(packed, packed_half), a.residual = either(residual, rh);
+    a.bias = {bias.data(), DType::f32, 0}, a.y = const_cast<void*>(either(y, y_half));
+    (bf16 ? k.gemm_conv_bf16 : k.gemm_conv)(a, scratch.data(), 0, up(rows, a.run) / a.run * (up(o, columns) / columns));
     bool right = true;
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t i = 0; i < o; ++i) {
             const int64_t p = row % (a.out_h * a.out_w), image = row / (a.out_h * a.out_w);
             double want = bias[i] + residual[row * o + i], size = std::fabs(want);
-            for (int64_t d = 0; d < depth; ++d) {
+            for (int64_t d = 0; d < taps * c; ++d) {
                 const int64_t tap = d / c, iy = p / a.out_w * a.stride_h - a.pad_h + tap / kernel;
                 const int64_t ix = p % a.out_w * a.stride_w - a.pad_w + tap % kernel;
                 if (iy < 0 || iy >= h || ix < 0 || ix >= w) continue;
                 const double term = double(x[((image * h + iy) * w + ix) * c + d % c]) * weight[d * o + i];
                 want += term, size += std::fabs(term);
             }
-            right = right && std::fabs(y[row * o + i] - want) <= 1e-6 * size;
+            const double found = bf16 ? from_half(y_half[row * o + i], DType::bf16) : y[row * o + i];
+            right = right && std::fabs(found - want) <= 1e-6 * size + (bf16 ? std::fabs(want) / 256 : 0);
         }
     expect(right, std::string(k.isa) + " gemm_conv " + std::to_string(c) + " to " + std::to_string(o));
 }
@@ -251,8 +269,9 @@ struct GroupShape {
     int64_t n, h, w;  // images, tiles
 };
 
-// fused: with everything around the convolution, and weights [O, 3, 3, C] that were packed before.
-void winograd(const Kernels& k, ConvShape shape, GroupShape group, bool fused) {
+// fused: with everything around the convolution, and weights [O, 3, 3, C] that were packed before; else they were
+// gathered, if asked for.
+void winograd(const Kernels& k, ConvShape shape, GroupShape group, bool fused, bool gathered = false) {
     const auto [n, c, o, h, w] = shape;
     const auto x = normal(n * h * w * c, 1), weight = normal(o * c * 9, 2), residual = normal(n * h * w * o, 3);
     const auto bias = normal(o, 4), add = normal(n * o, 5), multiplier = normal(n * c, 6), offset = normal(n * c, 7);
@@ -275,6 +294,11 @@ void winograd(const Kernels& k, ConvShape shape, GroupShape group, bool fused) {
         a.residual = residual.data();
         k.winograd_conv_pack(a, packed.data(), weights.data(), 0, blocks_o * blocks_c);
         a.packed = packed.data();
+    }
+    std::vector<float> ready(gathered ? blocks_o * blocks_c * 9 * kWinogradPoint : 0);
+    if (gathered) {
+        k.winograd_conv_gather(a, ready.data(), 0, blocks_o * blocks_c);
+        a.gathered = ready.data();
     }
     k.winograd_conv_input(a, patch.data(), 0, groups * blocks_c);
     k.winograd_conv_output(a, products.data(), 0, groups * blocks_o);
@@ -388,6 +412,7 @@ int main() {
                                avx512::winograd_conv_input,
                                avx512::winograd_conv_output,
                                avx512::winograd_conv_pack,
+                               avx512::winograd_conv_gather,
                                avx512::gemm_conv,
                                avx512::attention_packed_bytes,
                                avx512::attention_scratch_bytes,
@@ -404,6 +429,12 @@ int main() {
                 attention(*k, 1, 1, 1, 1, 1, 1, dtype, masked);
                 attention(*k, 1, 1, 20, 5, 130, 40, dtype, masked);
             }
+        if (k->gemm_conv_bf16) {
+            gemm(*k, 2, 5, 17, 7, 4, 3, true);
+            gemm(*k, 1, 70, 70, 5, 6, 3, true);
+            gemm(*k, 1, 96, 64, 16, 2, 1, true);
+            gemm(*k, 1, 33, 1, 3, 7, 1, true);
+        }
         if (std::string(isa) == "avx512_bf16" || std::string(isa) == "amx") continue;  // the rest is of avx512
         for (const bool last : {false, true})
             for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
@@ -416,12 +447,13 @@ int main() {
             for (const int64_t d : {1, 7, 16, 67, 320}) tokens(*k, 3, d, dtype);
         for (const int64_t inner : {1, 7, 1023, 1024, 1025, 5000}) step(*k, 2, inner);
         for (const int64_t count : {1, 7, 63, 64, 65, 1023, 1024}) squares(*k, count);
+        gemm(*k, 1, 70, 140, 5, 4, 3, false);  // more than one chunk and one share
         for (const bool fused : {false, true}) {
-            gemm(*k, 2, fused ? 130 : 5, fused ? 70 : 17, 7, 4, fused ? 1 : 3);
+            gemm(*k, 2, fused ? 130 : 5, fused ? 70 : 17, 7, 4, fused ? 1 : 3, false);
             winograd(*k, {1, 1, 1, 1, 1}, {1, 1, 1}, fused);
             winograd(*k, {3, 5, 18, 4, 7}, {2, 1, 2}, fused);
             winograd(*k, {2, 67, 70, 6, 9}, {2, 2, 3}, fused);
-            winograd(*k, {1, 17, 33, 19, 22}, {1, 3, 2}, fused);
+            winograd(*k, {1, 17, 33, 19, 22}, {1, 3, 2}, fused, !fused);
         }
     }
     std::printf("%d levels, %d failures\n", levels, failures);

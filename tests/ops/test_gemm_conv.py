@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from difusores import ops
-from difusores.ops.gemm_conv import pack_weight, packed_numbers
+from difusores.ops.gemm_conv import NEEDS_PAIRS, multiplies_pairs, pack_weight, packed_numbers
 
 OP = "gemm_conv"
+DTYPES = (torch.float32, torch.bfloat16)
 
 # (N, C, O, H, W), kernel, stride, padding: tails of every dimension, one and several panels, blocks and runs
 CASES = [
@@ -28,39 +29,52 @@ CASES = [
 ]
 
 
-def make(case: Any, layout: str = "channels_last") -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+def make(
+    case: Any, layout: str = "channels_last", dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
     (n, c, o, h, w), kernel, stride, padding = case
 
     def image(*shape: int) -> Tensor:
-        t = torch.randn(shape)
+        t = torch.randn(shape).to(dtype)
         return t.to(memory_format=torch.channels_last) if layout == "channels_last" else t
 
-    weight, bias = torch.randn(o, c, *kernel) / (c * math.prod(kernel)) ** 0.5, torch.randn(o)
+    weight = (torch.randn(o, c, *kernel) / (c * math.prod(kernel)) ** 0.5).to(dtype)
+    bias = torch.randn(o).to(dtype)
     sizes = [(s + 2 * padding[d] - kernel[d]) // stride[d] + 1 for d, s in enumerate((h, w))]
     return image(n, c, h, w), weight, bias, image(n, o, *sizes), {"stride": stride, "padding": padding}
 
 
+def needs(backend: str, dtype: torch.dtype) -> None:
+    if backend == "cpu" and dtype is torch.bfloat16 and not multiplies_pairs():
+        pytest.skip(NEEDS_PAIRS)
+
+
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_against_the_oracle(backend: str, case: Any, layout: str, check: Any) -> None:
-    x, weight, bias, residual, geometry = make(case, layout)
-    eager = F.conv2d(x, weight, bias, **geometry)
-    oracle = F.conv2d(x.double(), weight.double(), bias.double(), **geometry)
-    packed = pack_weight(weight)
-    assert packed.shape == (packed_numbers(weight),)
+def test_against_the_oracle(backend: str, case: Any, dtype: torch.dtype, layout: str, check: Any) -> None:
+    needs(backend, dtype)
+    x, weight, bias, residual, geometry = make(case, layout, dtype)
+    eager = F.conv2d(x, weight, **geometry)
+    oracle = F.conv2d(x.double(), weight.double(), **geometry)
+    packed = pack_weight(weight, dtype)
+    assert packed.shape == (packed_numbers(weight, dtype),) and packed.dtype is dtype
     with ops.use_backend(backend):
         plain = ops.gemm_conv(x, weight, **geometry)
         y = ops.gemm_conv(x, weight, bias, residual=residual, packed=packed, **geometry)
         assert torch.equal(ops.gemm_conv(x, weight, bias, residual=residual, **geometry), y)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    check(plain, eager - bias[:, None, None], oracle - bias.double()[:, None, None])
-    check(y, eager + residual, oracle + residual.double())
+    check(plain, eager, oracle)
+    eager = F.conv2d(x, weight, bias, **geometry) + residual
+    check(y, eager, oracle + bias.double()[:, None, None] + residual.double())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES[2:6], ids=str)
-def test_bitwise(backend: str, case: Any) -> None:
+def test_bitwise(backend: str, case: Any, dtype: torch.dtype) -> None:
     """Twice; an image alone or among others; one thread or several; a NaN stays where it is read."""
-    x, weight, bias, _, geometry = make(case)
+    needs(backend, dtype)
+    x, weight, bias, _, geometry = make(case, dtype=dtype)
     x = torch.cat([x, *(torch.randn_like(x) for _ in range(2))]).contiguous(memory_format=torch.channels_last)
     threads = torch.get_num_threads()
     try:
@@ -111,5 +125,7 @@ def test_bad_input_is_named() -> None:
         ops.gemm_conv(x[:, :, :2, :2], weight)
     with pytest.raises(ValueError, match="packed must be"):
         ops.gemm_conv(x, weight, packed=torch.zeros(3), **geometry)
-    with pytest.raises(ValueError, match="weight must be float32"):
+    with pytest.raises(ValueError, match="packed must be"):
+        ops.gemm_conv(x, weight, packed=pack_weight(weight, torch.bfloat16), **geometry)
+    with pytest.raises(ValueError, match="weight must be float32 or bfloat16"):
         pack_weight(weight.double())

@@ -82,9 +82,9 @@ def test_against_the_oracle(backend: str, case: tuple[int, ...]) -> None:
     for options in OPTIONS.values():
         call = make(case, options)
         oracle = run("reference", wide(call))
-        for weights in ("contiguous", "channels_last", "packed"):
-            if weights == "packed":
-                call["packed"] = pack_weight(call["weight"])
+        for weights in ("contiguous", "channels_last", "packed", "gathered"):
+            if weights in ("packed", "gathered"):
+                call["packed"] = pack_weight(call["weight"], transformed=weights == "packed")
             elif weights == "channels_last":
                 call["weight"] = call["weight"].to(memory_format=torch.channels_last)
             y = run(backend, call)
@@ -109,7 +109,8 @@ def test_bitwise(case: tuple[int, ...]) -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(one, several) and torch.equal(several, again)
-    assert torch.equal(run("cpu", {**call, "packed": pack_weight(call["weight"])}), one)
+    for transformed in (True, False):
+        assert torch.equal(run("cpu", {**call, "packed": pack_weight(call["weight"], transformed)}), one)
     last = call["weight"].to(memory_format=torch.channels_last)
     assert torch.equal(run("cpu", {**call, "weight": last}), one)
     for image in range(case[0]):
@@ -153,22 +154,25 @@ def test_reference_is_the_convolution_with_its_parts() -> None:
 def test_packed_weights_are_the_transform(c: int, o: int) -> None:
     """Of the reference: multiplied with the transform of a tile they give its convolution."""
     weight = torch.randn(o, c, 3, 3)
-    packed = pack_reference(weight)
-    assert packed.numel() * 4 == plan(c, o, 8, 8).packed_bytes
-    torch.testing.assert_close(pack_weight(weight), packed, rtol=1e-6, atol=1e-6)
+    layer = plan(c, o, 8, 8)
+    assert pack_reference(weight, layer.transformed).numel() * 4 == layer.packed_bytes
     channels_last = weight.to(memory_format=torch.channels_last)
-    assert torch.equal(pack_weight(channels_last), pack_weight(weight))
+    for transformed in (True, False):
+        packed = pack_weight(weight, transformed)
+        torch.testing.assert_close(packed, pack_reference(weight, transformed), rtol=1e-6, atol=1e-6)
+        assert torch.equal(pack_weight(channels_last, transformed), packed)
 
 
 def test_plan() -> None:
     """It depends on the layer alone, and says in words what goes to PyTorch's convolution."""
     wide_layer = plan(128, 256, 32, 32)
-    assert wide_layer.packed_bytes == pack_reference(torch.zeros(256, 128, 3, 3)).numel() * 4
+    assert wide_layer.packed_bytes == pack_reference(torch.zeros(256, 128, 3, 3), False).numel() * 4
     for shape in ((4, 320, 64, 64), (320, 4, 64, 64), (8, 8, 64, 64), (32, 32, 2, 2), (256, 256, 1, 64)):
         refused = plan(*shape)
         assert not refused.winograd and refused.reason
     assert plan(64, 64, 8, 8).gain > plan(64, 64, 64, 64).gain > 1
-    assert plan(1280, 1280, 8, 8).gain == 1, "read from memory, packed weights cost what they save"
+    assert plan(64, 64, 8, 8).transformed
+    assert not plan(1280, 1280, 8, 8).transformed, "they are read from memory"
     fast = dispatch.status("cpu") is None and ops.dispatch.native.build_info()["isa_used"] != "base"
     assert wide_layer.winograd == fast and (wide_layer.reason is None) == fast
 
@@ -241,7 +245,7 @@ def test_opcheck(options: str) -> None:
             *(get("add"), get("residual"), get("output_scale", 1.0), None),
         ),
     )
-    torch.library.opcheck(torch.ops.difusores.winograd_conv_pack.default, (call["weight"],))
+    torch.library.opcheck(torch.ops.difusores.winograd_conv_pack.default, (call["weight"], False))
 
 
 def test_compiles_without_a_break(backend: str) -> None:

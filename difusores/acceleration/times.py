@@ -1,0 +1,68 @@
+"""The time projections of all residual blocks of a network, as one product in a forward pass.
+
+The first block that needs its projection computes those of all; the others find theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from difusores.acceleration.session import Packed, Session
+
+TOGETHER_GAIN = 2.0  # time of the projections one by one over that of one product
+
+
+class TimeProjections:
+    """What a network's residual blocks make of the time embedding; blocks are `ResnetForward`s."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.blocks: list[Any] = []
+        self.rows = Packed(session)
+
+    def begin(self) -> Any:
+        """A forward pass begins in this thread; returns what `end` takes."""
+        before = getattr(self.session.here, "rows", None)
+        self.session.here.rows = {}
+        return before
+
+    def end(self, before: Any) -> None:
+        """It is over: nothing is kept."""
+        self.session.here.rows = before
+
+    def row(self, block: Any, temb: Tensor) -> Tensor | None:
+        """[N, width] for this block; None: it computes its own."""
+        rows = getattr(self.session.here, "rows", None)
+        if rows is None or temb.is_inference():
+            return None
+        key = (id(temb), temb._version)
+        if key not in rows:
+            rows[key] = (temb, self._project(temb))  # the embedding is kept, so that its id is not used again
+        found: Tensor | None = rows[key][1].get(block)
+        return found
+
+    def _project(self, temb: Tensor) -> Mapping[Any, Tensor]:
+        blocks = [block for block in self.blocks if block.takes_part(temb)]
+        layers = [block.module.time_emb_proj for block in blocks]
+        together = self.together(blocks, layers) if len(blocks) > 1 else None
+        if together is None:
+            return {}
+        out = F.linear(blocks[0].module.nonlinearity(temb), *together)
+        return dict(zip(blocks, out.split([layer.out_features for layer in layers], dim=1), strict=True))
+
+    def together(self, blocks: Sequence[Any], layers: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+        """Weight and bias of all layers, one below the other; None where they do not fit together."""
+        weights = tuple(layer.weight for layer in layers)
+        size = sum(w.numel() * w.element_size() for w in weights)
+        rows = self.rows.get(weights, lambda: torch.cat([w.detach() for w in weights]), size, TOGETHER_GAIN)
+        if rows is None:  # memory is short: the same bits, slower
+            rows = torch.cat([w.detach() for w in weights])
+        return rows, torch.cat([layer.bias for layer in layers])
+
+    def release(self) -> None:
+        """Undo what was done to the parameters' memory."""
