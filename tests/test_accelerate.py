@@ -542,7 +542,7 @@ def test_what_is_refused() -> None:
     model = make("difusores", "pixels")
     refused: list[tuple[dict[str, Any], str]] = [
         ({"dtype": "float16"}, "dtype is 'float16'; allowed are None, float32 and bfloat16"),
-        ({"memory": "huge"}, "memory is 'huge'; allowed are 'balanced', 'fast'"),
+        ({"memory": "huge"}, "memory is 'huge'; allowed are 'lean', 'balanced', 'fast'"),
         ({"memory_format": "nchw"}, "memory_format is 'nchw'"),
         ({"approximate": ("int8", "tome")}, "approximate has 'tome'; allowed are 'int8'"),
         ({"invariant": True, "approximate": ("int8",)}, "invariant=True and int8 exclude each other"),
