@@ -74,6 +74,11 @@ def betas(
     return zero_terminal_snr(table.double()) if rescale_zero_snr else table.double()
 
 
+def alphas(betas: Tensor) -> Tensor:
+    """[T] 1 - betas, the share of the signal's variance that each training step leaves; in betas' dtype."""
+    return 1.0 - betas
+
+
 def alphas_cumprod(betas: Tensor) -> Tensor:
     """[T] float64, rounded to float32: the share of the signal's variance left at each training step."""
     return torch.cumprod(1.0 - betas.float(), dim=0).double()
@@ -263,6 +268,17 @@ def with_data(sigma: Tensor, data: float = 1.0) -> Tensor:
     return deviation
 
 
+def first_deviation(sigmas: Tensor, with_image: bool) -> Tensor:
+    """0-dim, of the first sample: the highest level, or with the image's deviation of 1 beside it."""
+    top = sigmas.max()
+    return with_data(top) if with_image else top
+
+
+def churned(sigma: Any, gamma: float) -> Any:
+    """A noise level (number or tensor) raised by gamma of itself (Karras et al. 2022, algorithm 2)."""
+    return sigma + gamma * sigma
+
+
 def karras_sigmas(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> Array:
     """[steps], descending (Karras et al. 2022, eq. 5)."""
     levels: Array = karras_levels(sigma_min, sigma_max, np.linspace(0, 1, steps), rho)
@@ -317,6 +333,11 @@ def levels_below(levels: Tensor, places: Tensor) -> Tensor:
     """Like places, on their device: the level before each, 0 before the first."""
     below = levels[(places - 1).to(levels.device)].to(places.device)
     return torch.where(places == 0, torch.zeros_like(below), below)
+
+
+def training_places(steps: int) -> Tensor:
+    """[steps + 1] float64, from 0 to 1 in equal steps."""
+    return torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
 
 
 def even_places(steps: int) -> Tensor:

@@ -200,7 +200,7 @@ class TableScheduler(SchedulerMixin):
             config.get("rescale_betas_zero_snr", False),
         )
         self.betas = table.float()
-        self.alphas = 1.0 - self.betas
+        self.alphas = schedules.alphas(self.betas)
         self.alphas_cumprod = schedules.alphas_cumprod(table).float()
         self.num_inference_steps = None
         self.timesteps = torch.arange(config["num_train_timesteps"] - 1, -1, -1, device="cpu")
@@ -231,8 +231,9 @@ class TableScheduler(SchedulerMixin):
         self.__dict__["_known"] = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy's timesteps lie elsewhere in memory
-        return {**self.__dict__, **self._empty(), "_host": None}
+        # a copy's tensors lie elsewhere in memory, and count their changes anew
+        kept = {key: value for key, value in self.__dict__.items() if key not in ("_host", "_scales")}
+        return {**kept, **self._empty()}
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])

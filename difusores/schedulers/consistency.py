@@ -389,11 +389,11 @@ class CMStochasticIterativeScheduler(SigmaScheduler):
 
     def get_scalings(self, sigma: Any) -> tuple[Any, Any]:
         """(c_skip, c_out) of a model of which sigma = 0 is the end (Karras et al. 2022, table 1)."""
-        return solvers.boundary_scalings(sigma, sigma, self._data)
+        return solvers.boundary_scalings(sigma, self._data)
 
     def get_scalings_for_boundary_condition(self, sigma: Any) -> tuple[Any, Any]:
         """(c_skip, c_out) of a model of which sigma_min is the end (Song et al. 2023, appendix C)."""
-        return solvers.boundary_scalings(sigma - self.config["sigma_min"], sigma, self._data)
+        return solvers.boundary_scalings(sigma, self._data, self.config["sigma_min"])
 
     def _grid(self, num_inference_steps: int | None, timesteps: Sequence[int] | None) -> SigmaGrid:
         if (num_inference_steps is None) == (timesteps is None):

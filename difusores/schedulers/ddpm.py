@@ -160,15 +160,13 @@ class DDPMScheduler(DiscreteScheduler):
             return predicted_variance
         a, before = self._alphas(), self._previous(t)
         small, beta = solvers.ddpm_variances(a[t], a[before] if before >= 0 else 1.0)
-        largest = math.log(max(beta, 1e-20))
         if kind == "learned_range" and predicted_variance is not None:
-            share = (predicted_variance + 1) / 2
-            return share * largest + (1 - share) * math.log(small)
+            return solvers.log_variance_between(predicted_variance, small, beta)
         values = {
             "fixed_small": small,
             "fixed_small_log": math.sqrt(small),
             "fixed_large": beta,
-            "fixed_large_log": largest,
+            "fixed_large_log": math.log(max(beta, 1e-20)),
         }
         return torch.tensor(values[kind], dtype=torch.float32, device="cpu")
 

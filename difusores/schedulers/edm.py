@@ -74,9 +74,8 @@ class EDMScheduler(SigmaScheduler):
 
     def precondition_outputs(self, sample: Tensor, model_output: Tensor, sigma: Any) -> Tensor:
         """x0 = c_skip * sample + c_out * model_output."""
-        c_skip, c_out = solvers.boundary_scalings(sigma, sigma, self._data)
-        sign = -1 if self._prediction().kind == "v_prediction" else 1
-        return scaled_sum(c_skip, sample, sign * c_out, model_output)
+        c_skip, c_out = self._prediction().scalings(sigma)
+        return scaled_sum(c_skip, sample, c_out, model_output)
 
 
 @dataclass
@@ -110,8 +109,7 @@ class EDMEulerScheduler(EDMScheduler):
         final_sigmas_type: str = "zero",
     ) -> None:
         self._initialize()
-        places = torch.arange(num_train_timesteps + 1, dtype=torch.float64, device="cpu")
-        self._set(self._at(places / num_train_timesteps), None)
+        self._set(self._at(schedules.training_places(num_train_timesteps)), None)
 
     def _grid(self, num_inference_steps: int | None, sigmas: Any) -> SigmaGrid:
         if sigmas is None:

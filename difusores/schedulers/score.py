@@ -416,7 +416,7 @@ class KarrasVeScheduler(_ScoreScheduler):
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps is None: call set_timesteps before add_noise_to_input")
         level = float(sigma)
-        sigma_hat = sigma + self._gamma(level, self.num_inference_steps) * sigma
+        sigma_hat = schedules.churned(sigma, self._gamma(level, self.num_inference_steps))
         hat = float(sigma_hat)
         cached = self._rows.get(("churn", level, hat))
         if cached is None:

@@ -55,10 +55,8 @@ class SigmaScheduler(IndexedScheduler):
     @property
     def init_noise_sigma(self) -> Tensor:
         """Standard deviation of the first sample, 0-dim float32."""
-        top = self.sigmas.max()
-        return (
-            top if self.config["timestep_spacing"] in ("linspace", "trailing") else schedules.with_data(top)
-        )
+        leading = self.config["timestep_spacing"] not in ("linspace", "trailing")
+        return schedules.first_deviation(self.sigmas, with_image=leading)
 
     def _spaced(self, num_inference_steps: int) -> list[float]:
         config = self.config
@@ -101,7 +99,20 @@ class SigmaScheduler(IndexedScheduler):
         """The model's input: sample / sqrt(sigma² + 1)."""
         index = self._start(timestep) if self._run.index is None else self._run.index
         self.__dict__["is_scale_input_called"] = True
-        return scaled_input(sample, math.sqrt(float(self.sigmas[index]) ** 2 + self._data**2))
+        return scaled_input(sample, self._divisors()[index])
+
+    def _divisors(self) -> list[float]:
+        """√(sigma² + data²) of every call and of the run's end; computed where `sigmas` is another one."""
+        sigmas, data = self.sigmas, self._data
+        known, values = self.__dict__.get("_scales", (None, []))
+        if known is None or known[0] is not sigmas or known[1:] != (sigmas._version, data):
+            values = [math.sqrt(level**2 + data**2) for level in self._called_at(sigmas.tolist())]
+            self.__dict__["_scales"] = ((sigmas, sigmas._version, data), values)
+        return values  # type: ignore[no-any-return]
+
+    def _called_at(self, sigmas: list[float]) -> list[float]:
+        """The level of the model's input at each call."""
+        return sigmas
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """original_samples + sigma * noise at each image's timestep, or at the run's place.

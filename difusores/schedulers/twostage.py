@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any, ClassVar
@@ -13,7 +12,7 @@ from torch import Tensor
 from difusores import schedules, solvers
 from difusores.configuration import register_to_config
 from difusores.plan import Plan, Stage
-from difusores.sampling import Generators, scaled_input
+from difusores.sampling import Generators
 from difusores.schedulers.base import PredictedSchedulerOutput
 from difusores.schedulers.sigma import SigmaScheduler
 from difusores.schedules import SigmaGrid
@@ -168,15 +167,14 @@ class MidpointScheduler(_TwoStageScheduler):
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """The model's input, sample / sqrt(sigma² + 1); at a step's second call sigma lies between."""
-        if self.state_in_first_order:
-            return super().scale_model_input(sample, timestep)
-        index = self._run.index or 0
-        if index >= len(self.timesteps):
+        if (self._run.index or 0) >= len(self.timesteps):
             raise IndexError(f"the run is over: it has {len(self.timesteps)} timesteps; call set_timesteps")
-        grid = SigmaGrid(tuple(self._times()), tuple(self.sigmas.tolist()))
-        sigmas = self._single(grid, 0)[1]
-        middle = schedules.middle_sigmas(sigmas, ancestral=self.ancestral)[index // 2]
-        return scaled_input(sample, math.sqrt(middle**2 + 1))
+        return super().scale_model_input(sample, timestep)
+
+    def _called_at(self, sigmas: list[float]) -> list[float]:
+        single = self._single(SigmaGrid(tuple(self._times()), tuple(sigmas)), 0)[1]
+        middles = schedules.middle_sigmas(single, ancestral=self.ancestral)
+        return [*chain.from_iterable(zip(single, middles, strict=False)), single[len(middles)]]
 
 
 class KDPM2DiscreteScheduler(MidpointScheduler):

@@ -23,6 +23,7 @@ from difusores.solvers.discrete import (
     ddim_variance,
     ddpm,
     ddpm_variances,
+    log_variance_between,
     raised,
     repaint,
 )
@@ -99,6 +100,7 @@ __all__ = [
     "lcm",
     "lcm_scalings",
     "lms",
+    "log_variance_between",
     "mix",
     "pndm",
     "raise_noise",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,6 +148,12 @@ class Preconditioned(Prediction):
         total = sigma * sigma + self.sigma_data**2
         c_out = sigma * self.sigma_data / math.sqrt(total)
         return self.sigma_data**2 / total, c_out if self.kind == "epsilon" else -c_out
+
+    def scalings(self, sigma: Any) -> tuple[Any, Any]:
+        """(c_skip, c_out) at a noise level, a number or tensor."""
+        variance = self.sigma_data**2
+        c_out = sigma * self.sigma_data / (sigma**2 + variance) ** 0.5
+        return variance / (sigma**2 + variance), c_out if self.kind == "epsilon" else -c_out
 
     def slope_at(self, sigma: float) -> dict[str, float]:
         return {"xh": 1 / sigma, "x0": -1 / sigma}

@@ -16,14 +16,14 @@ from difusores.solvers.discrete import ddim_weights, signal_share
 Number = TypeVar("Number", float, Tensor)
 
 
-def boundary_scalings(distance: Number, level: Number, sigma_data: float) -> tuple[Number, Number]:
-    """(c_skip, c_out) of c_skip * x + c_out * F(x), which is x where distance = 0 (Song et al. 2023, eq. 5).
+def boundary_scalings(level: Number, sigma_data: float, end: float = 0.0) -> tuple[Number, Number]:
+    """(c_skip, c_out) of c_skip * x + c_out * F(x), which is x at the end (Song et al. 2023, eq. 5).
 
     Args:
-        distance: how far from the end of the trajectory, in the units of sigma_data.
-        level: the noise level, the same but where the trajectory ends above 0 (there, appendix C).
+        level: the noise level, in the units of sigma_data.
+        end: that at which the trajectory ends (there, appendix C).
     """
-    variance = sigma_data**2
+    variance, distance = sigma_data**2, level - end
     return (
         variance / (distance**2 + variance),
         distance * sigma_data / (level**2 + variance) ** 0.5,
@@ -66,7 +66,7 @@ def consistency(
         y = {"x0": 1.0}
         if several:
             y["z"] = s_noise * math.sqrt(max(after * after - sigma_min * sigma_min, 0.0))
-        row = make_row(boundary_scalings(sigma - sigma_min, sigma, sigma_data), y, clip=limits)
+        row = make_row(boundary_scalings(sigma, sigma_data, sigma_min), y, clip=limits)
         c_in = 1 / math.sqrt(sigma * sigma + sigma_data * sigma_data)
         yield Stage(times[i], row, c_in=c_in, noise=Noise() if several else None)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
+from torch import Tensor
+
 from difusores.plan import Noise, Stage, make_row
 from difusores.solvers.common import Prediction
 
@@ -204,6 +206,12 @@ def ddpm_variances(a: float, a_before: float) -> tuple[float, float]:
     """The posterior's variance, at least 1e-20, and beta: "fixed_small" and "fixed_large" of `ddpm`."""
     beta = 1 - a / a_before
     return max((1 - a_before) / (1 - a) * beta, 1e-20), beta
+
+
+def log_variance_between(predicted: Tensor, small: float, beta: float) -> Tensor:
+    """Logarithm of a variance predicted in [-1, 1] between the two (Nichol & Dhariwal 2021, eq. 15)."""
+    share = (predicted + 1) / 2
+    return share * math.log(max(beta, 1e-20)) + (1 - share) * math.log(small)
 
 
 def ddim_variance(a: float, a_before: float) -> float:
