@@ -408,9 +408,10 @@ class GroupNormForward(Forward):
         return out
 
     def _activates(self) -> bool:
-        network: Any = self.network
-        if network is None or getattr(self.session.here, "network", None) is not network:
+        running = getattr(self.session.here, "network", None)
+        if self.network is None or running is not self.network:
             return False
+        network: Any = self.network
         act = network.conv_act
         mine = network.conv_norm_out is self.module
         return (
@@ -429,8 +430,8 @@ class LastActivationForward(Forward):
     def __call__(self, input: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             here = self.session.here
-            activated, here.activated = getattr(here, "activated", None), None
-            if activated is not None and input is activated:
+            mine, here.activated = getattr(here, "activated", None) is input, None
+            if mine:
                 return input
         out: Tensor = type(self.module).forward(self.module, input)
         return out
