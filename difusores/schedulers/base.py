@@ -232,8 +232,7 @@ class TableScheduler(SchedulerMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy's tensors lie elsewhere in memory, and count their changes anew
-        kept = {key: value for key, value in self.__dict__.items() if key not in ("_host", "_scales")}
-        return {**kept, **self._empty()}
+        return {**self.__dict__, **self._empty(), "_host": None, "_scales": (None, [])}
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
