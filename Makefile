@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup remake demo fetch-terrain test test-core test-cpp cuda-check lint format bench bench-quick clean
+.PHONY: help setup remake demo fetch-terrain test test-core test-cpp cuda-check cuda-link lint format bench bench-quick clean
 
 # The first Python that the pinned tools run on; `make PYTHON=… setup` names another.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -37,6 +37,7 @@ help:
 	  'make test-core  the core of the suite without the compiled module' \
 	  'make test-cpp   the kernels in a plain C++ test under the sanitizers' \
 	  'make cuda-check the CUDA and Triton kernels compiled for every architecture and held to their budgets; needs nvcc' \
+	  'make cuda-link  the whole CUDA module linked to the CUDA build of torch 2.14.1 (downloads 0.5 GB); needs nvcc' \
 	  'make lint       ruff, mypy, clang-format' \
 	  'make format     ruff and clang-format write what lint asks for' \
 	  'make bench      all benchmarks of a CPU, about an hour; then their tables and picture' \
@@ -91,6 +92,10 @@ test-cpp: .venv/tools.stamp
 cuda-check: .venv/test.stamp
 	@$(BIN)/python tests/triton_budget.py $(if $(ARCHITECTURES),--architecture $(ARCHITECTURES))
 	@$(BIN)/python tests/cuda_budget.py $(if $(ARCHITECTURES),--architecture $(ARCHITECTURES))
+
+# not in .ci/run: half a gigabyte and minutes
+cuda-link: .venv/test.stamp
+	@$(BIN)/python tests/cuda_link.py $(if $(ARCHITECTURES),--architecture $(ARCHITECTURES))
 
 lint: .venv/test.stamp
 	@$(BIN)/ruff format --check .
