@@ -50,8 +50,9 @@ def library(op: str, change: tuple[str, str] | None = None) -> ctypes.CDLL:
     """
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cuh")), ROOT / "csrc" / "kernels.h"]
     ours = [*sorted(HERE.glob("*.h")), HERE / f"{op}.cpp"]
-    flags = [*FLAGS, *(SANITIZERS if os.environ.get("SANITIZE") == "1" else ())]
-    flags += ["-O0", "-DDIFUSORES_FAULTY"] if change else ["-O1"]
+    sanitize = os.environ.get("SANITIZE") == "1"
+    flags = [*FLAGS, *(SANITIZERS if sanitize else ()), *(["-DDIFUSORES_FAULTY"] if change else [])]
+    flags.append("-O0" if change or sanitize else "-O1")  # few cases follow: compiling would take longer
     texts = {path.relative_to(ROOT / "csrc"): path.read_text(encoding="utf-8") for path in sources}
     if change is not None:
         found = [path for path, text in texts.items() if path.name.startswith(op) and change[0] in text]
