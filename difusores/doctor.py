@@ -34,8 +34,8 @@ def examine() -> dict[str, Any]:
     """Everything that the doctor knows, ready for JSON.
 
     Keys: `folder` (of the package that answers), `versions` (None: not installed), `environment` (the
-    variables set), `modules` and `ops` (None where available, else the reason), `build` (empty without the
-    compiled module), `graph_capture` (a sentence), `problems` (sentences).
+    variables set), `modules` and `ops` (None where available, else the reason), `build` and `cuda_build` (of
+    the compiled modules; empty without), `graph_capture` (a sentence), `problems` (sentences).
     """
     environment = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     problems = native.environment_errors()
@@ -62,6 +62,7 @@ def examine() -> dict[str, Any]:
         "environment": environment,
         "modules": dict(native.load().reasons),
         "build": native.build_info(),
+        "cuda_build": native.build_info("cuda"),
         "ops": ops,
         "graph_capture": examine_graphs(),
         "problems": problems,
@@ -95,9 +96,13 @@ def examine_graphs(device: str = "cuda") -> str:
 def describe(report: dict[str, Any]) -> str:
     """The report as text for a terminal."""
     lines = [f"difusores in {report['folder']}", ""]
-    for title in ("versions", "environment", "build"):
+    for title in ("versions", "environment", "build", "cuda_build"):
         if report[title]:
-            lines += [title, *(f"  {name:18}{_text(value)}" for name, value in report[title].items()), ""]
+            lines += [
+                title.replace("_", " "),
+                *(f"  {name:18}{_text(value)}" for name, value in report[title].items()),
+                "",
+            ]
     lines.append("compiled modules")
     lines += [f"  {name:18}{_state(reason)}" for name, reason in report["modules"].items()]
     lines += ["", "CUDA graphs", f"  {'graph capture':18}{report['graph_capture']}"]

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ class Status:
     """What was found when the compiled modules were loaded.
 
     reasons: backend name -> None where its module is loaded, else why not, in words.
-    build: `build_info()` of the CPU module (compiler, ISA levels, torch …); empty where it is not loaded.
+    builds: backend name -> `build_info()` of its module (compiler, torch, ISA levels or architectures …)
+        where that could be imported.
     """
 
     reasons: Mapping[str, str | None]
-    build: Mapping[str, Any] = field(default_factory=dict)
+    builds: Mapping[str, Mapping[str, Any]]
 
 
 _lock = threading.Lock()
@@ -57,9 +58,9 @@ def status(backend: str) -> str | None:
     return reasons[backend]
 
 
-def build_info() -> dict[str, Any]:
-    """What the CPU module was built from and what it found at run time; empty if it is not loaded."""
-    return dict(load().build)
+def build_info(backend: str = "cpu") -> dict[str, Any]:
+    """What a backend's module was built from and what it found at run time; empty if it is not loaded."""
+    return dict(load().builds.get(backend, {}))
 
 
 def environment_errors() -> list[str]:
@@ -79,9 +80,8 @@ def _load() -> Status:
     if errors:
         raise ValueError("; ".join(errors))
     reasons = {backend: _load_module(module) for backend, module in MODULES.items()}
-    if reasons["cpu"] is not None:
-        return Status(reasons)
-    return Status(reasons, sys.modules[f"difusores.{MODULES['cpu']}"].build_info())
+    imported = {backend: sys.modules.get(f"difusores.{module}") for backend, module in MODULES.items()}
+    return Status(reasons, {name: module.build_info() for name, module in imported.items() if module})
 
 
 def _load_module(name: str) -> str | None:

@@ -1,8 +1,9 @@
 """Links the whole `_cuda` module to the CUDA build of a torch that is not installed. Needs nvcc, not a GPU.
 
 `make cuda-link` downloads torch 2.14.1 (0.5 GB, without the packages that it needs), takes its headers and
-libraries, builds the module for sm_90a, or for `ARCHITECTURES="80 90a"`, and looks up every symbol that the
-module leaves to others: in torch, the interpreter and the libraries of the system that are loaded with them.
+libraries, builds the module for every card, or for `ARCHITECTURES="80 90a"`, and looks up every symbol that
+the module leaves to others: in torch, the interpreter and the libraries of the system that are loaded with
+them. After `rm -r build/cuda-link` it tells how long the build takes.
 CUDA's runtime is linked statically. A symbol that nobody has is an error, and one that only the driver has:
 the module is to load on a machine without a driver.
 """
@@ -10,11 +11,13 @@ the module is to load on a machine without a driver.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,7 +52,7 @@ def torch_folder(version: str) -> Path:
 
 
 def build(torch: Path, version: str, architectures: list[str]) -> Path:
-    """The linked module."""
+    """The linked module; without architectures for those of CMakeLists.txt."""
     target = ROOT / "build" / "cuda-link"
     scripts = Path(sysconfig.get_path("scripts"))
     pybind11 = find_spec("pybind11")
@@ -62,13 +65,17 @@ def build(torch: Path, version: str, architectures: list[str]) -> Path:
         "TORCH_DIR": torch,
         "TORCH_VERSION": version,
         "DIFUSORES_CUDA": "ON",
-        "DIFUSORES_CUDA_ARCHITECTURES": ";".join(f"{name}-real" for name in architectures),
+        "DIFUSORES_CUDA_ARCHITECTURES": ";".join(f"{name}-real" for name in architectures) or "AUTO",
     }
     defined = (f"-D{name}={value}" for name, value in options.items())
     cmake = scripts / "cmake"
     configured = subprocess.run([cmake, "-S", ROOT, "-B", target, "-G", "Ninja", *defined]).returncode == 0
+    before, start = os.times(), time.perf_counter()
     if not configured or subprocess.run([cmake, "--build", target, "--target", "_cuda"]).returncode != 0:
         raise SystemExit("the module could not be built: the messages above say where")
+    after, seconds = os.times(), time.perf_counter() - start
+    of_processor = after.children_user + after.children_system - before.children_user - before.children_system
+    print(f"built in {seconds:.0f} s, {of_processor:.0f} s of processor time on {os.cpu_count()} cores")
     (module,) = target.glob("_cuda*.so")
     return module
 
@@ -121,7 +128,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--torch", default=TORCH, metavar="VERSION", help=f"default: {TORCH}")
-    parser.add_argument("--architecture", nargs="+", choices=ARCHITECTURES, default=["90a"])
+    parser.add_argument("--architecture", nargs="+", choices=ARCHITECTURES, default=[])
     arguments = parser.parse_args()
     for program in ("nvcc", "nm", "ldd"):
         if shutil.which(program) is None:

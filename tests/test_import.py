@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import difusores
-from difusores import native
+from difusores import doctor, native
 from difusores.__main__ import main
 
 PACKAGE = Path(difusores.__file__).parent
@@ -122,6 +122,16 @@ def test_the_compiled_module_is_loaded() -> None:
     if reason is not None:
         pytest.skip(reason)  # no compiler, or switched off; CI accepts the second alone
     assert native.build_info()["isa_used"] in native.build_info()["isa_levels"].split(",")
+
+
+def test_the_doctor_says_for_which_cards_the_cuda_module_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = {"compiler": "NVIDIA 13.0", "architectures": "80-real 120"}
+    monkeypatch.setattr(native, "_status", native.Status({"cpu": "not built", "cuda": None}, {"cuda": built}))
+    found = doctor.examine()
+    assert found["build"] == {} and found["cuda_build"] == built
+    assert "cuda build\n  compiler          NVIDIA 13.0\n  architectures     80-real 120" in doctor.describe(
+        found
+    )
 
 
 def test_switched_off() -> None:
