@@ -2,7 +2,8 @@
 
 `make cuda-check` compiles every kernel for every architecture, or for those of `ARCHITECTURES="80 90a"`, and
 compares with cuda_budget.json, which was measured with nvcc 13.0. No GPU is needed. `python
-tests/cuda_budget.py --write` writes the budget anew after a change that is meant: read its diff.
+tests/cuda_budget.py --write` writes the budget anew after a change that is meant: read its diff. `--loops
+scheduler_step` lists the loops of the kernels so named, with how many instructions of which kind each has.
 """
 
 from __future__ import annotations
@@ -39,6 +40,14 @@ INSTRUCTIONS = {
 }
 
 
+GLOBAL = {
+    "loads": r"LDG\.\S*",
+    "copies": r"LDGSTS\S*",
+    "stores": r"STG\.\S*",
+    "matrix": INSTRUCTIONS["matrix"],
+}
+
+
 def why_not() -> str | None:
     """None if the kernels can be compiled and looked at here, else the reason in words."""
     if shutil.which("nvcc") is None:
@@ -66,20 +75,24 @@ def output_of(*command: str | Path) -> str:
 
 
 def short_name(symbol: str) -> str:
-    """A kernel's name with its template arguments, without namespaces and parameters."""
-    whole = output_of("c++filt", symbol).strip()
-    bare = re.sub(r"\(difusores::[\w:]+\)", "", whole)  # of an enumerator
+    return shortened(output_of("c++filt", symbol).strip())
+
+
+def shortened(name: str) -> str:
+    """A kernel's demangled name with its template arguments, without namespaces and parameters."""
+    bare = re.sub(r"\(difusores::[\w:]+\)", "", name)  # of an enumerator
     return bare.replace("difusores::cuda::", "").split("(")[0].removeprefix("void ")
+
+
+def compiled(source: Path, architecture: str, cubin: Path) -> Path:
+    output_of("nvcc", *FLAGS, f"-I{ROOT / 'csrc'}", "-cubin", f"-arch=sm_{architecture}", source, "-o", cubin)
+    return cubin
 
 
 def usage_of(source: Path, architecture: str) -> dict[str, Usage]:
     """Compiles a file and reads each kernel's resources and instructions from the result."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
-        output_of(
-            "nvcc", *FLAGS, f"-I{ROOT / 'csrc'}", "-cubin", f"-arch=sm_{architecture}", source, "-o", cubin
-        )
-        usages = inspected(cubin, INSTRUCTIONS)
+        usages = inspected(compiled(source, architecture, Path(folder) / "kernels.cubin"), INSTRUCTIONS)
     for usage in usages.values():
         for rare in ("matrix", "wide_copies"):  # of which most kernels have none
             if not usage[rare]:
@@ -107,6 +120,41 @@ def inspected(cubin: Path, instructions: dict[str, str]) -> dict[str, Usage]:
     return usages
 
 
+def loops_of(body: str) -> list[dict[str, int]]:
+    """The loops in a kernel's disassembly, from a branch's target to the branch back, in order of their ends.
+
+    An outer loop counts what is in its inner ones. The branch to itself behind a kernel's end is no loop.
+    """
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?;)", body)]
+    found: list[dict[str, int]] = []
+    for end, text in lines:
+        branch = re.search(r"\bBRA\S* .*?0x([0-9a-f]+)", text)
+        if branch is None or int(branch[1], 16) >= end:
+            continue
+        inside = [one for at, one in lines if int(branch[1], 16) <= at <= end]
+        kinds = {name: sum(bool(re.search(rf"\b{p}\b", one)) for one in inside) for name, p in GLOBAL.items()}
+        found.append({"instructions": len(inside), **kinds})
+    return found
+
+
+def print_loops(kernel: str, architecture: str) -> None:
+    program = cuobjdump()
+    assert program is not None, why_not()
+    source = max((s for s in sources() if kernel.startswith(s.stem)), key=lambda s: len(s.stem), default=None)
+    if source is None:
+        raise SystemExit(
+            f"no kernel is named {kernel}: names begin with {', '.join(s.stem for s in sources())}"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        listing = output_of(program, "-sass", compiled(source, architecture, Path(folder) / "kernels.cubin"))
+    for part in listing.split("Function : ")[1:]:
+        symbol, body = part.split("\n", 1)
+        if short_name(symbol.strip()).startswith(kernel):
+            print(f"{short_name(symbol.strip())}, sm_{architecture}")
+            for loop in loops_of(body):
+                print("  a loop:", ", ".join(f"{count} {name}" for name, count in loop.items()))
+
+
 def violations(budget: dict[str, Usage], measured: dict[str, Usage]) -> list[str]:
     """A sentence for each kernel that is missing, unknown, or outside its budget."""
     found = [f"{name} has no budget" for name in sorted(set(measured) - set(budget))]
@@ -126,19 +174,26 @@ def main() -> int:
     )
     parser.add_argument("--architecture", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--write", action="store_true", help="make what is measured of all the budget")
+    parser.add_argument(
+        "--loops", metavar="KERNEL", help="only list the loops of kernels whose names begin so"
+    )
     arguments = parser.parse_args()
     write, architectures = arguments.write, ARCHITECTURES if arguments.write else arguments.architecture
     reason = why_not()
     if reason is not None:
         raise SystemExit(f"the CUDA kernels cannot be checked here: {reason}")
+    if arguments.loops:
+        for architecture in arguments.architecture:
+            print_loops(arguments.loops, architecture)
+        return 0
     measured: dict[str, dict[str, Usage]] = {}
     broken = 0
     budget = json.loads(BUDGET.read_text(encoding="utf-8"))
     for architecture in architectures:
         usages = measured.setdefault(f"sm_{architecture}", {})
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # of processes of nvcc
-            for compiled in pool.map(usage_of, sources(), [architecture] * len(sources())):
-                usages |= {short_name(symbol): usage for symbol, usage in compiled.items()}
+            for of_file in pool.map(usage_of, sources(), [architecture] * len(sources())):
+                usages |= {short_name(symbol): usage for symbol, usage in of_file.items()}
         print(f"sm_{architecture}: {len(usages)} kernels", flush=True)
         for name, usage in usages.items():
             if usage["stack"] or usage["spills"]:

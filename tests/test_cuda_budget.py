@@ -33,6 +33,24 @@ def test_a_kernel_outside_its_budget_is_named() -> None:
     assert cuda_budget.violations(budget, {}) and cuda_budget.violations({}, budget)
 
 
+def test_the_loops_of_a_kernel_are_found() -> None:
+    body = """
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;   /* 0x0000000402047981 */
+                                                                     /* 0x000ea2000c1e1d00 */
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R9], [R2.64] ;
+        /*0020*/                   HMMA.16816.F32 R4, R4, R8, RZ ;
+        /*0030*/              @!P0 BRA 0x20 ;
+        /*0040*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0050*/               @P1 BRA P2, 0x0 ;
+        /*0060*/                   EXIT ;
+        /*0070*/                   BRA 0x70;
+    """
+    assert cuda_budget.loops_of(body) == [
+        {"instructions": 2, "loads": 0, "copies": 0, "stores": 0, "matrix": 1},
+        {"instructions": 6, "loads": 1, "copies": 1, "stores": 1, "matrix": 1},
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(cuda_budget.why_not() is not None, reason=cuda_budget.why_not() or "")
 def test_the_bindings_compile_beside_this_torch(tmp_path: Path) -> None:

@@ -1,5 +1,4 @@
 // group_norm_silu on CUDA: check the tensors, fill the struct, launch.
-#include <algorithm>
 #include <array>
 #include <atomic>
 #include <tuple>
@@ -40,9 +39,11 @@ std::tuple<Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, Optiona
         cuda::group_norm_silu_plan(args, channels_last, device.shared_limit(), most_cluster(device));
     STD_TORCH_CHECK(plan.threads > 0, "group_norm_silu: the CUDA kernel takes at most 2^30 positions and tiles");
     // Returned to torch's allocator at the end of this call, which gives it away again in the order of the stream.
-    const int64_t floats = std::max<int64_t>(4 * plan.partials, 4);
-    const Tensor partial = device.empty(aoti_torch_dtype_float32(), 1, &floats, &one);
-    OnDevice::check(cuda::group_norm_silu(args, plan, partial.data_ptr(), device.stream()), "group_norm_silu");
+    OptionalTensor partial;
+    const int64_t floats = 4 * plan.partials;
+    if (floats > 0) partial = device.empty(aoti_torch_dtype_float32(), 1, &floats, &one);
+    OnDevice::check(cuda::group_norm_silu(args, plan, partial ? partial->data_ptr() : nullptr, device.stream()),
+                    "group_norm_silu");
     return {y, sum};
 }
 

@@ -9,6 +9,8 @@
 #define DIFUSORES_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
+#include <type_traits>
+
 #include "kernels.h"
 
 namespace difusores {
@@ -103,38 +105,44 @@ __device__ __forceinline__ void store(void* p, int64_t i, const float (&v)[kCoun
     *reinterpret_cast<RawOf<D, kCount>*>(static_cast<char*>(p) + i * bytes_of(D)) = pack<D, kCount>(v);
 }
 
-// --- one access of the widest kind by a dtype known when the kernel runs: kVec 4 is fp32, 8 are 16-bit elements, both
-// in 128 bits; 1 is an element of any dtype, without any demand on its address ---
+// --- one access by a dtype known when the kernel runs. kVec 4 is fp32, 8 are 16-bit elements, both in 128 bits; 4 of
+// 16 bits are in kBytes = 8; 1 is an element of any dtype, without any demand on its address ---
 
-template <int kVec>
+template <int kVec, int kBytes = 16>
 struct Packed {
-    uint4 v;
+    static constexpr bool kHalves = kBytes == 2 * kVec;
+    std::conditional_t<kBytes == 16, uint4, uint2> v;
 };
 template <>
 struct Packed<1> {
+    static constexpr bool kHalves = false;
     unsigned v;
 };
 
-template <int kVec>
-__device__ __forceinline__ Packed<kVec> get(const void* p, int64_t i, DType dtype) {
-    if constexpr (kVec > 1) return {*reinterpret_cast<const uint4*>(static_cast<const char*>(p) + i * (16 / kVec))};
+template <int kVec, int kBytes = 16>
+__device__ __forceinline__ Packed<kVec, kBytes> get(const void* p, int64_t i, DType dtype) {
+    using Of = Packed<kVec, kBytes>;
+    if constexpr (kVec > 1)
+        return {*reinterpret_cast<const decltype(Of::v)*>(static_cast<const char*>(p) + i * (kBytes / kVec))};
     else if (dtype == DType::f32) return {static_cast<const unsigned*>(p)[i]};
     else return {static_cast<const unsigned short*>(p)[i]};
 }
 
-template <int kVec>
-__device__ __forceinline__ void put(void* p, int64_t i, DType dtype, const Packed<kVec>& packed) {
-    if constexpr (kVec > 1) *reinterpret_cast<uint4*>(static_cast<char*>(p) + i * (16 / kVec)) = packed.v;
+template <int kVec, int kBytes>
+__device__ __forceinline__ void put(void* p, int64_t i, DType dtype, const Packed<kVec, kBytes>& packed) {
+    if constexpr (kVec > 1)
+        *reinterpret_cast<decltype(packed.v)*>(static_cast<char*>(p) + i * (kBytes / kVec)) = packed.v;
     else if (dtype == DType::f32) static_cast<unsigned*>(p)[i] = packed.v;
     else static_cast<unsigned short*>(p)[i] = static_cast<unsigned short>(packed.v);
 }
 
-template <int kVec>
-__device__ __forceinline__ void unpack(const Packed<kVec>& packed, DType dtype, float (&out)[kVec]) {
-    if constexpr (kVec == 4) unpack<DType::f32, 4>({packed.v}, out);
-    else if constexpr (kVec == 8) {
-        if (dtype == DType::bf16) unpack<DType::bf16, 8>({packed.v}, out);
-        else unpack<DType::f16, 8>({packed.v}, out);
+template <int kVec, int kBytes>
+__device__ __forceinline__ void unpack(const Packed<kVec, kBytes>& packed, DType dtype, float (&out)[kVec]) {
+    if constexpr (Packed<kVec, kBytes>::kHalves) {
+        if (dtype == DType::bf16) unpack<DType::bf16, kVec>({packed.v}, out);
+        else unpack<DType::f16, kVec>({packed.v}, out);
+    } else if constexpr (kVec == 4) {
+        unpack<DType::f32, 4>({packed.v}, out);
     } else {
         out[0] = dtype == DType::f32    ? widen<DType::f32>(packed.v)
                  : dtype == DType::bf16 ? widen<DType::bf16>(packed.v)
@@ -142,10 +150,11 @@ __device__ __forceinline__ void unpack(const Packed<kVec>& packed, DType dtype, 
     }
 }
 
-template <int kVec>
-__device__ __forceinline__ Packed<kVec> pack(DType dtype, const float (&v)[kVec]) {
-    if constexpr (kVec == 4) return {pack<DType::f32, 4>(v).v};
-    else if constexpr (kVec == 8) return {dtype == DType::bf16 ? pack<DType::bf16, 8>(v).v : pack<DType::f16, 8>(v).v};
+template <int kVec, int kBytes = 16>
+__device__ __forceinline__ Packed<kVec, kBytes> pack(DType dtype, const float (&v)[kVec]) {
+    if constexpr (Packed<kVec, kBytes>::kHalves)
+        return {dtype == DType::bf16 ? pack<DType::bf16, kVec>(v).v : pack<DType::f16, kVec>(v).v};
+    else if constexpr (kVec == 4) return {pack<DType::f32, 4>(v).v};
     else
         return {dtype == DType::f32    ? narrow<DType::f32>(v[0])
                 : dtype == DType::bf16 ? narrow<DType::bf16>(v[0])

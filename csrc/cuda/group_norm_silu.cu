@@ -4,10 +4,14 @@
 namespace difusores {
 namespace cuda {
 
-// Part of a card may have fewer multiprocessors side by side than a cluster has blocks.
-unsigned group_norm_silu_cluster(int capability, int64_t shared_limit) {
-    if (capability < 90) return 1;
+namespace {
+
+// Part of a card may have fewer multiprocessors side by side than a cluster has blocks. Code for earlier cards, which a
+// driver has compiled anew for this one, has no clusters.
+unsigned most_cluster(int64_t shared_limit) {
     const auto kernel = group_norm_last_tile<8, true>;
+    cudaFuncAttributes compiled{};
+    if (cudaFuncGetAttributes(&compiled, kernel) != cudaSuccess || compiled.ptxVersion < 90) return 1;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     cudaLaunchConfig_t config{};
@@ -23,8 +27,15 @@ unsigned group_norm_silu_cluster(int capability, int64_t shared_limit) {
         int clusters = 0;
         if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0) return blocks;
     }
-    cudaGetLastError();  // of the questions
     return 1;
+}
+
+}  // namespace
+
+unsigned group_norm_silu_cluster(int capability, int64_t shared_limit) {
+    const unsigned blocks = capability < 90 ? 1 : most_cluster(shared_limit);
+    cudaGetLastError();  // of the questions: the next launch is not to report it
+    return blocks;
 }
 
 GroupNormPlan group_norm_silu_plan(const GroupNormSiluArgs& args, bool channels_last, int64_t shared_limit,

@@ -5,9 +5,9 @@
 // The same on sm_90 and later where the blocks of a cluster hold them together: each reads the others' moments from
 // their shared memory, between two barriers of the cluster. Else two kernels: moments of tiles, which many blocks
 // share, and the map; x is read twice (the sum in its place, where it is wanted, so that the residual is read once),
-// with 16 bytes per group and tile between them. 128-bit accesses. Layouts: [N, C, S], a tile is a run of a group; [N,
-// S, C], rows of as many groups as fill a few sectors: there a thread stays in its columns, whose coefficients it keeps
-// in registers.
+// with 16 bytes per group and tile between them. 128-bit accesses, or of 64 bits where those of 128 need several groups
+// side by side that do not fit. Layouts: [N, C, S], a tile is a run of a group; [N, S, C], rows of as many groups as
+// fill a few sectors: there a thread stays in its columns, whose coefficients it keeps in registers.
 //
 // Statistics: a thread takes the mean and the squared deviations of a few elements in registers, two passes, and joins
 // them to its own by Chan's formula; threads and tiles are joined in a fixed order, first the mean, then the deviations
@@ -196,12 +196,14 @@ struct Columns {
 #pragma unroll
         for (int k = 0; k < kVec; ++k) add[k] = param(args.add, tile.n, tile.channel + tile.column + k, 0.0f);
     }
-    __device__ __forceinline__ void map(const GroupNormSiluArgs& args, int64_t i, const Packed<kVec>& packed) const {
+    template <int kBytes>
+    __device__ __forceinline__ void map(const GroupNormSiluArgs& args, int64_t i,
+                                        const Packed<kVec, kBytes>& packed) const {
         float h[kVec];
         unpack<kVec>(packed, args.dtype, h);
 #pragma unroll
         for (int k = 0; k < kVec; ++k) h[k] = act(fmaf(h[k] - center[k], a[k], b[k]), args.silu);
-        put<kVec>(args.y, i, args.dtype, pack<kVec>(args.dtype, h));
+        put<kVec>(args.y, i, args.dtype, pack<kVec, kBytes>(args.dtype, h));
     }
 };
 
@@ -289,7 +291,7 @@ __device__ __forceinline__ void join_columns(const RowTile& tile, float count, c
 }
 
 // The moments of a tile's groups, or of its part of one; of whole groups, or of all of them as a cluster, also y.
-template <int kVec, bool kCluster>
+template <int kVec, bool kCluster, int kBytes = 16>
 __global__ void __launch_bounds__(kCluster ? kClusterThreads : kRowThreads, kCluster ? 1 : 3)
     group_norm_last_tile(const __grid_constant__ GroupNormSiluArgs args, const __grid_constant__ GroupNormPlan plan,
                          float4* partial) {
@@ -300,32 +302,33 @@ __global__ void __launch_bounds__(kCluster ? kClusterThreads : kRowThreads, kClu
     Columns<kVec> own;
     if (tile.active) own.fill_add(args, tile);
     float count = 0.0f, mean[kVec] = {}, m2[kVec] = {};
-    each_rows<kVec>(args, args.x, args.residual, tile,
-                    [&](const Packed<kVec>(&x)[kAhead], const Packed<kVec>(&r)[kAhead], int row, int rows) {
-                        const auto widened = [&](int k, float (&h)[kVec]) {
-                            const int64_t at = row + int64_t{k} * tile.step;
-                            const Packed<kVec> packed =
-                                whole_h<kVec>(args, x[k], r[k], own.add, tile.at + at * args.c + tile.column);
-                            if (plan.whole) put<kVec>(shared.kept, at * tile.width + tile.column, args.dtype, packed);
-                            unpack<kVec>(packed, args.dtype, h);
-                            if (!rounds(args)) {
+    each_rows<kVec, kBytes>(
+        args, args.x, args.residual, tile,
+        [&](const Packed<kVec, kBytes>(&x)[kAhead], const Packed<kVec, kBytes>(&r)[kAhead], int row, int rows) {
+            const auto widened = [&](int k, float (&h)[kVec]) {
+                const int64_t at = row + int64_t{k} * tile.step;
+                const Packed<kVec, kBytes> packed =
+                    whole_h<kVec>(args, x[k], r[k], own.add, tile.at + at * args.c + tile.column);
+                if (plan.whole) put<kVec>(shared.kept, at * tile.width + tile.column, args.dtype, packed);
+                unpack<kVec>(packed, args.dtype, h);
+                if (!rounds(args)) {
 #pragma unroll
-                                for (int j = 0; j < kVec; ++j) h[j] += own.add[j];
-                            }
-                        };
+                    for (int j = 0; j < kVec; ++j) h[j] += own.add[j];
+                }
+            };
 #pragma unroll
-                        for (int k = 0; k < kAhead; k += 2) {
-                            float h[2][kVec];
-                            if (k < rows) widened(k, h[0]);
-                            if (k + 1 < rows) {
-                                widened(k + 1, h[1]);
-                                join_rows<kVec, 2>(h, count + k, mean, m2);
-                            } else if (k < rows) {
-                                join_rows<kVec, 1>(h, count + k, mean, m2);
-                            }
-                        }
-                        count += rows;
-                    });
+            for (int k = 0; k < kAhead; k += 2) {
+                float h[2][kVec];
+                if (k < rows) widened(k, h[0]);
+                if (k + 1 < rows) {
+                    widened(k + 1, h[1]);
+                    join_rows<kVec, 2>(h, count + k, mean, m2);
+                } else if (k < rows) {
+                    join_rows<kVec, 1>(h, count + k, mean, m2);
+                }
+            }
+            count += rows;
+        });
     join_columns<kVec>(tile, count, mean, m2, shared);
     float group_count = static_cast<float>(int64_t{tile.rows} * tile.per_group);
     if constexpr (kCluster) {
@@ -349,7 +352,7 @@ __global__ void __launch_bounds__(kCluster ? kClusterThreads : kRowThreads, kClu
     if (!tile.active) return;
     for (int row = tile.row; row < tile.rows; row += tile.step)
         own.map(args, tile.at + int64_t{row} * args.c + tile.column,
-                get<kVec>(shared.kept, int64_t{row} * tile.width + tile.column, args.dtype));
+                get<kVec, kBytes>(shared.kept, int64_t{row} * tile.width + tile.column, args.dtype));
 }
 
 template <int kVec>
@@ -376,24 +379,28 @@ __global__ void __launch_bounds__(kRowThreads, 3)
     GroupNormSiluArgs again = args;  // h from the sum, if the first kernel wrote it
     if (args.sum) again.residual = nullptr;
     again.sum = nullptr;
-    each_rows<kVec>(args, args.sum ? args.sum : args.x, again.residual, tile,
-                    [&](const Packed<kVec>(&x)[kAhead], const Packed<kVec>(&r)[kAhead], int row, int rows) {
+    each_rows<kVec, 16>(args, args.sum ? args.sum : args.x, again.residual, tile,
+                        [&](const Packed<kVec>(&x)[kAhead], const Packed<kVec>(&r)[kAhead], int row, int rows) {
 #pragma unroll
-                        for (int k = 0; k < kAhead; ++k) {
-                            if (k >= rows) continue;
-                            const int64_t i = tile.at + (row + int64_t{k} * tile.step) * args.c + tile.column;
-                            own.map(args, i, whole_h<kVec>(again, x[k], r[k], own.add, i));
-                        }
-                    });
+                            for (int k = 0; k < kAhead; ++k) {
+                                if (k >= rows) continue;
+                                const int64_t i = tile.at + (row + int64_t{k} * tile.step) * args.c + tile.column;
+                                own.map(args, i, whole_h<kVec>(again, x[k], r[k], own.add, i));
+                            }
+                        });
 }
 
 // --- the choice of instances ---
+
+inline __host__ dim3 grid_of_tiles(const GroupNormSiluArgs& args, const GroupNormPlan& plan) {
+    return {static_cast<unsigned>(args.n * plan.spans * plan.chunks), 1, 1};
+}
 
 // The first kernel: the moments of tiles or, of whole groups, all.
 template <int kVec, class Launch>
 __host__ auto launch_group_norm_tiles(const GroupNormSiluArgs& args, const GroupNormPlan& plan, float4* partial,
                                       const Launch& launch) {
-    const dim3 grid = {static_cast<unsigned>(args.n * plan.spans * plan.chunks), 1, 1};
+    const dim3 grid = grid_of_tiles(args, plan);
     const size_t shared = static_cast<size_t>(plan.shared_bytes);
     const auto go = [&](auto last, auto first, const Launch& as) {
         if (plan.channels_last) return as(last, grid, plan.threads, shared, args, plan, partial);
@@ -410,7 +417,7 @@ __host__ auto launch_group_norm_silu_as(const GroupNormSiluArgs& args, const Gro
                                         const Launch& launch) {
     const auto first = launch_group_norm_tiles<kVec>(args, plan, partial, launch);
     if (plan.whole || !Launch::ok(first)) return first;
-    const dim3 grid = {static_cast<unsigned>(args.n * plan.spans * plan.chunks), 1, 1};
+    const dim3 grid = grid_of_tiles(args, plan);
     if (plan.channels_last) {
         const size_t table = static_cast<size_t>(row_bytes(plan));
         return launch(group_norm_last_map<kVec>, grid, plan.threads, table, args, plan, partial);
@@ -426,6 +433,9 @@ __host__ auto launch_group_norm_silu(const GroupNormSiluArgs& args, const GroupN
                                      const Launch& launch) {
     float4* const moments = static_cast<float4*>(partial);
     if (plan.vec == 8) return launch_group_norm_silu_as<8>(args, plan, moments, launch);
+    if (plan.vec == kNarrowVec && args.dtype != DType::f32)  // whole groups alone
+        return launch(group_norm_last_tile<kNarrowVec, false, 2 * kNarrowVec>, grid_of_tiles(args, plan), plan.threads,
+                      static_cast<size_t>(plan.shared_bytes), args, plan, moments);
     if (plan.vec == 4) return launch_group_norm_silu_as<4>(args, plan, moments, launch);
     return launch_group_norm_silu_as<1>(args, plan, moments, launch);
 }

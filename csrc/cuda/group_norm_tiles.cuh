@@ -9,6 +9,7 @@ constexpr unsigned kNormThreads = 512;  // channels first
 constexpr unsigned kRowThreads = 256;   // channels last: three blocks to a multiprocessor
 constexpr int kAhead = 2;               // vectors that a thread asks for before it uses the first, channels last
 constexpr int kAheadRun = 3;            // the same, channels first
+constexpr int kNarrowVec = 4;           // 16-bit elements of an access of 64 bits
 
 // Of n elements: mean + delta, and the squared deviations from that.
 struct Moments {
@@ -98,16 +99,17 @@ __device__ __forceinline__ float rstd_of(const Moments& moments, float count, do
 __device__ __forceinline__ bool rounds(const GroupNormSiluArgs& args) { return args.residual || args.sum; }
 
 // h of the elements at i, without add where that comes later.
-template <int kVec>
-__device__ __forceinline__ Packed<kVec> whole_h(const GroupNormSiluArgs& args, const Packed<kVec>& x,
-                                                const Packed<kVec>& r, const float (&add)[kVec], int64_t i) {
+template <int kVec, int kBytes>
+__device__ __forceinline__ Packed<kVec, kBytes> whole_h(const GroupNormSiluArgs& args, const Packed<kVec, kBytes>& x,
+                                                        const Packed<kVec, kBytes>& r, const float (&add)[kVec],
+                                                        int64_t i) {
     if (!rounds(args)) return x;
     float h[kVec], other[kVec] = {};
     unpack<kVec>(x, args.dtype, h);
     if (args.residual) unpack<kVec>(r, args.dtype, other);
 #pragma unroll
     for (int k = 0; k < kVec; ++k) h[k] = h[k] + add[k] + other[k];
-    const Packed<kVec> packed = pack<kVec>(args.dtype, h);
+    const Packed<kVec, kBytes> packed = pack<kVec, kBytes>(args.dtype, h);
     if (args.sum) put<kVec>(args.sum, i, args.dtype, packed);
     return packed;
 }
@@ -197,19 +199,19 @@ struct RowTile {
 };
 
 // use(kCount rows as packed x and residual, the first row) for the rows of the thread.
-template <int kVec, class Use>
+template <int kVec, int kBytes, class Use>
 __device__ __forceinline__ void each_rows(const GroupNormSiluArgs& args, const void* x, const void* residual,
                                           const RowTile& tile, const Use& use) {
     if (!tile.active) return;
     for (int row = tile.row; row < tile.rows; row += kAhead * tile.step) {
-        Packed<kVec> from_x[kAhead], from_r[kAhead];
+        Packed<kVec, kBytes> from_x[kAhead], from_r[kAhead];
         int count = 0;
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
             if (row + k * tile.step >= tile.rows) continue;
             const int64_t i = tile.at + (row + int64_t{k} * tile.step) * args.c + tile.column;
-            from_x[k] = get<kVec>(x, i, args.dtype);
-            if (residual) from_r[k] = get<kVec>(residual, i, args.dtype);
+            from_x[k] = get<kVec, kBytes>(x, i, args.dtype);
+            if (residual) from_r[k] = get<kVec, kBytes>(residual, i, args.dtype);
             count = k + 1;
         }
         use(from_x, from_r, row, count);
@@ -220,6 +222,7 @@ __device__ __forceinline__ void each_rows(const GroupNormSiluArgs& args, const v
 
 constexpr int64_t kTileBytes = 32 << 10;     // of a tile that is not a whole group, at least
 constexpr int64_t kSpanBytes = 64;           // of a row of a tile, channels last, at least, if the channels allow it
+constexpr int64_t kNarrowBytes = 32;         // the same in accesses of 64 bits, which take one group where 128 need two
 constexpr int64_t kRowTileBytes = 16 << 10;  // the same, channels last
 constexpr int64_t kWholeBytes = 48 << 10;    // of a whole group, channels last, at most: one block has all its work
 constexpr int64_t kTableChannels = 1024;     // of a tile, channels first, about, where it is not a whole group
@@ -340,6 +343,15 @@ inline __host__ void plan_rows(const GroupNormSiluArgs& args, int64_t shared_lim
         plan.cluster = cluster_of(args.s, 1, most_cluster, fits, small);
         plan.whole = plan.cluster > 1, plan.chunk = up(args.s, plan.cluster);
         if (plan.whole) set(kSpanBytes, threads(plan.chunk));
+    }
+    if (!plan.whole && plan.vec == 8) {
+        const GroupNormPlan wide = plan;
+        plan.vec = kNarrowVec;
+        set(kNarrowBytes, kRowThreads);
+        const int64_t narrow = args.s * plan.span * size;
+        plan.whole =
+            plan.parts == 1 && narrow <= kWholeBytes && plan.shared_bytes + narrow + kStaticShared <= shared_limit;
+        if (!plan.whole) plan = wide;
     }
     if (plan.whole) {
         plan.shared_bytes += plan.chunk * plan.span * size;

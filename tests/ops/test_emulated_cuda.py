@@ -326,7 +326,7 @@ class TestGroupNormSiluBackward(UnderItsOwnName):
     [
         # SD 1.5's first level, of one image and fewer channels: 80 KB of a group, which four blocks share
         ((1, 20, 64, 64), 2, "contiguous", 227 << 10, {"whole": True, "vec": 8, "cluster": 4, "chunks": 4}),
-        ((1, 4, 64, 64), 2, "contiguous", 227 << 10, {"whole": True, "cluster": 1, "chunks": 1}),
+        ((1, 4, 64, 64), 2, "contiguous", 227 << 10, {"whole": True, "chunks": 1, "vec": 8}),
         ((1, 20, 64, 64), 2, "contiguous", 8 << 10, {"whole": False, "chunks": 3, "partials": 6}),
         ((1, 80, 64, 64), 8, "channels_last", 24 << 10, {"whole": False, "vec": 8, "chunks": 25}),
         ((1, 160, 16, 16), 4, "channels_last", 99 << 10, {"whole": True, "spans": 4, "groups_in_span": 1}),
@@ -343,12 +343,21 @@ class TestGroupNormSiluBackward(UnderItsOwnName):
         ((1, 510, 3, 2), 2, "channels_last", 6 << 10, {"cluster": 2, "chunk": 3, "vec": 1}),
         ((1, 20, 64, 64), 2, "contiguous", 64 << 10, {"cluster": 2, "chunk": 20480, "vec": 8}),
         ((2, 10, 33, 31), 2, "contiguous", 3 << 10, {"cluster": 8, "chunk": 640, "vec": 1}),
+        # a device without clusters: 20 channels in accesses of 64 bits; 128 would take two groups, 80 KB
+        ((1, 40, 32, 32), 2, "channels_last", 163 << 10, {"cluster": 1, "whole": True, "vec": 4, "span": 20}),
     ],
     ids=str,
 )
 def test_how_group_norm_is_cut(
-    shape: Any, groups: int, layout: str, limit: int, plan: dict[str, int], check: Any
+    shape: Any,
+    groups: int,
+    layout: str,
+    limit: int,
+    plan: dict[str, int],
+    check: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(emulated, "CLUSTER", 1 if plan.get("cluster") == 1 else emulated.CLUSTER)
     call = NORM.make(shape, torch.float16, layout, NORM.OPTIONS["all"])
     found = emulated.GroupNormPlan()
     per_image = ("x", "scale", "shift", "add", "residual")
@@ -581,3 +590,15 @@ def test_how_attention_is_cut(length: int, keys: int, width: int, limit: int, pl
     dtype = torch.float32 if width < 0 else torch.float16
     found = emulated.attention_plan(2, 8, length, keys, abs(width), limit << 10, dtype)
     assert {name: getattr(found, name) for name in plan} == plan
+
+
+@pytest.mark.parametrize("op", emulated.OPS)
+def test_the_compiler_and_the_emulation_make_the_same_kernels(op: str) -> None:
+    """Of templates; wgmma has no emulation."""
+    prefix = "group_norm" if op.startswith("group_norm") else op
+    path = emulated.library(prefix.replace("group_norm", "group_norm_silu"))._name
+    listing = cuda_budget.output_of("nm", "-D", "-C", "--defined-only", path)
+    defined = {cuda_budget.shortened(line.split(maxsplit=2)[2]) for line in listing.splitlines()}
+    budget = {name for name in BUDGET["sm_80"] if name.startswith(prefix) and "wgmma" not in name}
+    kernels = {name.split("<")[0] for name in budget}
+    assert {name for name in defined if name.split("<")[0] in kernels} == budget
