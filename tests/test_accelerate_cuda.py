@@ -111,9 +111,9 @@ def test_shortcuts_that_add(library: str, variant: str, monkeypatch: pytest.Monk
     sums: list[bool] = []
     linear = cuda_blocks.linear
 
-    def watched(*args: Any, residual: Tensor) -> Any:
+    def watched(*args: Any, **residual: Tensor) -> Any:
         sums.append(True)
-        return linear(*args, residual=residual)
+        return linear(*args, **residual)
 
     monkeypatch.setattr(cuda_blocks, "linear", watched)
     model = make(library, variant)

@@ -97,7 +97,7 @@ def test_a_whole_decoder() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("library", [difusores, diffusers], ids=lambda library: str(library.__name__))
 def test_an_accelerated_unet_within_its_budget(library: Any) -> None:
-    """A step of Stable Diffusion 1.5."""
-    count = gpu_model.trace(library, "sd15", accelerated=True)
+    """A step of Stable Diffusion 1.5; on sm_80, which reads some groups twice that a cluster reads once."""
+    count = gpu_model.trace(library, "sd15", accelerated=True, arch="80")
     assert count.launches.total() <= 420
     assert count.bytes.total() <= 1.10 * LEAST_OF_SD15

@@ -71,8 +71,9 @@ class CudaResnetForward(ResnetForward):
         h = apply_conv(m.conv1, h, Surroundings(norm, bias=not without))
         if self._shortcut_adds(x, h):
             h = apply_conv(m.conv2, h, Surroundings(m.norm2, modulation, bias=False))
-            weight, bias = m.conv_shortcut.weight.flatten(1), m.conv_shortcut.bias + m.conv2.bias
-            return as_image(linear(as_tokens(x), weight, bias, residual=as_tokens(h)), h)
+            weight, bias = m.conv_shortcut.weight.flatten(1), m.conv_shortcut.bias
+            out = linear(as_tokens(x), weight, bias, residual=as_tokens(h), residual_bias=m.conv2.bias)
+            return as_image(out, h)
         skip = x if m.conv_shortcut is None else apply_conv(m.conv_shortcut, x)
         last = Surroundings(m.norm2, modulation, residual=skip, scale=1 / m.output_scale_factor)
         return apply_conv(m.conv2, h, last)

@@ -102,6 +102,12 @@ _OP = torch.ops.difusores.bias_residual.default
 _OP_IN_PLACE = torch.ops.difusores.bias_residual_.default
 
 
+def _channels_last(x: Tensor) -> bool:
+    if x.ndim == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
+
+
 def supports(
     backend: str, x: Tensor, bias: Tensor | None, add: Tensor | None, residual: Tensor | None
 ) -> str | None:
@@ -113,9 +119,9 @@ def supports(
             return f"the kernel takes parameters in float32 or {x.dtype}, not {p.dtype}"
     if x.ndim > 5:
         return f"the kernel takes at most 5 dimensions, not {x.ndim}"
-    if not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
+    if not (x.is_contiguous() or _channels_last(x)):
         return "the kernel takes contiguous and channels_last tensors, not other strides"
-    if x.numel() and x[0].numel() >= 2**30:
+    if x.numel() >= 2**30 and x[0].numel() >= 2**30:
         return f"the kernel takes images below 2**30 elements, not {x[0].numel()}"
     if residual is not None and residual.stride() != x.stride():
         return "the kernel takes a residual of x's strides"

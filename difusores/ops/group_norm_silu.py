@@ -356,7 +356,7 @@ def group_norm_silu(
     y: Tensor
     total: Tensor
     only_x = return_sum and add is None and residual is None
-    if straight_to_cpu(x, weight, bias, scale, shift, add, residual):
+    if x.is_cpu and straight_to_cpu(x, weight, bias, scale, shift, add, residual):
         before = (x, num_groups, weight, bias, eps, silu, scale, shift, add, residual)
         try:
             with torch._C._AutoDispatchBelowAutograd():

@@ -1,10 +1,10 @@
 """A linear layer with what follows it: GEGLU, and a residual.
 
     y = x Wᵀ + b                          or  (x W₁ᵀ + b₁) * GELU(x W₂ᵀ + b₂),  W = [W₁; W₂]
-    y = y + residual
+    y = y + residual + residual_bias
 
 Shazeer 2020, "GLU Variants Improve Transformer". A matrix library adds a bias at best; what else follows
-reads and writes its result once more.
+reads and writes its result once more. `residual_bias` is what a layer before left out of the residual.
 """
 
 from __future__ import annotations
@@ -19,18 +19,30 @@ from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, 
 from difusores.ops.geglu import geglu as geglu_op
 from difusores.ops.geglu import reference as geglu_reference
 
-_SIGNATURE = "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool geglu) -> Tensor"
+_SIGNATURE = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool geglu, Tensor? residual_bias=None)"
+    " -> Tensor"
+)
 LIBRARY.define("linear" + _SIGNATURE)
 _TRITON_OP = register_triton("linear", _SIGNATURE)
 register("linear", "triton")
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geglu: bool) -> Tensor:
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geglu: bool,
+    residual_bias: Tensor | None = None,
+) -> Tensor:
     """The op in plain PyTorch."""
     out = F.linear(x, weight, bias)
     if geglu:
         out = geglu_reference(out, "none")
-    return out if residual is None else out + residual
+    if residual is not None:
+        out = out + residual
+    return out if residual_bias is None else out + residual_bias
 
 
 LIBRARY.impl("linear", reference, "CompositeExplicitAutograd")
@@ -38,13 +50,20 @@ LIBRARY.impl("linear", reference, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("difusores::linear", lib=LIBRARY)  # type: ignore[untyped-decorator]
 @torch.library.register_fake("difusores::linear_triton", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geglu: bool) -> Tensor:
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geglu: bool,
+    residual_bias: Tensor | None = None,
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0] // (2 if geglu else 1)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, residual, ctx.geglu = inputs
-    ctx.has_residual = residual is not None
+    x, weight, bias, residual, ctx.geglu, residual_bias = inputs
+    ctx.has_residual, ctx.has_residual_bias = residual is not None, residual_bias is not None
     ctx.save_for_backward(x, weight, bias)
 
 
@@ -58,7 +77,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows = inner.flatten(0, -2)
     grad_bias = None if bias is None else rows.sum(0)
     grad_weight = rows.t() @ x.flatten(0, -2)
-    return inner @ weight, grad_weight, grad_bias, grad if ctx.has_residual else None, None
+    grad_residual = grad if ctx.has_residual else None
+    grad_residual_bias = grad.flatten(0, -2).sum(0) if ctx.has_residual_bias else None
+    return inner @ weight, grad_weight, grad_bias, grad_residual, None, grad_residual_bias
 
 
 for _name in ("linear", "linear_triton"):
@@ -94,14 +115,22 @@ def tile(rows: int, columns: int, geglu: bool) -> tuple[Tile, int]:
 
 
 def supports(
-    backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geglu: bool
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geglu: bool,
+    residual_bias: Tensor | None = None,
 ) -> str | None:
     """None if `backend` takes this call, else the reason in words."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"the kernel takes bfloat16 and float16, not {x.dtype}"
     if residual is None and not geglu:
         return "nothing follows the product, which PyTorch computes in one launch"
-    if weight.dtype is not x.dtype or (bias is not None and bias.dtype not in (x.dtype, torch.float32)):
+    if weight.dtype is not x.dtype or any(
+        p is not None and p.dtype not in (x.dtype, torch.float32) for p in (bias, residual_bias)
+    ):
         return f"the kernel takes a weight in {x.dtype} and a bias in that or float32"
     out, depth = weight.shape[0] // (2 if geglu else 1), weight.shape[1]
     if depth % 16 or out % 16 or weight.stride(1) != 1:
@@ -125,15 +154,17 @@ def linear(
     bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,
+    residual_bias: Tensor | None = None,
     geglu: bool = False,
 ) -> Tensor:
-    """x Wᵀ + bias, or GEGLU of it, plus the residual.
+    """x Wᵀ + bias, or GEGLU of it, plus the residual and its bias.
 
     Args:
         x: [..., K]; fp32, bf16, fp16, fp64.
         weight: [D, K], or [2 D, K] with `geglu`: value above gate.
         bias: as long as the weight's rows, or None.
         residual: [..., D] in x's dtype, or None.
+        residual_bias: [D] in x's dtype or fp32, what the residual still lacks, or None.
         geglu: whether the first half of the product is multiplied by GELU (by erf) of the second.
 
     Returns:
@@ -142,9 +173,9 @@ def linear(
     Raises:
         ValueError: shapes or dtypes that do not fit, named.
     """
-    _check(x, weight, bias, residual, geglu)
-    call = (x, weight, bias, residual, geglu)
-    records = needs_grad(x, weight, bias, residual)
+    _check(x, weight, bias, residual, geglu, residual_bias)
+    call = (x, weight, bias, residual, geglu, residual_bias)
+    records = needs_grad(x, weight, bias, residual, residual_bias)
     if choose("linear", x.device.type, supports, *call) != "reference":
         out: Tensor = _TRITON_OP(*call) if records else below_autograd(_TRITON_OP, *call)
         return out
@@ -153,10 +184,19 @@ def linear(
     out = F.linear(x, weight, bias)
     if geglu:
         out = geglu_op(out)
-    return out if residual is None else out.add_(residual)
+    if residual is not None:
+        out = out.add_(residual)
+    return out if residual_bias is None else out.add_(residual_bias)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geglu: bool) -> None:
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geglu: bool,
+    residual_bias: Tensor | None,
+) -> None:
     if x.ndim < 2 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x [..., K] and weight [D, K] do not fit: got {tuple(x.shape)} and {tuple(weight.shape)}"
@@ -172,3 +212,5 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
         raise ValueError(
             f"residual must be {shape} in {x.dtype}, got {tuple(residual.shape)} in {residual.dtype}"
         )
+    if residual_bias is not None and residual_bias.shape != shape[-1:]:
+        raise ValueError(f"residual_bias must have shape [{shape[-1]}], got {tuple(residual_bias.shape)}")

@@ -18,16 +18,19 @@ def case(dtype: torch.dtype, geglu: bool) -> dict[str, Any]:
         "weight": torch.randn(16 if geglu else 8, 12).to(dtype),
         "bias": torch.randn(16 if geglu else 8).to(dtype),
         "residual": torch.randn(2, 5, 8).to(dtype),
+        "residual_bias": torch.randn(8).to(dtype),
         "geglu": geglu,
     }
 
 
-def formula(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, geglu: bool) -> Tensor:
+def formula(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, residual_bias: Tensor, geglu: bool
+) -> Tensor:
     out = F.linear(x, weight, bias)
     if geglu:
         value, gate = out.chunk(2, dim=-1)
         out = value * F.gelu(gate)
-    return out + residual
+    return out + residual + residual_bias
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -47,9 +50,13 @@ def test_gradients(geglu: bool) -> None:
     call = case(torch.float64, geglu)
     tensors = tuple(v.requires_grad_() for v in call.values() if isinstance(v, Tensor))
     op = torch.ops.difusores.linear.default
-    assert torch.autograd.gradcheck(lambda *t: op(*t, geglu), tensors)
-    assert torch.autograd.gradcheck(lambda *t: ops.linear(*t[:3], residual=t[3], geglu=geglu), tensors)
-    torch.library.opcheck(op, (*tensors, geglu))
+    assert torch.autograd.gradcheck(lambda *t: op(*t[:4], geglu, t[4]), tensors)
+
+    def public(*t: Tensor) -> Tensor:
+        return ops.linear(*t[:3], residual=t[3], residual_bias=t[4], geglu=geglu)
+
+    assert torch.autograd.gradcheck(public, tensors)
+    torch.library.opcheck(op, (*tensors[:4], geglu, tensors[4]))
 
 
 def test_bad_input_is_named() -> None:
@@ -60,6 +67,7 @@ def test_bad_input_is_named() -> None:
         (lambda: ops.linear(x, weight, torch.zeros(5)), r"bias must have shape \[6\], got \(5,\)"),
         (lambda: ops.linear(x, weight, residual=torch.zeros(2, 3)), r"residual must be \(2, 6\)"),
         (lambda: ops.linear(x, weight, residual=torch.zeros(2, 6).half()), "got .* in torch.float16"),
+        (lambda: ops.linear(x, weight, residual_bias=torch.zeros(2)), r"residual_bias must have shape \[6\]"),
     ):
         with pytest.raises(ValueError, match=words):
             call()

@@ -236,14 +236,16 @@ def test_linear(
     for dtype in HALF[: 2 if math.prod(rows) < 300 else 1]:
         x, weight = torch.randn(*rows, depth).to(dtype), torch.randn(width * (1 + geglu), depth).to(dtype)
         bias, residual = torch.randn(len(weight)).to(dtype), torch.randn(*rows, width).to(dtype)
-        calls: list[tuple[Any, ...]] = [(x, weight, bias, residual, geglu)]
-        calls += [(x, weight, None, None, True)] if geglu else [(x, weight, bias.float(), residual, False)]
+        calls: list[tuple[Any, ...]] = [(x, weight, bias, residual, geglu, None)]
+        calls += [(x, weight, None, None, True, None)] if geglu else []
+        calls += [] if geglu else [(x, weight, bias.float(), residual, False, torch.randn(width).to(dtype))]
         for call in calls:
-            got = ops.linear(*call[:3], residual=call[3], geglu=geglu)
+            more = {"residual": call[3], "residual_bias": call[5], "geglu": geglu}
+            got = ops.linear(*call[:3], **more)
             eager = linear_op.reference(*(t.to(dtype) if isinstance(t, Tensor) else t for t in call))
             exact = linear_op.reference(*(t.double() if isinstance(t, Tensor) else t for t in call))
             check(got, eager, exact)
-            assert torch.equal(ops.linear(*call[:3], residual=call[3], geglu=geglu), got)
+            assert torch.equal(ops.linear(*call[:3], **more), got)
         strided = torch.cat((x, x), dim=-1)[..., :depth]
         wide_residual = torch.cat((residual, residual), dim=-1)[..., width:]
         want = ops.linear(x, weight, bias, residual=residual, geglu=geglu)

@@ -1,4 +1,4 @@
-"""A matrix product with its bias, GEGLU and residual, x Wᵀ + b … + residual (formula: ops/linear.py).
+"""A matrix product with its bias, GEGLU, residual and the residual's bias (formula: ops/linear.py).
 
 A program computes a tile of the result over the whole depth, BLOCK_K at a time, with fp32 sums on matrix
 units; for GEGLU two sums over the same rows of x, so that the pair of a value and its gate never leaves the
@@ -45,6 +45,7 @@ def linear(
     weight,
     bias,
     residual,
+    residual_bias,
     y,
     rows,
     columns,
@@ -86,6 +87,8 @@ def linear(
         if bias is not None:
             gate += tl.load(bias + columns + column, inside, other=0.0).to(tl.float32)[None, :]
         total *= gate * (0.5 + 0.5 * tl.erf(gate * 0.7071067811865476))
+    if residual_bias is not None:
+        total += tl.load(residual_bias + column, inside, other=0.0).to(tl.float32)[None, :]
     real = (row < rows)[:, None] & inside[None, :]
     wide = row.to(tl.int64)[:, None]
     if residual is not None:
@@ -94,7 +97,14 @@ def linear(
     tl.store(y + wide * columns + column[None, :], total.to(y.dtype.element_ty), real)
 
 
-def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geglu: bool) -> Tensor:
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geglu: bool,
+    residual_bias: Tensor | None = None,
+) -> Tensor:
     columns, depth = weight.shape[0] // (2 if geglu else 1), weight.shape[1]
     y = x.new_empty((*x.shape[:-1], columns))
     if y.numel() == 0:
@@ -111,7 +121,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
         linear,
         programs,
         x,
-        *(flat, weight, bias, added, y, rows, columns, depth),
+        *(flat, weight, bias, added, residual_bias, y, rows, columns, depth),
         *(flat.stride(0), weight.stride(0), 0 if added is None else added.stride(0)),
         GEGLU=geglu,
         EVEN=depth % BLOCK_K == 0,
