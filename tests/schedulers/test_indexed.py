@@ -275,7 +275,11 @@ def constructed(package: Any, name: str, option: dict[str, Any]) -> Any:
         arguments["num_train_timesteps"] = 1000
     if option.get("grid"):
         arguments[option_of(option["grid"])] = True
-    return getattr(package, name)(**arguments)
+    cls = getattr(package, name)
+    whole = cls.set_timesteps
+    # Some of diffusers begin with a run of all timesteps, which takes them most of a second.
+    with mock.patch.object(cls, "set_timesteps", lambda scheduler, *_: whole(scheduler, 2)):
+        return cls(**arguments)
 
 
 def generator_of(option: dict[str, Any], batch: int, seed: int) -> Any:
