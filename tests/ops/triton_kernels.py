@@ -239,17 +239,20 @@ def test_linear(
         calls: list[tuple[Any, ...]] = [(x, weight, bias, residual, geglu, None)]
         calls += [(x, weight, None, None, True, None)] if geglu else []
         calls += [] if geglu else [(x, weight, bias.float(), residual, False, torch.randn(width).to(dtype))]
+        results = []
         for call in calls:
             more = {"residual": call[3], "residual_bias": call[5], "geglu": geglu}
             got = ops.linear(*call[:3], **more)
             eager = linear_op.reference(*(t.to(dtype) if isinstance(t, Tensor) else t for t in call))
             exact = linear_op.reference(*(t.double() if isinstance(t, Tensor) else t for t in call))
             check(got, eager, exact)
-            assert torch.equal(ops.linear(*call[:3], **more), got)
+            if not dispatch.interpreted():  # numpy gives the same bits twice
+                assert torch.equal(ops.linear(*call[:3], **more), got)
+            results.append(got)
         strided = torch.cat((x, x), dim=-1)[..., :depth]
         wide_residual = torch.cat((residual, residual), dim=-1)[..., width:]
-        want = ops.linear(x, weight, bias, residual=residual, geglu=geglu)
-        assert torch.equal(ops.linear(strided, weight, bias, residual=wide_residual, geglu=geglu), want)
+        got = ops.linear(strided, weight, bias, residual=wide_residual, geglu=geglu)
+        assert torch.equal(got, results[0])
 
 
 @pytest.mark.parametrize("tile", [*linear_op.TILES, *linear_op.GEGLU_TILES], ids=str)
