@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from difusores import AutoencoderKL, UNet2DConditionModel
 
@@ -35,9 +35,11 @@ def pair(name: str, config: dict[str, Any], ours: type) -> tuple[Any, Any]:
     with torch.device("meta"):
         theirs, mine = getattr(diffusers, name)(**config).eval(), ours(**config).eval()
     theirs.to_empty(device="cpu")
+    numbers = torch.rand(1 << 20) * 2 - 1  # again and again: drawing hundreds of millions takes seconds
     for parameter in theirs.parameters():
         scale = 1.0 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
-        nn.init.uniform_(parameter, -scale, scale)
+        for part in parameter.detach().view(-1).split(len(numbers) - 1):  # a row is not the one before
+            torch.mul(numbers[: len(part)], scale, out=part)
     mine.load_state_dict(theirs.state_dict(), assign=True)
     return theirs, mine
 
