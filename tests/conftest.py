@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import re
@@ -29,10 +30,16 @@ ALLOWED_SKIPS = re.compile(
 )
 
 
+gc.disable()  # while tests are collected, of which all is kept: a sixth of that time
+
+
 def pytest_configure() -> None:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:  # they share the cores
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    if not torch.accelerator.is_available():
+        # PyTorch's own writes down the stack for each kind of device that might yet come: milliseconds.
+        torch.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which determinism asks for on a GPU
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -40,6 +47,20 @@ def pytest_configure() -> None:
         from difusores import _C
 
         _C.poison_outputs(True)  # the memory of a step's results, which is not PyTorch's
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first: one that is begun last has the other processes wait."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what the modules of PyTorch and of the tests hold is not looked through again and again
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # or extensions report leaks
 
 
 @pytest.fixture(autouse=True)

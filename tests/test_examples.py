@@ -150,6 +150,7 @@ def test_unconditional(ddpm: Path, tmp_path: Path) -> None:
         assert abs(ours[name] - theirs).max() <= 1.5 / 255, name
 
 
+@pytest.mark.slow
 def test_stable_diffusion(stable_diffusion: Path, tmp_path: Path) -> None:
     ours = run(EXAMPLES / "stable_diffusion.py", "difusores", stable_diffusion, tmp_path / "ours")
     assert ours.keys() == {"by_hand", "by_pipeline", "unchecked", "other_decoder"}

@@ -75,6 +75,7 @@ def test_environment() -> None:
     assert unknown.returncode != 0 and "unknown backend 'fast'" in unknown.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not NATIVE, reason=native.status("cpu") or "")
 @pytest.mark.parametrize("isa", native.ISA_LEVELS)
 def test_isa_levels(isa: str) -> None:

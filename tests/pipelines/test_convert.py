@@ -158,6 +158,7 @@ def wheel() -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_terrain_against_onnx_runtime(wheel: Path, tmp_path: Path) -> None:
     """Five difficulties at four noise levels: weights that this project did not train, to 1e-5."""
     import onnxruntime

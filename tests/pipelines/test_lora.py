@@ -269,6 +269,7 @@ def test_one_adapter_in_the_place_of_another(pipeline: Any) -> None:
     assert_close(sample(pipeline), sample(by_hand(pipeline, (one, 0.7), (three, 0.4))))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_unet_and_two_threads(pipeline: Any) -> None:
     """Adapters act in a compiled model as in a plain one, and a scale is its own thread's."""

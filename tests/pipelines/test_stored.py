@@ -88,6 +88,7 @@ def test_on_a_gpu(name: str, tmp_path: Path) -> None:
     assert (found - STORED[name]).abs().max() < 2e-3
 
 
+@pytest.mark.slow
 def test_nothing_needs_diffusers() -> None:
     """The tests with stored outputs pass in a process that cannot import it; for others see conftest.py."""
     files = [str(TESTS / "pipelines" / name) for name in ("test_stored.py", "test_adm.py")]
