@@ -16,8 +16,10 @@ endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 GENERATE := $(BIN)/python -m difusores generate --model bundled:digits --num 36 --steps 25 --seed 1
-# a process for each core, up to eight, which share the cores (tests/conftest.py)
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+# a process for each core, up to eight, which share the cores (tests/conftest.py) and take work from each other
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+# where ops answer; other tests meet what is compiled nowhere, or in processes that choose for themselves
+CORE := tests/ops tests/models tests/schedulers tests/pipelines $(addprefix tests/test_,accelerate.py approximate.py functional.py)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.cpp tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp benchmarks/*.cpp)
 
 stop = { printf '\n%s\n' $(1) >&2; exit 1; }
@@ -81,7 +83,7 @@ test: .venv/test.stamp
 	@$(PYTEST)
 
 test-core: .venv/test.stamp
-	@DIFUSORES_DISABLE=1 $(PYTEST) -m 'not slow'
+	@DIFUSORES_DISABLE=1 $(PYTEST) -m 'not slow' $(CORE)
 
 test-cpp: .venv/tools.stamp
 	@$(BIN)/cmake -S . -B build/cpp-tests -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
