@@ -363,12 +363,12 @@ def joined(images: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(images))
 
 
-def masked(mask: Tensor, known: Tensor, unknown: Tensor) -> Tensor:
+def masked(mask: Tensor, known: Tensor, unknown: Tensor, *, out: Tensor | None = None) -> Tensor:
     """`known` where the mask is 1, `unknown` where it is 0, between them in proportion.
 
-    mask: of any dtype, broadcast. known, unknown: of one shape and dtype.
+    mask: of any dtype, broadcast. known, unknown: of one shape and dtype. out: may be `unknown` itself.
     """
-    return torch.lerp(unknown, known, mask.to(unknown.device, unknown.dtype))
+    return torch.lerp(unknown, known, mask.to(unknown.device, unknown.dtype), out=out)
 
 
 def philox_keys(

@@ -116,7 +116,9 @@ class RePaintScheduler(DiscreteScheduler):
             cached = self._cache((t, eta), stage)
         image = original_image.expand(sample.shape)
         (made_up, x0, known), _ = advance(cached, model_output, sample, generator, slots=(image,))
-        result = masked(mask, known, made_up), x0
+        # in its own place: a new tensor of a large image costs as much in page faults as in bytes
+        place = None if made_up.requires_grad or mask.requires_grad else made_up
+        result = masked(mask, known, made_up, out=place), x0
         return RePaintSchedulerOutput(*result) if return_dict else result
 
     def undo_step(self, sample: Tensor, timestep: int | Tensor, generator: Generators = None) -> Tensor:

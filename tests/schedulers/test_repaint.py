@@ -109,3 +109,21 @@ def test_another_eta_may_be_assigned() -> None:
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     ours = difusores.RePaintScheduler()
     assert ours.eta == 0.0 and ours.config.eta == 0.0
+
+
+@pytest.mark.parametrize("wanted", ["sample", "mask"])
+def test_gradients_pass(wanted: str) -> None:
+    scheduler = difusores.RePaintScheduler()
+    scheduler.set_timesteps(10)
+    output, sample, image = torch.randn(3, 2, 3, 4, 4, generator=torch.Generator().manual_seed(1)).unbind()
+    given = {"sample": sample, "mask": torch.full((2, 1, 4, 4), 0.5)}
+    given[wanted].requires_grad_()
+    result = scheduler.step(
+        output,
+        scheduler.timesteps[2],
+        original_image=image,
+        generator=torch.Generator().manual_seed(2),
+        **given,
+    )
+    result.prev_sample.sum().backward()
+    assert given[wanted].grad.abs().sum() > 0
