@@ -17,7 +17,8 @@ has packed for this very shape, ours with weights as they are and packed; and ha
 norm, SiLU, convolution, residual) by group_norm_silu + oneDNN and by group_norm_affine + ours.
 
 gemm_conv, as a linear layer with a bias: `F.linear` (MKL), oneDNN with packed weights, ours with packed
-weights, in GFLOP/s, and ours as a share of the multiply-adds that peak.py measures.
+weights, in GFLOP/s, beside the multiply-adds of peak.cpp, which take turns with them: the processor's speed
+moves. Shares are of those.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peak import fma_peak
+from peak import fma_round
 from timing import interleave, stamp
 from torch import Tensor
 
@@ -304,45 +305,49 @@ LINEARS = [
 ]
 
 
-def linear(shape: tuple[int, int, int], seconds: float, clock: Callable[[], float], peak: float) -> Any:
+def linear(
+    shape: tuple[int, int, int], seconds: float, clock: Callable[[], float], adds: Callable[[], float]
+) -> dict[str, Any]:
     m, k, n = shape
     torch.manual_seed(0)
     x, weight, bias = torch.randn(m, k), torch.randn(n, k) / k**0.5, torch.randn(n)
     image, kernel = x.t()[None, :, :, None], weight[:, :, None, None]
     packed = pack_for_gemm(kernel)
     onednn = torch.ops.mkldnn._reorder_linear_weight(weight)
-    contestants: dict[str, Callable[[], Tensor]] = {
+    products: dict[str, Callable[[], Tensor]] = {
         "mkl": lambda: F.linear(x, weight, bias),
         "onednn": lambda: torch.ops.mkldnn._linear_pointwise(x, onednn, bias, "none", [], ""),
         "ours": lambda: gemm_conv(image, kernel, bias, packed=packed)[0, :, :, 0].t(),
     }
     exact = F.linear(x.double(), weight.double(), bias.double())
-    errors = {name: distance(call(), exact) for name, call in contestants.items()}
+    errors = {name: distance(call(), exact) for name, call in products.items()}
     if not errors["ours"] <= 1e-6:
         raise SystemExit(f"gemm_conv {shape}: error {errors['ours']:.1e}; not timed")
     with ops.use_backend("cpu"):  # an error, and not the reference, where the module lacks it
-        times = interleave(contestants, seconds=seconds, clock=clock)
-    gflops = {name: 2e-9 * m * k * n / t for name, t in times.items()}
+        times = interleave({**products, "peak": adds}, seconds=seconds, clock=clock)
+    peak = 1e-9 * adds() / times["peak"]
+    gflops = {name: 2e-9 * m * k * n / times[name] for name in products}
     return {
         "op": "gemm_conv",
         "shape": list(shape),
+        "peak_gflops": peak,
         **{f"{name}_gflops": figure for name, figure in gflops.items()},
+        **{f"{name}_share": figure / peak for name, figure in gflops.items()},
         **{f"{name}_error": e for name, e in errors.items()},
-        "share": gflops["ours"] / peak,
     }
 
 
 def print_linears(seconds: float, clock: Callable[[], float]) -> list[dict[str, Any]]:
     """One line per shape as it is measured."""
-    peak = fma_peak(torch.get_num_threads())["fp32"]
-    print(f"gemm_conv, GFLOP/s; {peak} of multiply-adds")
-    print(f"{'M x K x N':18} {'MKL':>6} {'oneDNN':>6} {'ours':>6} share")
+    adds, names = fma_round(torch.get_num_threads()), ("mkl", "onednn", "ours")
+    print("gemm_conv, GFLOP/s (share of the multiply-adds)")
+    print(f"{'M x K x N':18} {'peak':>6} {'MKL':>11} {'oneDNN':>11} {'ours':>11}")
     rows = []
     for shape in LINEARS:
-        row = linear(shape, seconds, clock, peak)
+        row = linear(shape, seconds, clock, adds)
         rows.append(row)
-        figures = " ".join(f"{row[f'{name}_gflops']:6.0f}" for name in ("mkl", "onednn", "ours"))
-        print(f"{'x'.join(map(str, shape)):18} {figures} {row['share']:5.2f}", flush=True)
+        figures = " ".join(f"{row[f'{name}_gflops']:4.0f} ({row[f'{name}_share']:4.2f})" for name in names)
+        print(f"{'x'.join(map(str, shape)):18} {row['peak_gflops']:6.0f} {figures}", flush=True)
     return rows
 
 

@@ -91,22 +91,30 @@ double bf16() {
 double bf16() { return 0; }
 #endif
 
+// Operations that so many threads do, each its chains once.
+double together(double (*run)(), int threads) {
+    std::vector<double> done(threads);
+    std::vector<std::thread> team;
+    for (int t = 0; t < threads; ++t) team.emplace_back([&, t] { done[t] = run(); });
+    for (auto& thread : team) thread.join();
+    double sum = 0;
+    for (double d : done) sum += d;
+    return sum;
+}
+
 }  // namespace
+
+// The same for who loads this file as a library.
+extern "C" double fp32_together(int threads) { return together(fp32, threads); }
 
 int main(int count, char** words) {
     if (count != 3) return 1;
     auto* run = std::strcmp(words[1], "bf16") == 0 ? bf16 : fp32;
-    const int threads = std::atoi(words[2]);
     double best = 0;
     for (int round = 0; round < 5; ++round) {
-        std::vector<double> done(threads);
-        std::vector<std::thread> team;
         const auto start = std::chrono::steady_clock::now();
-        for (int t = 0; t < threads; ++t) team.emplace_back([&, t] { done[t] = run(); });
-        for (auto& thread : team) thread.join();
+        const double sum = together(run, std::atoi(words[2]));
         const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-        double sum = 0;
-        for (double d : done) sum += d;
         if (sum / taken.count() > best) best = sum / taken.count();
     }
     std::printf("%.0f\n", best / 1e9);

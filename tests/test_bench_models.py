@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import bench_loops
+import bench_profile
 import contest
 import pytest
 import results
 import torch
 from contest import Contestant, compete
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import difusores
 
 WANTED = [torch.arange(1.0, 5.0, dtype=torch.float64), torch.full((3,), 2.0, dtype=torch.float64)]
 
@@ -188,3 +192,26 @@ def test_a_loop_is_compared_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = bench_loops.measure("ddim-50-cifar10", 1)
     assert len(rows) == 3
     assert all("ms" in found and found["distance"] <= 1e-5 for found in rows.values()), rows
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_profile_counts_the_operations_of_the_plain_network(dtype: str | None) -> None:
+    """Whatever computes them: each once, and their time within that of the whole."""
+    torch.manual_seed(0)
+    model = difusores.UNet2DModel(
+        block_out_channels=[32, 64],
+        down_block_types=["AttnDownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "AttnUpBlock2D"],
+        layers_per_block=1,
+        norm_num_groups=8,
+    ).eval()
+    case = torch.randn(2, 3, 8, 8), torch.tensor([3, 7])
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter, difusores.use_backend("reference"):
+            model(*case)  # plain products, which the counter knows
+        difusores.accelerate(model, dtype=dtype)
+        whole, rows = bench_profile.profile(lambda: model(*case), time.perf_counter, rounds=3)
+    assert sum(row["operations"] for row in rows) == counter.get_total_flops()
+    assert sum(row["seconds"] for row in rows) > 0 and whole > 0
+    table = bench_profile.markdown(whole, rows, 100.0, 0.01)
+    assert "between operations" in table and f"| {1e3 * whole:.2f} |" in table

@@ -10,7 +10,7 @@
 //     output  y = A^T M A and what follows
 // The sum over C runs in order in blocks of 64, each summed from zero: a tile's bits depend on nothing but its inputs.
 // Least bytes: x, y, residual once; the weights (or U, 4 times as large) once per group. With few tiles they decide:
-// then the product asks for the gathered weights of the next block.
+// then U is made piece by piece in L1, and the gathered weights of the next block are asked for.
 #include "product.h"
 
 namespace difusores {
@@ -138,7 +138,7 @@ void patch_to_points(const Group& group, const float* patch, int64_t width, int6
     for (int64_t tx = 0; tx < group.columns(); ++tx)
         for (int64_t c = 0; c < width; c += kWidth) {
             const float* const from = patch + tx * kTile * width + c;
-            float* const to = v + tx * width + c;
+            float* const to = v + tx * kBlock + c;
             f32v half[kInner][kInner];
             for (int x = 0; x < kInner; ++x) {
                 f32v d[kInner], line[kInner];
@@ -164,7 +164,7 @@ void image_block(const WinogradConvArgs& args, const Group& group, int64_t c0, f
             a[c] = c < count ? param(args.multiplier, n, c0 + c, 1.0f) : 1.0f;
             b[c] = c < count ? param(args.offset, n, c0 + c, 0.0f) : 0.0f;
         }
-        for (int64_t ty = 0, filled = 0; ty < group.rows(); ++ty, v += group.columns() * width) {
+        for (int64_t ty = 0, filled = 0; ty < group.rows(); ++ty, v += group.columns() * kBlock) {
             const int64_t last = kTile * ty + kInner;
             fill_rows(args, group, n, c0, width, a, b, filled, last, patch);
             filled = last;
@@ -241,14 +241,19 @@ void gather_weights(const WinogradConvArgs& args, int64_t o0, int64_t wide, int6
         }
 }
 
-// Two rows of U = G g G^T, whose parts are the same: six points each, kPoint apart.
+// Two rows of U = G g G^T, whose parts are the same: six points each, `pitch` apart, of `count` vectors, which are
+// `step` apart in g and side by side in U. kAsk lines from `ahead` on are asked for with each.
 constexpr int kPairs[3][2] = {{0, 5}, {1, 2}, {3, 4}};
+constexpr int kAsk = 3;
 template <int kPair>
-void weights_rows(const float* g, int64_t size, float* first, float* second) {
-    for (int64_t i = 0; i < size; i += kWidth) {
+void weights_rows(const float* g, int64_t count, int64_t step, float* first, float* second, int64_t pitch,
+                  const float* ahead) {
+    for (int64_t i = 0; i < count; ++i, g += step, first += kWidth, second += kWidth) {
         f32v above[3], below[3], points[kInner];
+        if (ahead)
+            for (int line = 0; line < kAsk; ++line, ahead += 16) __builtin_prefetch(ahead, 0, 2);
         for (int x = 0; x < 3; ++x) {
-            const float* const from = g + x * kPoint + i;
+            const float* const from = g + x * kPoint;
             const f32v g0 = get(from), g2 = get(from + 6 * kPoint);
             if constexpr (kPair == 0) {
                 above[x] = g0 * kZero, below[x] = g2;
@@ -260,26 +265,94 @@ void weights_rows(const float* g, int64_t size, float* first, float* second) {
             }
         }
         weights_to_points(above, points);
-        for (int x = 0; x < kInner; ++x) put(first + x * kPoint + i, points[x]);
+        for (int x = 0; x < kInner; ++x) put(first + x * pitch, points[x]);
         weights_to_points(below, points);
-        for (int x = 0; x < kInner; ++x) put(second + x * kPoint + i, points[x]);
+        for (int x = 0; x < kInner; ++x) put(second + x * pitch, points[x]);
     }
 }
 constexpr decltype(&weights_rows<0>) kWeightsRows[3] = {weights_rows<0>, weights_rows<1>, weights_rows<2>};
 
 // --- product ---
 
-constexpr int64_t kFewTiles = 16,
-                  kAhead = 9 * kPoint / kPoints;  // floats of gathered weights for each of the 36 points
+// Weights are asked for while a group of so many tiles is multiplied: kAhead floats of the gathered ones for each
+// point.
+constexpr int64_t kAskTiles = 16, kAhead = 9 * kPoint / kPoints;
 
 // Six points. ahead: what weights to ask for meanwhile; nullptr: the points of u that follow.
 template <bool kFirst>
-void multiply_row(const float* v, int64_t width, const float* u, float* m, int64_t stride, int64_t wide,
-                  int64_t channels, int64_t tiles, const float* ahead) {
+void multiply_row(const float* v, const float* u, float* m, int64_t stride, int64_t wide, int64_t channels,
+                  int64_t tiles, const float* ahead) {
     const int64_t step = ahead ? (kAhead / kBlock + tiles - 1) / tiles : 1;
     for (int64_t f = 0; f < kInner; ++f, v += stride, m += stride, u += kPoint)
-        multiply_columns<kFirst>(Panel{v, u, m, width, wide, channels, ahead ? ahead + f * kAhead : u + kPoint, step},
+        multiply_columns<kFirst>(Panel{v, u, m, kBlock, wide, channels, ahead ? ahead + f * kAhead : u + kPoint, step},
                                  tiles);
+}
+
+// --- product with few tiles: U of a pair of rows, kChunk channels and one vector of outputs stays in L1 ---
+
+constexpr int64_t kFewTiles = 4, kChunk = 32;
+constexpr int kMostSums = kWidth == 16 ? 24 : 12;  // in registers
+
+// Sums of a block of channels begin at zero, wait in `part` for its other chunks and are added to m after the last.
+// m: of the pair's first row and of the outputs; `below`: floats from there to its second row, in v too.
+struct Sums {
+    float *part, *m;
+    int64_t stride, below, wide;
+    bool begins, ends, first;
+};
+
+// kCount tiles, kTogether points of both rows at a time.
+template <int kCount>
+void multiply_few(const float* v, const float* u, const Sums s, int64_t channels) {
+    constexpr int kFit = kMostSums / (2 * kCount), kTogether = kFit >= 6 ? 6 : kFit > 3 ? 3 : kFit;
+    for (int64_t p = 0; p < kInner; p += kTogether) {
+        const float* const a = v + p * s.stride;
+        const float* const b = u + p * kChunk * kWidth;
+        float* const part = s.part + p * kFewTiles * 2 * kWidth;
+        float* const m = s.m + p * s.stride;
+        f32v sum[kTogether][kCount][2] = {};
+        const auto each = [&](const auto& use) __attribute__((always_inline)) {
+            for (int k = 0; k < kTogether; ++k)
+                for (int i = 0; i < kCount; ++i)
+                    for (int r = 0; r < 2; ++r)
+                        use(sum[k][i][r], part + ((k * kFewTiles + i) * 2 + r) * kWidth,
+                            m + k * s.stride + r * s.below + i * s.wide);
+        };
+        if (!s.begins) each([](f32v& value, const float* waits, const float*) { value = get(waits); });
+        for (int64_t c = 0; c < channels; ++c)
+            for (int k = 0; k < kTogether; ++k)
+                for (int r = 0; r < 2; ++r) {
+                    const f32v weights = get(b + ((r * kInner + k) * kChunk + c) * kWidth);
+                    for (int i = 0; i < kCount; ++i)
+                        sum[k][i][r] += splat(a[k * s.stride + r * s.below + i * kBlock + c]) * weights;
+                }
+        if (!s.ends) each([](f32v& value, float* waits, float*) { put(waits, value); });
+        else if (s.first) each([](f32v& value, float*, float* to) { put(to, value); });
+        else each([](f32v& value, float*, float* to) { put(to, get(to) + value); });
+    }
+}
+
+constexpr decltype(&multiply_few<1>) kMultiplyFew[kFewTiles] = {multiply_few<1>, multiply_few<2>, multiply_few<3>,
+                                                                multiply_few<4>};
+
+// A block of channels of all 36 points of a few tiles: m (+)= v U of the weights g[9][channels][wide]. scratch: U and
+// what waits. ahead: weights to ask for meanwhile.
+void multiply_block(const float* v, const float* g, float* m, int64_t stride, int64_t wide, int64_t channels,
+                    int64_t tiles, bool first, float* scratch, const float* ahead) {
+    float *const u = scratch, *const part = u + 2 * kInner * kChunk * kWidth;
+    for (int64_t o = 0; o < wide; o += kWidth)
+        for (int pair = 0; pair < 3; ++pair) {
+            const int64_t above = kPairs[pair][0] * kInner * stride;
+            const int64_t below = (kPairs[pair][1] - kPairs[pair][0]) * kInner * stride;
+            for (int64_t c = 0; c < channels; c += kChunk) {
+                const int64_t count = at_most(channels - c, kChunk);
+                kWeightsRows[pair](g + c * wide + o, count, wide, u, u + kInner * kChunk * kWidth, kChunk * kWidth,
+                                   ahead);
+                if (ahead) ahead += kAsk * count * 16;
+                const Sums s{part, m + above + o, stride, below, wide, c == 0, c + kChunk >= channels, first};
+                kMultiplyFew[tiles - 1](v + above + c, u, s, count);
+            }
+        }
 }
 
 // --- output ---
@@ -354,15 +427,22 @@ void winograd_conv_output(const WinogradConvArgs& args, float* scratch, int64_t 
             const float* const ready = args.packed ? args.packed + block * kPoints * kPoint : nullptr;
             const float* const g = args.gathered ? args.gathered + block * 9 * kPoint : here;
             if (!ready && !args.gathered) gather_weights(args, o0, wide, c0, here);
-            const bool asks = !ready && args.gathered && group.tiles() <= kFewTiles;
+            if (!ready && group.tiles() <= kFewTiles) {
+                multiply_block(v, g, m, stride, wide, channels, group.tiles(), k == 0, rows,
+                               args.gathered ? g + 9 * kPoint : nullptr);
+                continue;
+            }
+            const bool asks = !ready && args.gathered && group.tiles() <= kAskTiles;
             for (int pair = 0; pair < 3; ++pair) {
-                if (!ready) kWeightsRows[pair](g, channels * wide, rows, rows + kInner * kPoint);
+                if (!ready)
+                    kWeightsRows[pair](g, channels * wide / kWidth, kWidth, rows, rows + kInner * kPoint, kPoint,
+                                       nullptr);
                 for (int half = 0; half < 2; ++half) {
                     const int64_t y = kPairs[pair][half];
                     const float* const u = ready ? ready + y * kInner * kPoint : rows + half * kInner * kPoint;
                     (k ? multiply_row<false>
-                       : multiply_row<true>)(v + y * kInner * stride, rounded(channels, kWidth), u,
-                                             m + y * kInner * stride, stride, wide, channels, group.tiles(),
+                       : multiply_row<true>)(v + y * kInner * stride, u, m + y * kInner * stride, stride, wide,
+                                             channels, group.tiles(),
                                              asks ? g + 9 * kPoint + (2 * pair + half) * kInner * kAhead : nullptr);
                 }
             }
@@ -379,8 +459,9 @@ void winograd_conv_pack(const WinogradConvArgs& args, float* packed, float* scra
         const float* const g = args.gathered ? args.gathered + task * 9 * kPoint : scratch;
         float* const block = packed + task * kPoints * kPoint;
         for (int pair = 0; pair < 3; ++pair)
-            kWeightsRows[pair](g, at_most(args.c - c0, kBlock) * wide, block + kPairs[pair][0] * kInner * kPoint,
-                               block + kPairs[pair][1] * kInner * kPoint);
+            kWeightsRows[pair](g, at_most(args.c - c0, kBlock) * wide / kWidth, kWidth,
+                               block + kPairs[pair][0] * kInner * kPoint, block + kPairs[pair][1] * kInner * kPoint,
+                               kPoint, nullptr);
     }
 }
 

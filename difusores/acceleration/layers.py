@@ -114,12 +114,22 @@ def why_not_weight(weight: object, session: Session | None = None) -> str | None
     """Why no replacement works with this weight, or None."""
     if type(weight) is not nn.Parameter:
         return "its weight is no plain parameter"
-    if session is not None and weight.device.type != session.device:
+    if session is not None and not on_device(weight, session):
         return f"its weight is on {weight.device}"
     on_gpu = session.cuda if session is not None else not weight.is_cpu
     if weight.dtype not in (GPU_DTYPES if on_gpu else DTYPES):
         return f"its weight is {weight.dtype}"
     return "its weight was made in inference mode" if weight.is_inference() else None
+
+
+def on_device(t: Tensor, session: Session) -> bool:
+    """Whether it is on the session's kind of device; a tensor's `device` takes longer to ask for."""
+    return t.is_cpu if session.device == "cpu" else t.device.type == session.device
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), which takes a microsecond for nothing too."""
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def matmul(
@@ -131,14 +141,15 @@ def matmul(
         dtype: to compute in; None for the weight's.
         quantized: where 8 bits are allowed.
     """
-    weight, bias = layer.weight, layer.bias
+    parameters = layer._parameters  # a module's own lookup takes a microsecond
+    weight, bias = parameters["weight"], parameters["bias"]
     dtype = dtype or weight.dtype
-    x = x.to(dtype)
+    x = cast(x, dtype)
     if quantized is not None and (result := quantized.linear(x, layer)) is not None:
         return result
     if packed.session.invariant:
         return product(x, weight, bias, packed)
-    matrix = weight.flatten(1)
+    matrix = weight if weight.ndim == 2 else weight.flatten(1)
     if linear_wants_packing(dtype):
         form = packed.get(
             (weight,),
@@ -147,11 +158,11 @@ def matmul(
             math.inf,  # never given up: the bits of MKL are others
         )
         if form is not None:
-            bias = bias if bias is None else bias.to(dtype)
+            bias = bias if bias is None else cast(bias, dtype)
             out: Tensor = _MKLDNN._linear_pointwise(x.contiguous(), form, bias, "none", [], "")
             return out
-    bias = bias if bias is None else bias.to(dtype)
-    return F.linear(x, matrix.to(dtype), bias)
+    bias = bias if bias is None else cast(bias, dtype)
+    return F.linear(x, cast(matrix, dtype), bias)
 
 
 def packed_together(x: Tensor, layers: Sequence[Any], packed: Packed) -> Tensor | None:
@@ -226,13 +237,19 @@ NOTHING = Surroundings()
 
 
 class ConvForward(LayerForward):
-    """A convolution in channels_last: a GEMM, Winograd's F(4x4, 3x3), or oneDNN with packed weights."""
+    """A convolution in channels_last: a GEMM, Winograd's F(4x4, 3x3), or oneDNN with packed weights.
+
+    Attributes:
+        shape: kernel, stride, padding, dilation.
+    """
 
     # `invariant` tells about the last call
     how = "convolution: channels_last; 1x1 as a GEMM, 3x3 by Winograd where that pays, else oneDNN, packed"
 
     def __init__(self, module: nn.Module, session: Session, keep_dtype: bool = False) -> None:
         super().__init__(module, session)
+        m = self.module
+        self.shape = (m.kernel_size, m.stride, m.padding, m.dilation)
         dtype = session.dtype if self.shape == POINTWISE else session.image_dtype
         self.dtype = None if keep_dtype else dtype
         self.weights = Packed(session)
@@ -262,16 +279,10 @@ class ConvForward(LayerForward):
         """A 1x1 convolution on the pixels of an image as rows, plus the residual."""
         return plus(matmul(x, self.module, self.dtype, self.weights, self.quantized), residual)
 
-    @property
-    def shape(self) -> tuple[Any, ...]:
-        """Kernel, stride, padding, dilation."""
-        m = self.module
-        return m.kernel_size, m.stride, m.padding, m.dilation
-
     def apply(self, x: Tensor, around: Surroundings) -> Tensor:
         """The convolution and what surrounds it; channels_last."""
-        m = self.module
-        x = x.to(self.dtype or m.weight.dtype).contiguous(memory_format=CHANNELS_LAST)
+        x = cast(x, self.dtype or self.module._parameters["weight"].dtype)
+        x = x.contiguous(memory_format=CHANNELS_LAST)
         layer = self.winograd_plan(x)
         self.invariant = layer is not None or self.by_gemm_conv(x)
         if layer is not None:
@@ -304,33 +315,33 @@ class ConvForward(LayerForward):
         m = self.module
         if self.shape != WINOGRAD or (self.quantized is not None and self.quantized.active):
             return None
-        if (self.dtype or m.weight.dtype) is not torch.float32 or m.weight.dtype is not torch.float32:
+        dtype = m._parameters["weight"].dtype
+        if dtype is not torch.float32 or (self.dtype or dtype) is not torch.float32:
             return None
         layer = winograd_plan(m.in_channels, m.out_channels, x.shape[2], x.shape[3])
         return layer if layer.winograd else None
 
     def _winograd(self, x: Tensor, around: Surroundings, layer: LayerPlan) -> Tensor:
-        m, multiplier, offset, form = self.module, None, None, None
+        parameters, multiplier, offset, form = self.module._parameters, None, None, None
+        weight = parameters["weight"]
         if around.norm is not None:
             norm, terms = around.norm, dict(around.modulation)
             if "add" in terms:  # the convolution before this one was of another kind
                 x = x + terms.pop("add")[:, :, None, None]
-            affine = (x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+            of_norm = norm._parameters
+            affine = (x, norm.num_groups, of_norm["weight"], of_norm["bias"], norm.eps)
             multiplier, offset = group_norm_affine(*affine, **terms)
         if layer.gain >= WORTH_PACKING:
             form = self.transformed.get(
-                (m.weight,),
-                lambda: pack_weight(m.weight, layer.transformed),
-                layer.packed_bytes,
-                layer.gain,
+                (weight,), lambda: pack_weight(weight, layer.transformed), layer.packed_bytes, layer.gain
             )
         residual = around.residual
         if residual is not None:
-            residual = residual.to(x.dtype).contiguous(memory_format=CHANNELS_LAST)
+            residual = cast(residual, x.dtype).contiguous(memory_format=CHANNELS_LAST)
         return winograd_conv(
             x,
-            m.weight,
-            m.bias,
+            weight,
+            parameters["bias"],
             multiplier=multiplier,
             offset=offset,
             silu=around.norm is not None,
@@ -344,8 +355,7 @@ class ConvForward(LayerForward):
         m = self.module
         if self.quantized is not None and (result := self.quantized.convolution(x, m)) is not None:
             return result if residual is None else result.add_(residual)
-        weight, bias = m.weight, m.bias
-        bias = bias if bias is None else bias.to(x.dtype)
+        weight, bias = m._parameters["weight"], m._parameters["bias"]
         if self.by_gemm_conv(x):
             if residual is not None:
                 residual = residual.contiguous(memory_format=CHANNELS_LAST)
@@ -353,6 +363,7 @@ class ConvForward(LayerForward):
             return gemm_conv(
                 x, weight, bias, residual=residual, stride=m.stride, padding=m.padding, packed=form
             )
+        bias = bias if bias is None else cast(bias, x.dtype)
         options = [list(m.padding), list(m.stride), list(m.dilation), 1]
         if not torch.backends.mkldnn.is_available():
             out: Tensor = F.conv2d(x, weight.to(x.dtype), bias, m.stride, m.padding, m.dilation)
@@ -372,7 +383,7 @@ class ConvForward(LayerForward):
         if residual is None:
             out = _MKLDNN._convolution_pointwise(x, form, bias, *options, "none", [], "")
             return out
-        residual = residual.to(x.dtype).contiguous(memory_format=CHANNELS_LAST)
+        residual = cast(residual, x.dtype).contiguous(memory_format=CHANNELS_LAST)
         call = (form, bias, *options, "add", 1.0, None, [], None)
         if owned:
             out = _MKLDNN._convolution_pointwise_(residual, x, *call)

@@ -21,6 +21,7 @@ from difusores.acceleration.layers import (
     adds_for_free,
     apply_conv,
     apply_linear,
+    cast,
     direct,
     normalize,
     plain_norm,
@@ -51,14 +52,14 @@ class ResnetForward(Forward):
         return None
 
     def declines(self, x: Tensor, temb: Tensor | None = None, *args: object, **kwargs: object) -> str | None:
-        m = self.module
+        parts = self.module._modules  # whose own lookup takes a microsecond each
         if x.ndim != 4:
             return "the input's shape is not [N, C, H, W]"
-        if not (plain_norm(m.norm1) and plain_norm(m.norm2)):
+        if not (plain_norm(parts["norm1"]) and plain_norm(parts["norm2"])):
             return "a hook or another module stands at a normalisation"
-        if hooked(m.nonlinearity) or hooked(m.dropout):
+        if hooked(parts["nonlinearity"]) or hooked(parts["dropout"]):
             return "a hook stands at the activation or the dropout"
-        if m.time_emb_proj is None:
+        if parts.get("time_emb_proj") is None:
             return "a time embedding is given to a block without one" if temb is not None else None
         if temb is None or temb.ndim != 2:
             return "the time embedding is not [N, width]"
@@ -67,24 +68,25 @@ class ResnetForward(Forward):
     def run(
         self, x: Tensor, temb: Tensor | None = None, size: torch.Size | None = None, **ignored: object
     ) -> Tensor:
-        m = self.module
-        x = x.to(self.session.image_dtype or x.dtype).contiguous(memory_format=CHANNELS_LAST)
+        m, parts = self.module, self.module._modules
+        x = cast(x, self.session.image_dtype or x.dtype).contiguous(memory_format=CHANNELS_LAST)
         scale = 1 / m.output_scale_factor
+        norm1, conv1, shortcut = parts["norm1"], parts["conv1"], parts.get("conv_shortcut")
         row = None if temb is None else self.session.times.row(self, temb)
         embedding = self._time(temb) if row is None else {"add": row}
         add, modulation = None, embedding
-        if "add" in embedding and adds_for_free(m.conv1, x):
+        if "add" in embedding and adds_for_free(conv1, x):
             add, modulation = embedding["add"], {}
         if self._resamples():
-            h = self._resample(normalize(m.norm1, x, silu=True), size)
+            h = self._resample(normalize(norm1, x, silu=True), size)
             x = self._resample(x, size)
-            h = apply_conv(m.conv1, h, Surroundings(add=add))
+            h = apply_conv(conv1, h, Surroundings(add=add))
         else:
-            h = apply_conv(m.conv1, x, Surroundings(norm=m.norm1, add=add))
-        owned = m.conv_shortcut is not None
-        skip = apply_conv(m.conv_shortcut, x) if owned else x
-        last = Surroundings(m.norm2, modulation, residual=skip, owned=owned, scale=scale)
-        return apply_conv(m.conv2, h, last)
+            h = apply_conv(conv1, x, Surroundings(norm=norm1, add=add))
+        owned = shortcut is not None
+        skip = x if shortcut is None else apply_conv(shortcut, x)
+        last = Surroundings(parts["norm2"], modulation, residual=skip, owned=owned, scale=scale)
+        return apply_conv(parts["conv2"], h, last)
 
     def _resamples(self) -> bool:
         m = self.module
@@ -102,18 +104,18 @@ class ResnetForward(Forward):
 
     def takes_part(self, temb: Tensor) -> bool:
         """Whether the network may compute this block's projection of this embedding together with others."""
-        m = self.module
-        layer = m.time_emb_proj
+        m, parts = self.module, self.module._modules
+        layer = parts.get("time_emb_proj")
         return (
             layer is not None
             and not self.scale_shift
             and not self.session.invariant
-            and not getattr(m, "skip_time_act", False)
+            and not m.__dict__.get("skip_time_act", False)
             and direct(layer)
             and layer.in_features == temb.shape[1]
-            and layer.weight.dtype is temb.dtype
-            and layer.bias is not None
-            and not hooked(m.nonlinearity)
+            and layer._parameters["weight"].dtype is temb.dtype
+            and layer._parameters["bias"] is not None
+            and not hooked(parts["nonlinearity"])
         )
 
     def _time(self, temb: Tensor | None) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The time projections of all residual blocks of a network, as one product in a forward pass.
 
-The first block that needs its projection computes those of all; the others find theirs.
+The first block that needs its projection computes those of all; the others find theirs. Where no memory may
+be taken, each computes its own.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class TimeProjections:
 
     def _project(self, temb: Tensor) -> Mapping[Any, Tensor]:
         blocks = [block for block in self.blocks if block.takes_part(temb)]
-        layers = [block.module.time_emb_proj for block in blocks]
+        layers = [block.module._modules["time_emb_proj"] for block in blocks]
         together = self.together(blocks, layers) if len(blocks) > 1 else None
         if together is None:
             return {}
@@ -56,7 +57,12 @@ class TimeProjections:
         return dict(zip(blocks, out.split([layer.out_features for layer in layers], dim=1), strict=True))
 
     def together(self, blocks: Sequence[Any], layers: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
-        """Weight and bias of all layers, one below the other; None where they do not fit together."""
+        """Weight and bias of all layers, one below the other; None where they do not fit together.
+
+        None too where the session keeps nothing: gathering them in each pass takes longer than reading them.
+        """
+        if self.session.budget == 0:
+            return None
         weights = tuple(layer.weight for layer in layers)
         size = sum(w.numel() * w.element_size() for w in weights)
         rows = self.rows.get(weights, lambda: torch.cat([w.detach() for w in weights]), size, TOGETHER_GAIN)

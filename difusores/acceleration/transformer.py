@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from difusores.acceleration.layers import (
     CHANNELS_LAST,
     apply_linear,
+    cast,
     direct,
     normalize,
     packed_together,
@@ -154,9 +155,9 @@ class ImageAttentionForward(AttentionForward):
 def attend_image(forward: AttentionForward, x: Tensor, divisor: float) -> Tensor:
     """(x + attention over the pixels of norm(x)) / divisor."""
     session, norm = forward.session, forward.module.group_norm
-    x = x.to(session.image_dtype or x.dtype).contiguous(memory_format=CHANNELS_LAST)
+    x = cast(x, session.image_dtype or x.dtype).contiguous(memory_format=CHANNELS_LAST)
     hidden = x if norm is None else normalize(norm, x, silu=False)
-    tokens = as_tokens(hidden).to(session.dtype or x.dtype)
+    tokens = cast(as_tokens(hidden), session.dtype or x.dtype)
     out = as_image(forward.attend(tokens, None, None, as_tokens(x)), x)
     return out if divisor == 1 else out / divisor
 
@@ -261,7 +262,7 @@ class TransformerForward(Forward):
 def transform(forward: Forward, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """x plus what the blocks, called with these arguments, make of its pixels."""
     m = forward.module
-    x = x.to(forward.session.image_dtype or x.dtype).contiguous(memory_format=CHANNELS_LAST)
+    x = cast(x, forward.session.image_dtype or x.dtype).contiguous(memory_format=CHANNELS_LAST)
     tokens = project(m.proj_in, as_tokens(normalize(m.norm, x, silu=False)), x)
     here = forward.session.here
     if "token_merging" in forward.session.approximate and x.shape[2:] == getattr(here, "full", None):

@@ -51,7 +51,7 @@ DIRECT = 9 / 0.9  # of an output pixel, at what oneDNN reaches of the peak
 PRODUCT = 36 / 0.8  # of a tile
 TRANSFORM = 600.0  # of a tile's inputs for all output channels, and of its outputs for all input channels
 WEIGHTS = 800.0  # gathering them and transforming them, once a call
-GATHERED, TRANSFORMED = 300.0, 100.0  # what is left of that with packed weights
+GATHERED, TRANSFORMED = 500.0, 100.0  # what is left of that with packed weights
 CACHED = 4 << 20  # bytes; transformed weights that are larger are slower to read than to make
 
 

@@ -434,6 +434,7 @@ int main() {
             gemm(*k, 1, 70, 70, 5, 6, 3, true);
             gemm(*k, 1, 96, 64, 16, 2, 1, true);
             gemm(*k, 1, 33, 1, 3, 7, 1, true);
+            gemm(*k, 3, 600, 65, 3, 3, 1, true);  // more than one chunk, rows that fill no tile
         }
         if (std::string(isa) == "avx512_bf16" || std::string(isa) == "amx") continue;  // the rest is of avx512
         for (const bool last : {false, true})
@@ -455,6 +456,8 @@ int main() {
             winograd(*k, {2, 67, 70, 6, 9}, {2, 2, 3}, fused);
             winograd(*k, {1, 17, 33, 19, 22}, {1, 3, 2}, fused, !fused);
         }
+        winograd(*k, {1, 40, 33, 12, 4}, {1, 3, 1}, false, true);  // three tiles; above there are 1, 2, 4 and more
+        winograd(*k, {1, 20, 33, 13, 19}, {1, 4, 5}, false);       // more than a few tiles, weights as they are
     }
     std::printf("%d levels, %d failures\n", levels, failures);
     return levels ? failures : 1;
