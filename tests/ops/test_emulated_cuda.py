@@ -601,4 +601,5 @@ def test_the_compiler_and_the_emulation_make_the_same_kernels(op: str) -> None:
     defined = {cuda_budget.shortened(line.split(maxsplit=2)[2]) for line in listing.splitlines()}
     budget = {name for name in BUDGET["sm_80"] if name.startswith(prefix) and "wgmma" not in name}
     kernels = {name.split("<")[0] for name in budget}
-    assert {name for name in defined if name.split("<")[0] in kernels} == budget
+    found = {name for name in defined if name.split("<")[0] in kernels and "lambda" not in name}
+    assert found == budget
