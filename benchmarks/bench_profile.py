@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from bench_models import WORKLOADS, Network
-from peak import fma_peak
+from peak import fma_round
 from results import where
 from timing import stamp
 from torch import Tensor
@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import difusores
 
-ROUNDS = 9
+ROUNDS = 5
 Clock = Callable[[], float]
 Key = tuple[str, str]  # what is done, and at which size
 CONVOLUTIONS = (
@@ -118,6 +118,16 @@ def profile(
     return statistics.median(plain), sorted(rows, key=lambda row: -row["seconds"])
 
 
+def reached(adds: Callable[[], float], clock: Clock) -> float:
+    """Operations a second of a round of multiply-adds, by the clock of the profile; median."""
+    rates = []
+    for _ in range(ROUNDS):
+        start = clock()
+        done = adds()
+        rates.append(done / (clock() - start))
+    return statistics.median(rates)
+
+
 def markdown(whole: float, rows: Sequence[Mapping[str, Any]], peak: float | None, least: float) -> str:
     """The table; rows below `least` of the whole together."""
     lines = [
@@ -133,18 +143,18 @@ def markdown(whole: float, rows: Sequence[Mapping[str, Any]], peak: float | None
         {"name": "between operations", "size": "", "seconds": between, "calls": 0, "operations": 0},
     ]
     for row in [*shown, *last]:
-        reached = row["operations"] / row["seconds"] / 1e9 if row["operations"] else 0
+        rate = row["operations"] / row["seconds"] / 1e9 if row["operations"] else 0
         lines.append(
             f"| {row['name']} | {row['size']} | {row['calls'] or ''} | {1e3 * row['seconds']:.2f} "
             f"| {row['seconds'] / whole:.1%} | {1e6 * row['seconds'] / max(row['calls'], 1):.0f} "
-            f"| {row['operations'] / 1e9:.2f} | {reached:.0f} "
-            f"| {f'{reached / peak:.0%}' if peak and reached else ''} |"
+            f"| {row['operations'] / 1e9:.2f} | {rate:.0f} "
+            f"| {f'{rate / peak:.0%}' if peak and rate else ''} |"
         )
     total = sum(row["operations"] for row in rows)
-    reached = total / whole / 1e9
+    rate = total / whole / 1e9
     lines.append(
         f"| whole | | {sum(row['calls'] for row in rows)} | {1e3 * whole:.2f} | | | {total / 1e9:.2f} "
-        f"| {reached:.0f} | {f'{reached / peak:.0%}' if peak else ''} |"
+        f"| {rate:.0f} | {f'{rate / peak:.0%}' if peak else ''} |"
     )
     return "\n".join(lines)
 
@@ -175,10 +185,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         difusores.accelerate(model, dtype=args.dtype, memory=args.memory)
         network, case = Network(model), workload.cases()[0]
         whole, rows = profile(lambda: network(*case), clock)
-    peaks = fma_peak(threads)
-    peak = peaks.get("bf16" if args.dtype == "bfloat16" else "fp32")
-    print(f"{args.workload}, {args.dtype or 'float32'}: {where({**stamp(), 'peak_gflops': peaks})}\n")
-    print(markdown(whole, rows, peak, args.least))
+    precision = "bf16" if args.dtype == "bfloat16" else "fp32"
+    peak = reached(fma_round(threads, precision), clock)
+    words = f"{1e-9 * peak:.0f} GFLOP/s of {precision} multiply-adds" if peak else "peak not known"
+    print(f"{args.workload}, {args.dtype or 'float32'}: {where(stamp())}; {words}\n")
+    print(markdown(whole, rows, 1e-9 * peak if peak else None, args.least))
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ double together(double (*run)(), int threads) {
 
 // The same for who loads this file as a library.
 extern "C" double fp32_together(int threads) { return together(fp32, threads); }
+extern "C" double bf16_together(int threads) { return together(bf16, threads); }
 
 int main(int count, char** words) {
     if (count != 3) return 1;

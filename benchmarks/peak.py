@@ -42,8 +42,10 @@ def fma_peak(threads: int) -> dict[str, int]:
         return found
 
 
-def fma_round(threads: int) -> Callable[[], float]:
-    """A call that multiplies and adds in fp32 for about 10 ms and returns its operations: to take turns with.
+def fma_round(threads: int, precision: str = "fp32") -> Callable[[], float]:
+    """A call that multiplies and adds for about 10 ms and returns its operations: to take turns with.
+
+    It returns 0 for a precision, "fp32" or "bf16", of which the processor has no instruction.
 
     Raises:
         RuntimeError: no C++ compiler.
@@ -52,7 +54,7 @@ def fma_round(threads: int) -> Callable[[], float]:
         library = _compiled(folder, "-shared", "-fPIC")
         if library is None:
             raise RuntimeError("the peak is measured by peak.cpp, and there is no C++ compiler")
-        together = ctypes.CDLL(library).fp32_together
+        together = getattr(ctypes.CDLL(library), f"{precision}_together")
     together.restype = ctypes.c_double
     return lambda: float(together(threads))
 
