@@ -11,7 +11,6 @@ constexpr int64_t kRun = 384;         // rows of a task at most: a chunk of them
 constexpr int64_t kSums = 96 << 10;   // floats of a task's sums at most
 constexpr int64_t kTasks = 4;         // that there should be, for threads
 constexpr int64_t kRunOfPairs = 512;  // rows of a task in bf16 at most
-constexpr int64_t kReadsLike = 128;   // rows whose products take as long as reading the weights from memory
 
 // Runs of even lengths in whole tiles of 16 rows: rather more runs than shares of a run, each of which gathers anew.
 void run_pairs(GemmConvArgs& a, int64_t rows, int64_t depth) {
@@ -20,9 +19,9 @@ void run_pairs(GemmConvArgs& a, int64_t rows, int64_t depth) {
     const int64_t runs = parts(rows, a.run);
     a.panels = std::clamp<int64_t>(std::min(kSums / (a.run * kGemmPairColumns), runs * panels / kTasks), 1, panels);
     const int64_t scratch = a.run * (a.panels * kGemmPairColumns + kGemmChunk / 2);
-    const int64_t work = std::max(a.run, kReadsLike) * a.panels * kGemmPairColumns * depth;
     torch::stable::parallel_for(
-        0, runs * parts(panels, a.panels), std::max<int64_t>(1, 8 * kWork / work),
+        0, runs * parts(panels, a.panels),
+        std::max<int64_t>(1, 8 * kWork / (a.run * a.panels * kGemmPairColumns * depth)),
         [&](int64_t begin, int64_t end) { g_kernels->gemm_conv_bf16(a, t_work.of(scratch), begin, end); });
 }
 
