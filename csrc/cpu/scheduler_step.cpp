@@ -3,6 +3,8 @@
 // Bytes: every operand that the row reads once, every output once. An image is cut into blocks of kStepBlock elements
 // whose intermediate values (e, xh, x0, z*) stay in L1; an fp32 operand is read in place, others are widened there.
 // Layout: [B, inner] with any batch stride; blocks never cross images, so an image's bits do not depend on its batch.
+// Sums, as ops/scheduler_step.py orders them: p_x, p_e and W's weights of x are two fp32 numbers each, what rounding
+// leaves of them first; x comes last, or before the slots where one of them is what the step begins from.
 #include "simd.h"
 
 namespace difusores {
@@ -11,6 +13,8 @@ namespace {
 
 enum Position { kG = 0, kR = 3, kPX, kPE, kLo, kHi, kNu0, kNu1, kMode, kCin, kW = 12, kDraw = 39 };
 constexpr int kColumns = 9;  // x0, xh, e, z*, s0 .. s4
+constexpr int kOrders[2][kColumns] = {{0, 3, 2, 4, 5, 6, 7, 8, 1}, {0, 3, 2, 1, 4, 5, 6, 7, 8}};
+constexpr int kInFull[] = {kPX, kPE, kW + 1, kW + kColumns + 1, kW + 2 * kColumns + 1};
 
 struct alignas(64) Block {
     float v[kStepBlock];
@@ -98,7 +102,8 @@ void combine(int terms, const float* const* p, const float* c, int64_t count, vo
         case 6: return combine<6, D>(p, c, count, out, first);
         case 7: return combine<7, D>(p, c, count, out, first);
         case 8: return combine<8, D>(p, c, count, out, first);
-        default: return combine<9, D>(p, c, count, out, first);
+        case 9: return combine<9, D>(p, c, count, out, first);
+        default: return combine<10, D>(p, c, count, out, first);
     }
 }
 
@@ -142,14 +147,18 @@ void normals(uint64_t seed, uint32_t draw, int64_t i, int64_t count, Block& out)
     }
 }
 
-// x0 = clamp(px * xh + pe * e, lo, hi), or clamp(., -s, s) / s. NaN stays NaN.
-void predict(const float* row, const float* xh, const float* e, const float* s, int64_t padded, float* out) {
+// x0 = clamp(px * xh + pe * e, lo, hi), or clamp(., -s, s) / s. NaN stays NaN. rest: what rounding left of the row.
+void predict(const float* row, const float* rest, const float* xh, const float* e, const float* s, int64_t padded,
+             float* out) {
     const float lo = s ? -*s : row[kLo], hi = s ? *s : row[kHi], divisor = s ? *s : 1.0f;
     const f32v px = splat(row[kPX]), pe = splat(row[kPE]), low = splat(lo), high = splat(hi);
+    const f32v px_rest = splat(rest[kPX]), pe_rest = splat(rest[kPE]);
     const bool clamps = lo != -__builtin_inff() || hi != __builtin_inff();
     for (int64_t k = 0; k < padded; k += kWidth) {
         f32v v = {};
-        if (row[kPX] != 0.0f) v = px * load<DType::f32>(xh, k);
+        if (rest[kPX] != 0.0f) v = px_rest * load<DType::f32>(xh, k);
+        if (rest[kPE] != 0.0f) v += pe_rest * load<DType::f32>(e, k);
+        if (row[kPX] != 0.0f) v += px * load<DType::f32>(xh, k);
         if (row[kPE] != 0.0f) v += pe * load<DType::f32>(e, k);
         if (clamps) {
             v = v < low ? low : v;
@@ -192,6 +201,11 @@ struct Reads {
 void scheduler_step(const SchedulerStepArgs& args, int64_t begin, int64_t end) {
     float row[40];
     for (int k = 0; k < 40; ++k) row[k] = static_cast<float>(args.row[k]);
+    float rest[40] = {};
+    bool begins_from_slot = false;
+    for (int j = 4; j < kColumns; ++j) begins_from_slot |= row[kW + j] == 1.0f;
+    const auto& order = kOrders[begins_from_slot];
+    for (const int k : kInFull) rest[k] = static_cast<float>(args.row[k] - double{row[k]});
     const Reads reads(args, row);
     const int64_t blocks = (args.inner + kStepBlock - 1) / kStepBlock;
     Block scratch[kColumns + 4];  // one per column, then x, v and two more model outputs
@@ -239,7 +253,7 @@ void scheduler_step(const SchedulerStepArgs& args, int64_t begin, int64_t end) {
             const bool in_place = args.x0.ptr && args.x0.dtype == DType::f32 && padded == count;
             float* out = in_place ? static_cast<float*>(args.x0.ptr) + b * args.inner + i : scratch[0].v;
             if (args.x0.ptr) fetch_next<true>(args.x0.ptr, args.x0.dtype, b * args.inner + i);
-            predict(row, p[1], p[2], args.threshold ? args.threshold + b : nullptr, padded, out);
+            predict(row, rest, p[1], p[2], args.threshold ? args.threshold + b : nullptr, padded, out);
             p[0] = out;
             if (args.x0.ptr && !in_place) write(args.x0, args.batch, args.inner, b, i, count, out);
         }
@@ -256,10 +270,11 @@ void scheduler_step(const SchedulerStepArgs& args, int64_t begin, int64_t end) {
         for (int k = 0; k < 3; ++k) {
             const bool model_input = k == 0 && args.m.ptr;
             if (!targets[k]->ptr && !model_input) continue;
-            const float* operand[kColumns];
-            float weight[kColumns];
+            const float* operand[kColumns + 1];
+            float weight[kColumns + 1];
             int terms = 0;
-            for (int j = 0; j < kColumns; ++j)
+            if (const float of_x = rest[kW + kColumns * k + 1]; of_x != 0.0f) weight[0] = of_x, operand[terms++] = p[1];
+            for (const int j : order)
                 if (row[kW + kColumns * k + j] != 0.0f) {
                     weight[terms] = row[kW + kColumns * k + j];
                     operand[terms++] = p[j];

@@ -12,7 +12,9 @@
 //
 // The row is read from device memory, by a counter that is there too: nothing waits for the host. An operand that the
 // row reads and that is not there counts as NaN, as does every number of a row whose counter points outside its table.
-// Sums are written as fmaf, so that an element has the same bits in every instance.
+// Sums are written as fmaf, so that an element has the same bits in every instance. p_x, p_e and W's weights of x are
+// two fp32 numbers each, what rounding leaves of them first; x comes last, or before the slots where the step begins
+// from one.
 #pragma once
 #include "cuda/common.cuh"
 #include "cuda/philox.cuh"
@@ -32,7 +34,7 @@ constexpr int kFirstSlot = 4;
 
 // What a row reads for the outputs that were asked for: bit j, column j; bit kColumns + p, position p is not 0; and:
 constexpr unsigned kReadsX0 = 1u << 21, kReadsXh = 1u << 22, kReadsE = 1u << 23 /* and the next two */,
-                   kReadsZ = 1u << 26, kReadsV = 1u << 27, kClips = 1u << 28;
+                   kReadsZ = 1u << 26, kReadsV = 1u << 27, kClips = 1u << 28, kBeginsFromSlot = 1u << 29;
 constexpr unsigned kColumnZ = 1u << 3, kLateSlots = 7u << (kFirstSlot + 2);
 __device__ __forceinline__ bool nonzero(unsigned reads, int position) { return reads >> (kColumns + position) & 1; }
 
@@ -40,19 +42,25 @@ __device__ __forceinline__ bool nonzero(unsigned reads, int position) { return r
 struct Stage {
     float4 weights[kColumns];  // of a column: for y, d, u; 0 for what was not asked for
     float row[kW];
+    float rest_x, rest_e;  // what rounding left of p_x, p_e
+    float4 rest;           // and of the weights of xh
     float draw;
     // missing: kColumnZ, the slots' columns and kReadsV, as in what is read: operands that are not there.
-    __device__ __forceinline__ void set(const SchedulerStepArgs& args, unsigned missing, int position, float value) {
-        const float nan = __uint_as_float(~0u);
+    __device__ __forceinline__ void set(const SchedulerStepArgs& args, unsigned missing, int position, double exact) {
+        const float nan = __uint_as_float(~0u), value = static_cast<float>(exact);
         if (position < kW) {
             const bool lacks = position == kR ? missing & kColumnZ : position == kMode && missing & kReadsV;
             row[position] = lacks && value != 0.0f ? nan : value;
+            if (position == kPX) rest_x = static_cast<float>(exact - double{value});
+            if (position == kPE) rest_e = static_cast<float>(exact - double{value});
         } else if (position < kDraw) {
             const int output = (position - kW) / kColumns, column = (position - kW) % kColumns;
             const bool wanted =
                 output == 0 ? args.y.ptr || args.m.ptr : (output == 1 ? args.d.ptr : args.u.ptr) != nullptr;
             const bool lacks = missing >> column & 1 && value != 0.0f;
             reinterpret_cast<float*>(weights + column)[output] = !wanted ? 0.0f : lacks ? nan : value;
+            if (column == 1)
+                reinterpret_cast<float*>(&rest)[output] = wanted ? static_cast<float>(exact - double{value}) : 0.0f;
         } else {
             draw = value;
         }
@@ -78,6 +86,8 @@ struct Stage {
         if (all & kColumnZ && nonzero(all, kMode)) all |= kReadsV;
         const float most = __uint_as_float(0x7F800000u);
         if (!(row[kLo] == -most && row[kHi] == most)) all |= kClips;
+        const bool begins = lane >= kFirstSlot && lane < kColumns && weights[lane].x == 1.0f;
+        if (__ballot_sync(kAllLanes, begins)) all |= kBeginsFromSlot;
         return all;
     }
 };
@@ -93,6 +103,7 @@ struct Vectors {
     using OfSample = RawOf<S, kVec>;
     using OfModel = RawOf<E, kVec>;
     int64_t at, of_model;
+    static __device__ __forceinline__ bool fp32(const SchedulerStepArgs&) { return S == DType::f32; }
     __device__ __forceinline__ Vectors(const SchedulerStepArgs& args, int64_t b, int64_t i)
         : at(b * args.inner + i), of_model(b * args.e[0].batch_stride + i) {}
     __device__ __forceinline__ OfSample sample(const Operand& o) const {
@@ -126,6 +137,9 @@ struct Elements {
     using OfSample = float;
     using OfModel = float;
     int64_t b, i, at;
+    static __device__ __forceinline__ bool fp32(const SchedulerStepArgs& args) {
+        return args.sample.dtype == DType::f32;
+    }
     __device__ __forceinline__ Elements(const SchedulerStepArgs& args, int64_t b, int64_t i)
         : b(b), i(i), at(b * args.inner + i) {}
     __device__ __forceinline__ float sample(const Operand& o) const {
@@ -144,9 +158,8 @@ struct Elements {
 
 // total[k] += W[k, column] * operand, for the outputs k that read it.
 template <int kOutputs, int kVec>
-__device__ __forceinline__ void add_column(const Stage& stage, int column, const float (&operand)[kVec],
+__device__ __forceinline__ void add_column(const float4& weights, const float (&operand)[kVec],
                                            float (&total)[kOutputs][kVec]) {
-    const float4 weights = stage.weights[column];
     const float w[3] = {weights.x, weights.y, weights.z};
 #pragma unroll
     for (int k = 0; k < kOutputs; ++k) {
@@ -159,17 +172,18 @@ __device__ __forceinline__ void add_column(const Stage& stage, int column, const
 // x0 = clamp(p_x xh + p_e e, lo, hi), or clamp(., -s, s) / s. NaN stays NaN.
 template <int kVec>
 __device__ __forceinline__ void predict(const Stage& stage, unsigned reads, const float (&xh)[kVec],
-                                        const float (&e)[kVec], const float* threshold, float (&x0)[kVec]) {
+                                        const float (&e)[kVec], bool fp32, const float* threshold, float (&x0)[kVec]) {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) x0[i] = 0.0f;
-    if (nonzero(reads, kPX)) {
+    const auto add = [&](bool on, float weight, const float (&operand)[kVec]) {
+        if (!on) return;
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) x0[i] = stage.row[kPX] * xh[i];
-    }
-    if (nonzero(reads, kPE)) {
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) x0[i] = fmaf(stage.row[kPE], e[i], x0[i]);
-    }
+        for (int i = 0; i < kVec; ++i) x0[i] = fmaf(weight, operand[i], x0[i]);
+    };
+    add(fp32 && nonzero(reads, kPX), stage.rest_x, xh);
+    add(fp32 && nonzero(reads, kPE), stage.rest_e, e);
+    add(nonzero(reads, kPX), stage.row[kPX], xh);
+    add(nonzero(reads, kPE), stage.row[kPE], e);
     if (!threshold && !(reads & kClips)) return;
     const float s = threshold ? *threshold : 1.0f;
     const float lo = threshold ? -s : stage.row[kLo], hi = threshold ? s : stage.row[kHi];
@@ -232,14 +246,14 @@ __device__ __forceinline__ void step_elements(const SchedulerStepArgs& args, con
             for (int j = 0; j < kVec; ++j) xh[j] = fmaf(stage.row[kR], z[j], xh[j]);
         }
     }
+    const bool fp32 = Where::fp32(args), begins_from_slot = reads & kBeginsFromSlot;
+    if (fp32 && reads & 2) add_column(stage.rest, xh, total);
     if (reads & kReadsX0) {
-        predict<kVec>(stage, reads, xh, e, kAll && args.threshold ? args.threshold + b : nullptr, x0);
+        predict<kVec>(stage, reads, xh, e, fp32, kAll && args.threshold ? args.threshold + b : nullptr, x0);
         if (args.x0.ptr) where.put_sample(args.x0, x0);
-        if (reads & 1) add_column(stage, 0, x0, total);
+        if (reads & 1) add_column(stage.weights[0], x0, total);
     }
-    if (reads & 2) add_column(stage, 1, xh, total);
-    if (reads & 4) add_column(stage, 2, e, total);
-    if (kAll) ask_for_slots();  // into registers that x and the model's outputs had
+    if (!fp32 && reads & 2) add_column(stage.weights[1], xh, total);
     if (reads & kColumnZ) {
         if (!kAll) where.widen_sample(raw_z, z);
         if (kAll && reads & kReadsV) {
@@ -251,14 +265,18 @@ __device__ __forceinline__ void step_elements(const SchedulerStepArgs& args, con
                         : mode == 2.0f ? sqrtf(v[j])
                                        : __uint_as_float(~0u);
         }
-        add_column(stage, 3, z, total);
+        add_column(stage.weights[3], z, total);
     }
+    if (reads & 4) add_column(stage.weights[2], e, total);
+    if (kAll) ask_for_slots();  // into registers that the noise and the model's outputs had
+    if (fp32 && reads & 2 && begins_from_slot) add_column(stage.weights[1], xh, total);
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
         if (!(reads >> (kFirstSlot + k) & 1)) continue;
         where.widen_sample(raw_s[k], v);
-        add_column(stage, kFirstSlot + k, v, total);
+        add_column(stage.weights[kFirstSlot + k], v, total);
     }
+    if (fp32 && reads & 2 && !begins_from_slot) add_column(stage.weights[1], xh, total);
     if (args.y.ptr) where.put_sample(args.y, total[0]);
     if (args.d.ptr) where.put_sample(args.d, total[1]);
     if (kAll && args.u.ptr) where.put_sample(args.u, total[kOutputs - 1]);
@@ -290,9 +308,9 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks)
         const int64_t index = source.step ? *source.step : 0;
         const bool inside = index >= 0 && index < source.count;
         stage->set(args, missing, static_cast<int>(threadIdx.x),
-                   !source.table ? static_cast<float>(source.row[threadIdx.x])
-                   : inside      ? static_cast<float>(source.table[index * kRow + threadIdx.x])
-                                 : __uint_as_float(~0u));
+                   !source.table ? source.row[threadIdx.x]
+                   : inside      ? source.table[index * kRow + threadIdx.x]
+                                 : static_cast<double>(__uint_as_float(~0u)));
     }
     __syncthreads();
     const unsigned reads = stage->reads(args);

@@ -9,6 +9,11 @@
 
 y is the next sample, d what the solver remembers, u a second kept tensor. Every diffusion sampler in use is
 a list of such rows (docs/design.md derives it); `difusores.solvers` writes them.
+
+In fp32 the order of the sums counts: x0, z, e, slots, xh. At a high noise level x is large: it comes last, so
+that one rounding is of its size and not one for each column. Where y has a slot of weight 1, that is the
+sample which the step begins from, and the slots come last. x0 is what is left where x and e cancel: p_x, p_e
+and the weights of xh are two fp32 numbers each, the rounded one and, first in the sum, what it leaves.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
@@ -150,7 +156,8 @@ def reference(
     xh = x
     if coefficients[R] != 0.0:
         xh = x + coefficients[R] * _required(z, "noise", "r")
-    x0 = _combine([(coefficients[PX], xh), (coefficients[PE], e)], x)
+    prediction = [(coefficients[PX], xh), (coefficients[PE], e)]
+    x0 = _combine([*_rests(prediction), *prediction], x)
     if threshold is not None:
         s = _wide(threshold).to(x.dtype).reshape(-1, *([1] * (x.ndim - 1)))
         x0 = torch.maximum(torch.minimum(x0, s), -s) / s
@@ -169,22 +176,28 @@ def reference(
     operands = [x0, xh, e, scaled, *(None if s is None else _wide(s) for s in slots)]
     operands += [None] * (9 - len(operands))
     outputs = {"x0": x0}
+    order = (0, 3, 2, 1, 4, 5, 6, 7, 8) if 1.0 in weights[0][4:] else (0, 3, 2, 4, 5, 6, 7, 8, 1)
     for name, w in zip(("y", "d", "u"), weights, strict=True):
         terms = [
-            (c, _required(t, "noise" if column == "z" else column, "W"))
-            for c, t, column in zip(w, operands, COLUMNS, strict=True)
-            if c != 0.0
+            (w[j], _required(operands[j], "noise" if COLUMNS[j] == "z" else COLUMNS[j], "W"))
+            for j in order
+            if w[j] != 0.0
         ]
-        outputs[name] = _combine(terms, x)
+        outputs[name] = _combine([*_rests([(w[1], xh)]), *terms], x)
     outputs["m"] = coefficients[CIN] * outputs["y"]
     return outputs
+
+
+def _rests(terms: Sequence[tuple[float, Tensor]]) -> list[tuple[float, Tensor]]:
+    """What rounding the coefficients to fp32 leaves of the terms; nothing in fp64."""
+    return [(c - float(np.float32(c)), t) for c, t in terms if t.dtype is torch.float32]
 
 
 def _combine(terms: Sequence[tuple[float, Tensor]], like: Tensor) -> Tensor:
     total: Tensor | None = None
     for c, t in terms:
         if c != 0.0:
-            total = c * t if total is None else total + c * t
+            total = c * t if total is None else torch.add(total, t, alpha=c)  # rounds once
     return torch.zeros_like(like) if total is None else total
 
 

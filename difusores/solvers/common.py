@@ -102,8 +102,11 @@ class Prediction:
 
     def slope_at(self, sigma: float) -> dict[str, float]:
         """Weights of dx/dsigma = (x - x0) / sigma there, x0 limited."""
-        if self.kind == "epsilon" and self.clip is None and self.threshold is None:
-            return {"e": 1.0}
+        if self.clip is None and self.threshold is None:
+            if self.kind == "epsilon":
+                return {"e": 1.0}
+            if self.kind == "v_prediction":  # at a low level x and x0 would cancel
+                return {"xh": sigma / (sigma * sigma + 1), "e": 1 / math.sqrt(sigma * sigma + 1)}
         return {"xh": 1 / sigma, "x0": -1 / sigma}
 
     def epsilon(self, alpha: float, sigma: float) -> dict[str, float]:

@@ -36,10 +36,11 @@ def euler(
         sigma, after = sigmas[i], sigmas[i + 1]
         gamma = churn_factor(s_churn, len(sigmas) - 1) if s_tmin <= sigma <= s_tmax else 0.0
         hat = sigma * (gamma + 1)
-        x0 = prediction.x0_at(hat if follows else sigma)
+        at = hat if follows else sigma
+        slope = prediction.slope_at(hat) if at == hat else {"xh": 1 / hat, "x0": -1 / hat}
         row = make_row(
-            x0,
-            _along(prediction.slope_at(hat), after - hat),
+            prediction.x0_at(at),
+            _along(slope, after - hat),
             clip=prediction.limits,
             churn=s_noise * math.sqrt(hat * hat - sigma * sigma) if gamma > 0 else 0.0,
         )
@@ -126,11 +127,11 @@ def heun(
         slope = prediction.slope_at(sigma)
         row = make_row(prediction.x0_at(sigma), _along(slope, after - sigma), slope, clip=prediction.limits)
         last = i + 1 == len(times)
-        yield _stage(times[i], sigma, row, slots=() if last else ("x", "d"))
+        yield _stage(times[i], sigma, row, slots=() if last else ("d", "x"))
         if last:
             return
         half = (after - sigma) / 2
-        y = {"s0": 1.0, "s1": half, **_scaled(prediction.slope_at(after), half)}
+        y = {"s0": half, "s1": 1.0, **_scaled(prediction.slope_at(after), half)}
         yield _stage(times[i + 1], after, make_row(prediction.x0_at(after), y, clip=prediction.limits))
 
 

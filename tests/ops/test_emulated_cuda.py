@@ -123,6 +123,8 @@ class TestSchedulerStep:
     test_against_the_oracle = staticmethod(of.test_against_the_oracle)
     test_dynamic_threshold = staticmethod(of.test_dynamic_threshold)
     test_mixed_dtypes_and_model_input = staticmethod(of.test_mixed_dtypes_and_model_input)
+    test_large_terms_that_cancel = staticmethod(of.test_large_terms_that_cancel)
+    test_one_rounding_of_the_size_of_the_sample = staticmethod(of.test_one_rounding_of_the_size_of_the_sample)
     test_a_table_and_a_counter = staticmethod(of.test_a_table_and_a_counter)
     test_layouts = staticmethod(of.test_layouts)
     test_bitwise = staticmethod(of.test_bitwise)

@@ -148,6 +148,34 @@ def test_mixed_dtypes_and_model_input(backend: str, check: Any) -> None:
     assert torch.equal(m[:2], m[2:4]) and torch.equal(m[:2], m[4:])
 
 
+def test_large_terms_that_cancel(backend: str) -> None:
+    """x0 at a high noise level: rounding p_x and p_e would cost 1.4 * 2**-24 of x in every element."""
+    e, r = torch.randn(2, 3, 64, 64), row(columns="000000000")
+    x = 157 * e + torch.randn(e.shape)
+    r[PX], r[PE] = 1 + 2.0**-24.5, -157 + 2.0**-17.1
+    with ops.use_backend(backend):
+        (x0,) = ops.scheduler_step(r, x, [e], outputs=("x0",))
+    exact = r[PX] * x.double() + r[PE] * e.double()
+    assert ((x0 - exact).abs() / x.abs()).mean() < 2.0**-24
+
+
+@pytest.mark.parametrize("base", ["sample", "slot"])
+def test_one_rounding_of_the_size_of_the_sample(backend: str, base: str) -> None:
+    """At a high noise level: what a step begins from is added last."""
+    large, r = torch.randn(2, 3, 64, 64) * 1000, row(columns="010011111")
+    x, *slots = torch.randn(6, *large.shape)
+    if base == "sample":
+        x, r[W + 1] = large, 1.0
+    else:
+        slots[4], r[W + 8] = large, 1.0
+    with ops.use_backend(backend):
+        (y,) = ops.scheduler_step(r, x, [x], slots)
+    exact = r[W + 1] * x.double() + sum(r[W + 4 + k] * s.double() for k, s in enumerate(slots))
+    larger = torch.maximum(large.abs(), y.abs())
+    ulps = (y - exact).abs() / (torch.nextafter(larger, torch.tensor(math.inf)) - larger)
+    assert (ulps[large.abs() > 100] < 0.6).all()
+
+
 def test_a_table_and_a_counter(backend: str) -> None:
     table = torch.stack([row(clip=c) for c in (0.5, 1.0, 2.0)])
     call = operands((2, 3, 8, 8), torch.float32, 1)

@@ -85,6 +85,13 @@ def _coefficient(row, k, poison):
 
 
 @triton.jit
+def _rest(row, k):
+    """What rounding to float32 leaves of a coefficient."""
+    exact = tl.load(row + k)
+    return (exact - exact.to(tl.float32).to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
 def _operand(p, start, offset, inside, used):
     """As float32; not loaded where the row does not use it, NaN where it does and it was not given."""
     if p is None:
@@ -110,6 +117,15 @@ def _used(row, column, poison, y, d, u, m):
     if u is not None:
         used |= _coefficient(row, _W + 18 + column, poison) != 0.0
     return used
+
+
+@triton.jit
+def _begins_from_slot(row):
+    """Whether a slot's weight in y is 1."""
+    found = _coefficient(row, _W + 4, 0.0) == 1.0
+    for column in tl.static_range(5, 9):
+        found |= _coefficient(row, _W + column, 0.0) == 1.0
+    return found
 
 
 @triton.jit
@@ -205,7 +221,8 @@ def scheduler_step(
         z = _normals(tl.load(seeds + image), draw, block.to(tl.int64) * (BLOCK // 4), BLOCK)
 
     xh = _term(_operand(x, image * x_stride, at, inside, needs_xh), churn, z)
-    p = _term(_term(tl.zeros([BLOCK], tl.float32), px, xh), pe, e)
+    p = _term(_term(tl.zeros([BLOCK], tl.float32), _rest(row, _PX), xh), _rest(row, _PE), e)
+    p = _term(_term(p, px, xh), pe, e)
     if threshold is not None:
         s = tl.load(threshold + image)
         p = tl.clamp(p, -s, s, propagate_nan=tl.PropagateNan.ALL) / s
@@ -219,11 +236,15 @@ def scheduler_step(
     factor = tl.where(mode == 1.0, factor, tl.sqrt_rn(v))
     z = tl.where(scaled, z * factor, z)
 
-    ys = tl.zeros([BLOCK], tl.float32)
-    ys, ds, us = _column(row, 0, poison, p, ys, ys, ys)
-    ys, ds, us = _column(row, 1, poison, xh, ys, ds, us)
-    ys, ds, us = _column(row, 2, poison, e, ys, ds, us)
+    ys = _term(tl.zeros([BLOCK], tl.float32), _rest(row, _W + 1), xh)
+    ds = _term(tl.zeros([BLOCK], tl.float32), _rest(row, _W + 10), xh)
+    us = _term(tl.zeros([BLOCK], tl.float32), _rest(row, _W + 19), xh)
+    ys, ds, us = _column(row, 0, poison, p, ys, ds, us)
     ys, ds, us = _column(row, 3, poison, z, ys, ds, us)
+    ys, ds, us = _column(row, 2, poison, e, ys, ds, us)
+    begins_from_slot = _begins_from_slot(row)
+    if begins_from_slot:
+        ys, ds, us = _column(row, 1, poison, xh, ys, ds, us)
     slot = _operand(s0, image * s0_stride, at, inside, _used(row, 4, poison, y, d, u, m))
     ys, ds, us = _column(row, 4, poison, slot, ys, ds, us)
     slot = _operand(s1, image * s1_stride, at, inside, _used(row, 5, poison, y, d, u, m))
@@ -234,6 +255,8 @@ def scheduler_step(
     ys, ds, us = _column(row, 7, poison, slot, ys, ds, us)
     slot = _operand(s4, image * s4_stride, at, inside, _used(row, 8, poison, y, d, u, m))
     ys, ds, us = _column(row, 8, poison, slot, ys, ds, us)
+    if not begins_from_slot:
+        ys, ds, us = _column(row, 1, poison, xh, ys, ds, us)
 
     start = image * inner
     _store(x0, start, at, p, inside)
