@@ -19,7 +19,9 @@ from unittest import mock
 
 import pytest
 import torch
-from pairs import all_pairs
+from gate import SHAPES, check, ulps_apart
+from pairs import Conflict, all_pairs, check_pairs
+from pairs import factors as factors_of
 from torch import Tensor
 
 import difusores
@@ -57,11 +59,11 @@ OPTIONS: dict[str, list[Any]] = {
     "dynamic_thresholding_ratio": [0.995, 0.9],
     "sample_max_value": [1.0, 1.5],
     "flow_shift": [1.0, 3.0],
-    "use_dynamic_shifting": [False],
-    "time_shift_type": ["exponential"],
+    "use_dynamic_shifting": [False, True],
+    "time_shift_type": ["exponential"],  # of most classes: others are refused
     "predict_x0": [True, False],
     "disable_corrector": [[], [0, 2]],
-    "solver_p": [None],
+    "solver_p": [None],  # others are refused: the predictor is part of the step
     "shift_terminal": [None, 0.1],
     "euler_at_final": [False, True],
     "sigma_data": [0.5, 1.0],
@@ -78,7 +80,6 @@ DPM: dict[str, list[Any]] = {
     "algorithm_type": ["dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"],
     "solver_type": ["midpoint", "heun"],
     "variance_type": [None, "learned"],
-    "use_dynamic_shifting": [False, True],
 }
 EDM: dict[str, list[Any]] = {
     "sigma_min": [0.002, 0.3],
@@ -91,7 +92,8 @@ OTHERS: dict[str, dict[str, list[Any]]] = {
     "EDMDPMSolverMultistepScheduler": EDM,
     "CosineDPMSolverMultistepScheduler": {**EDM, "solver_order": [2, 1]},
     "DPMSolverMultistepScheduler": DPM,
-    "DPMSolverMultistepInverseScheduler": DPM,
+    # noise on the way to the noise: the deviation is the root of a negative number in diffusers
+    "DPMSolverMultistepInverseScheduler": {**DPM, "algorithm_type": ["dpmsolver++", "dpmsolver"]},
     "DPMSolverSinglestepScheduler": {
         **DPM,
         "algorithm_type": ["dpmsolver++", "sde-dpmsolver++", "dpmsolver"],
@@ -105,6 +107,7 @@ OTHERS: dict[str, dict[str, list[Any]]] = {
         "prediction_type": FLOWS,
         "solver_order": [2, 1, 3, 4],
         "solver_type": ["bh2", "bh1", "midpoint"],
+        "time_shift_type": ["exponential", "linear"],
     },
     "SASolverScheduler": {
         "prediction_type": FLOWS,
@@ -123,11 +126,11 @@ COMMON: dict[str, list[Any]] = {
     "steps": [10, 1, 2, 3, 5, 25, 50, 1000],
     "begin": ["start", "middle", "end"],
     "dtype": [torch.float32, torch.float64, torch.float16, torch.bfloat16],
-    "shape": [(3, 4), (2, 3, 5), (2, 3, 4, 5), (1, 2, 3, 4, 5)],
+    "shape": SHAPES,
 }
 # Of a long run so many calls are compared, from where it begins.
 LONGEST = 25
-NOT_OPTIONS = {"self", "model_output", "timestep", "sample", "return_dict", "variance_noise"}
+GIVEN = ("model_output", "timestep", "sample", "variance_noise")
 GRIDS = {
     "use_karras_sigmas",
     "use_exponential_sigmas",
@@ -171,66 +174,81 @@ MODULES = {
 
 def factors(name: str) -> dict[str, list[Any]]:
     cls = getattr(difusores, name)
-    options = [key for key in inspect.signature(cls.__init__).parameters if key != "self"]
-    grids = GRIDS.intersection(options)
-    chosen = {key: OTHERS.get(name, {}).get(key) or OPTIONS[key] for key in options if key not in GRIDS}
+    values = OPTIONS | OTHERS.get(name, {}) | STEP_OPTIONS
+    if name in WITHOUT_SAMPLE:
+        values = values | {"prediction_type": ["epsilon", "v_prediction"]}
+    grids = GRIDS.intersection(inspect.signature(cls.__init__).parameters)
+    chosen = factors_of(cls, values, given=(*GIVEN, *GRIDS))
     if grids:
         chosen["grid"] = [kind for kind in OPTIONS["grid"] if kind is None or option_of(kind) in grids]
-    if name in WITHOUT_SAMPLE:
-        chosen["prediction_type"] = ["epsilon", "v_prediction"]
-    step = [key for key in inspect.signature(cls.step).parameters if key not in NOT_OPTIONS]
-    return chosen | {key: STEP_OPTIONS[key] for key in step} | COMMON
+    return chosen | COMMON
 
 
 def option_of(kind: str) -> str:
     return "use_lu_lambdas" if kind == "lu" else f"use_{kind}_sigmas"
 
 
-def consistent(name: str, option: dict[str, Any]) -> dict[str, Any]:
-    """Without the pairs of values that make no sense together; tests of their own hold those."""
-    changed: dict[str, Any] = {}
-    if option.get("trained_betas") is None:
-        # leading timesteps leave out both ends
-        changed["steps"] = min(option["steps"], option["num_train_timesteps"] - 1)
-    algorithm = option.get("algorithm_type", "")
-    noise = option.get("predict_x0") is False or algorithm == "noise_prediction"
-    if option["prediction_type"] == "flow_prediction" and (option["grid"] != "flow" or noise):
-        changed["prediction_type"] = "v_prediction"
-    if noise:
-        changed["thresholding"] = False
-    if option.get("shift_terminal") and option["grid"] != "flow":
-        changed["shift_terminal"] = None
-    if option.get("use_dynamic_shifting") and option["grid"] != "flow":
-        changed["use_dynamic_shifting"] = False
-    ranged = name in ("EulerDiscreteScheduler", "UniPCMultistepScheduler")
-    if ranged and option["grid"] not in ("karras", "exponential", "beta"):
-        changed |= {"sigma_min": None, "sigma_max": None}
-    if name == "UniPCMultistepScheduler" and not option["lower_order_final"]:
-        changed["final_sigmas_type"] = "sigma_min"
-    if option.get("thresholding") and len(option["shape"]) < 3:
-        changed["shape"] = (*option["shape"], 5)
-    if name == "EDMDPMSolverMultistepScheduler" and algorithm == "sde-dpmsolver++":
-        changed["solver_order"] = min(option["solver_order"], 2)
-    if "variance_type" in option and "solver_order" in option and name.startswith("DPMSolver"):
-        changed |= consistent_dpm(name, algorithm, {**option, **changed})
-    return {**option, **changed}
+OTHER_GRIDS = [kind for kind in OPTIONS["grid"] if kind != "flow"]
+NOT_SPACED = [None, "lu", "flow"]
+FLOW = ["flow_prediction"]
+NO_NOISE = "diffusers has no noise of a flow"
+LIMITED = "only a predicted x0 is limited: refused"
+CONFLICTS = [
+    Conflict("trained_betas", [TRAINED], "dtype", [torch.float16], "their levels of 400,000 overflow"),
+    Conflict("trained_betas", [TRAINED], "num_train_timesteps", [997], "they are 1000 betas"),
+    Conflict(
+        "timestep_type", ["continuous"], "rescale_betas_zero_snr", [True], "the logarithm of 4096 is a level"
+    ),
+    Conflict("prediction_type", FLOW, "grid", OTHER_GRIDS, "there is no flow: refused"),
+    Conflict("prediction_type", FLOW, "predict_x0", [False], NO_NOISE),
+    Conflict("thresholding", [True], "predict_x0", [False], LIMITED),
+    Conflict("thresholding", [True], "shape", SHAPES[:1], "diffusers limits x0 of three dimensions and more"),
+    Conflict("shift_terminal", [0.1], "grid", OTHER_GRIDS, "no other levels are stretched: refused"),
+    Conflict("shift_terminal", [0.1], "steps", [1], "diffusers stretches a level of 1 into NaN"),
+    Conflict("use_dynamic_shifting", [True], "grid", OTHER_GRIDS, "no other levels are shifted: refused"),
+    Conflict("sigma_min", [0.05], "grid", NOT_SPACED, "no levels lie between the two: refused"),
+    Conflict("sigma_max", [60.0], "grid", NOT_SPACED, "no levels lie between the two: refused"),
+    Conflict(
+        "beta_schedule", ["squaredcos_cap_v2"], "dtype", [torch.float16], "it has no room for x0 at 1 / alpha"
+    ),
+]
+"""Of every class that has both options; `test_where_diffusers_fails.py` and tests of refusals hold them."""
+OF_DPM = [
+    Conflict("variance_type", ["learned"], "prediction_type", FLOWS[1:], "diffusers splits noise alone"),
+    Conflict(
+        "variance_type", ["learned"], "shape", [SHAPES[0], SHAPES[3]], "diffusers splits three channels"
+    ),
+]
+OF_NOISE = [
+    Conflict("algorithm_type", ["dpmsolver", "sde-dpmsolver"], "final_sigmas_type", ["zero"], "refused"),
+    Conflict("algorithm_type", ["dpmsolver", "sde-dpmsolver"], "prediction_type", FLOW, NO_NOISE),
+    Conflict("algorithm_type", ["sde-dpmsolver"], "solver_order", [3], "diffusers has none"),
+]
+OWN_CONFLICTS: dict[str, list[Conflict]] = {
+    "DPMSolverMultistepScheduler": [*OF_DPM, *OF_NOISE],
+    "DPMSolverMultistepInverseScheduler": [*OF_DPM, OF_NOISE[1]],
+    "DPMSolverSinglestepScheduler": [
+        *OF_DPM,
+        *OF_NOISE[:2],
+        Conflict("algorithm_type", ["dpmsolver"], "thresholding", [True], "a NameError in diffusers"),
+    ],
+    "EDMDPMSolverMultistepScheduler": [
+        Conflict("algorithm_type", ["sde-dpmsolver++"], "solver_order", [3], "refused")
+    ],
+    "SASolverScheduler": [
+        Conflict("algorithm_type", ["noise_prediction"], "thresholding", [True], LIMITED),
+        Conflict("algorithm_type", ["noise_prediction"], "prediction_type", FLOW, NO_NOISE),
+    ],
+    "UniPCMultistepScheduler": [
+        Conflict(
+            "lower_order_final", [False], "final_sigmas_type", ["zero"], "diffusers has NaN at the level 0"
+        ),
+    ],
+}
 
 
-def consistent_dpm(name: str, algorithm: str, option: dict[str, Any]) -> dict[str, Any]:
-    changed: dict[str, Any] = {}
-    if algorithm in ("dpmsolver", "sde-dpmsolver"):
-        changed["final_sigmas_type"] = "sigma_min"
-        if option["prediction_type"] == "flow_prediction":
-            changed["prediction_type"] = "v_prediction"
-        if name == "DPMSolverSinglestepScheduler":
-            changed["thresholding"] = False
-    if algorithm == "sde-dpmsolver":
-        changed["solver_order"] = min(option["solver_order"], 2)
-    if name == "DPMSolverMultistepInverseScheduler" and algorithm.startswith("sde"):
-        changed["algorithm_type"] = algorithm.removeprefix("sde-")
-    if option["variance_type"] == "learned":  # of three channels in diffusers
-        changed |= {"prediction_type": "epsilon", "shape": (2, 3, 5)}
-    return changed
+def conflicts(name: str) -> list[Conflict]:
+    return [*CONFLICTS, *OWN_CONFLICTS.get(name, [])]
 
 
 def has_no_number(name: str, option: dict[str, Any], sigmas: Tensor, begin: int, i: int) -> bool:
@@ -248,7 +266,21 @@ def has_no_number(name: str, option: dict[str, Any], sigmas: Tensor, begin: int,
     return bool(sigmas[-1] == sigmas[-2]) and not option["lower_order_final"] and order > 2
 
 
-COMBINATIONS = [(name, i, option) for name in MODULES for i, option in enumerate(all_pairs(factors(name)))]
+def cancels(name: str, option: dict[str, Any]) -> bool:
+    """Where the oracle is not good to 1e-6: for short steps the closed forms of order 4 lose ten digits.
+
+    With diffusers' float32 tables they are off by 570, in float64 2e-6. In a run of predictions that are all
+    1, which order 1 follows exactly, they are off by 1e-11 and ours by 1e-15.
+    """
+    highest = max(option.get("predictor_order", 0), option.get("corrector_order", 0))
+    return name == "SASolverScheduler" and highest == 4 and option["steps"] == 1000
+
+
+COMBINATIONS = [
+    (name, i, option)
+    for name in MODULES
+    for i, option in enumerate(all_pairs(factors(name), conflicts(name)))
+]
 
 
 class _Lifted:
@@ -271,8 +303,6 @@ def lifted(name: str) -> Iterator[None]:
 def constructed(package: Any, name: str, option: dict[str, Any]) -> Any:
     known = inspect.signature(getattr(difusores, name).__init__).parameters
     arguments = {key: value for key, value in option.items() if key in known}
-    if option.get("trained_betas") is not None:
-        arguments["num_train_timesteps"] = 1000
     if option.get("grid"):
         arguments[option_of(option["grid"])] = True
     cls = getattr(package, name)
@@ -309,11 +339,8 @@ def step(scheduler: Any, option: dict[str, Any], e: Tensor, t: Tensor, x: Tensor
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_combinations_hold_every_pair(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    count = sum(owner == name for owner, _, _ in COMBINATIONS)
-    table = factors(name)
-    with capsys.disabled():
-        total = math.prod(len(values) for values in table.values())
-        print(f"\n{name}: {count} combinations hold every pair of {len(table)} options (of {total:.1e})")
+    found = [option for owner, _, option in COMBINATIONS if owner == name]
+    check_pairs(name, factors(name), found, conflicts(name), capsys)
 
 
 @pytest.mark.parametrize(
@@ -322,12 +349,12 @@ def test_the_combinations_hold_every_pair(name: str, capsys: pytest.CaptureFixtu
 def test_agrees_with_diffusers(name: str, index: int, option: dict[str, Any]) -> None:
     if name in BROWNIAN:
         pytest.importorskip("torchsde", reason="diffusers has the class only where torchsde is installed")
-    if option.get("timestep_type") == "continuous" and option.get("rescale_betas_zero_snr"):
-        option = {**option, "timestep_type": "discrete"}
-    option = consistent(name, option)
     ours, theirs = (constructed(package, name, option) for package in (difusores, diffusers))
-    ours.set_timesteps(option["steps"])
-    theirs.set_timesteps(option["steps"])
+    # leading timesteps leave out both ends
+    steps = min(option["steps"], ours.config.num_train_timesteps - 1)
+    shift = {"mu": 0.7} if option.get("use_dynamic_shifting") else {}
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(steps, **shift)
     # the ancestral midpoints of diffusers lose digits, up to NaN
     known = slice(None, None, 2 if name == "KDPM2AncestralDiscreteScheduler" else 1)
     torch.testing.assert_close(
@@ -336,11 +363,9 @@ def test_agrees_with_diffusers(name: str, index: int, option: dict[str, Any]) ->
     # diffusers' KDPM2 classes have float64 on some grids
     dtype = torch.float32 if name.startswith("KDPM2") else theirs.timesteps.dtype
     assert ours.timesteps.isfinite().all() and ours.timesteps.dtype is dtype
-    torch.testing.assert_close(ours.sigmas, theirs.sigmas, rtol=2e-7, atol=0)
+    assert ulps_apart(ours.sigmas, theirs.sigmas) <= 1
     assert torch.equal(torch.as_tensor(ours.init_noise_sigma), torch.as_tensor(theirs.init_noise_sigma))
-    ours.sigmas = theirs.sigmas.clone()  # the last bit of a level is not what is compared here
-    if theirs.sigmas.max() > 5000 and option["dtype"] is torch.float16:
-        option = {**option, "dtype": torch.bfloat16}  # which has room for such samples
+    theirs.sigmas = ours.sigmas.clone()  # which may be an ulp from diffusers'; ours are those that are tried
     oracle = copy.deepcopy(theirs)
     lift_tables(oracle)
     dtype, shape = option["dtype"], option["shape"]
@@ -374,19 +399,10 @@ def test_agrees_with_diffusers(name: str, index: int, option: dict[str, Any]) ->
         with lifted(name), their_noise(name, dtype):
             exact = step(oracle, option, e.double(), their_t, x.double(), i)
         assert len(mine) == len(their)
-        for one, other, right in zip(mine, their, exact, strict=True):
-            assert one.dtype == other.dtype or dtype is torch.float64, (one.dtype, other.dtype)
-            if has_no_number(name, option, theirs.sigmas, begin, begin + i) and not right.isfinite().any():
-                assert one.isfinite().all()
-                continue
-            error, their_error = ((t.double() - right).abs().max().item() for t in (one, other))
-            # the project's tolerance rule, and no less than 1e-5
-            largest = right.abs().max().item()
-            their_error = 0.0 if math.isnan(their_error) else their_error
-            allowed = max(1e-5, 2 * their_error + 4 * torch.finfo(dtype).eps * largest)
-            if dtype is torch.float64:
-                allowed = 1e-9 * max(1.0, largest)
-            assert error <= allowed, (i, error, allowed)
+        if has_no_number(name, option, theirs.sigmas, begin, begin + i) and not exact[0].isfinite().any():
+            assert all(one.isfinite().all() for one in mine)
+            continue
+        check(mine, their, exact, dtype, place=i, within=1e-5 if cancels(name, option) else 1e-6)
     assert ours.step_index == theirs.step_index
 
 

@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pairs import all_pairs
-from test_by_timestep import check, drawing_in, generator_of, lift
+from gate import SHAPES, check
+from pairs import Conflict, all_pairs, check_pairs, factors
+from test_by_timestep import drawing_in, generator_of, lift
 from torch import Tensor
 
 import difusores
 
 diffusers = pytest.importorskip("diffusers")
 
-FACTORS: dict[str, list[Any]] = {
+NAME = "RePaintScheduler"
+# Values for every option of the constructor, of set_timesteps and of step. Another one fails.
+OPTIONS: dict[str, list[Any]] = {
     "num_train_timesteps": [1000, 250],
     "beta_start": [0.0001, 0.00085],
     "beta_end": [0.02, 0.012],
     "beta_schedule": ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"],
-    "trained_betas": [None, np.linspace(0.001, 0.02, 1000, dtype=np.float32)],
+    "trained_betas": [None, "array"],
     "eta": [0.0, 0.5, 1.0],
     "clip_sample": [True, False],
-    "steps": [10, 1, 2, 5, 25, 50, 1000],
+    "num_inference_steps": [10, 1, 2, 5, 25, 50, 1000],
     "jump_length": [10, 1, 3],
     "jump_n_sample": [10, 1, 2],
-    "dtype": [torch.float32, torch.float64, torch.float16, torch.bfloat16],
-    "shape": [(3, 4), (2, 3, 5), (2, 3, 4, 5)],
     "mask": ["hard", "soft", "broadcast"],
     "generator": ["one", "list", "global"],
 }
-COMBINATIONS = all_pairs(FACTORS)
-NAME = "RePaintScheduler"
+TABLE = factors(
+    difusores.RePaintScheduler,
+    OPTIONS,
+    ("__init__", "set_timesteps", "step"),
+    given=("device", "model_output", "timestep", "sample", "original_image"),
+) | {
+    "dtype": [torch.float32, torch.float64, torch.float16, torch.bfloat16],
+    "shape": SHAPES[:3],
+}
+CONFLICTS = [Conflict("trained_betas", ["array"], "num_train_timesteps", [250], "they are 1000 betas")]
+COMBINATIONS = all_pairs(TABLE, CONFLICTS)
+
+
+def test_the_combinations_hold_every_pair(capsys: pytest.CaptureFixture[str]) -> None:
+    check_pairs(NAME, TABLE, COMBINATIONS, CONFLICTS, capsys)
 
 
 def both(option: dict[str, Any]) -> list[Any]:
-    keys = [key for key in FACTORS if key in list(FACTORS)[:7]]
-    arguments = {key: option[key] for key in keys}
+    known = inspect.signature(difusores.RePaintScheduler).parameters
+    arguments = {key: value for key, value in option.items() if key in known}
     if option["trained_betas"] is not None:
-        arguments["num_train_timesteps"] = 1000
+        arguments["trained_betas"] = np.linspace(0.001, 0.02, 1000, dtype=np.float32)
     schedulers = [package.RePaintScheduler(**arguments) for package in (difusores, diffusers)]
     for scheduler in schedulers:
-        scheduler.set_timesteps(option["steps"], option["jump_length"], option["jump_n_sample"])
+        scheduler.set_timesteps(option["num_inference_steps"], option["jump_length"], option["jump_n_sample"])
     return schedulers
 
 
