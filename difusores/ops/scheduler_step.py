@@ -197,7 +197,7 @@ def _combine(terms: Sequence[tuple[float, Tensor]], like: Tensor) -> Tensor:
     total: Tensor | None = None
     for c, t in terms:
         if c != 0.0:
-            total = c * t if total is None else torch.add(total, t, alpha=c)  # rounds once
+            total = c * t.to(like.dtype) if total is None else torch.add(total, t, alpha=c)  # rounds once
     return torch.zeros_like(like) if total is None else total
 
 

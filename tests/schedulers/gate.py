@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from difusores import native
+
 SHAPES = [(3, 40), (2, 3, 50), (2, 3, 10, 20), (1, 2, 3, 10, 20)]
 """Of a hundred numbers and more: the largest error of a dozen would be chance, in diffusers as here."""
 
@@ -26,7 +28,7 @@ def check(
     place: object = "",
     within: float = 1e-6,
 ) -> None:
-    """float32: within 1e-5, or twice diffusers' largest error. float64: within 1e-9 of the largest value or
+    """float32: within 1e-5, or twice diffusers' largest error. float64: within 2e-9 of the largest value or
     twice diffusers' error, and `within`.
 
     Half precision, and where diffusers has no number: the rule of every kernel, twice the other's error and
@@ -46,11 +48,15 @@ def check(
         of_kernels = 4 * torch.finfo(one.dtype).eps * max(1.0, largest)
         if dtype is torch.float64:
             worst = math.inf if math.isnan(worst) else worst
-            allowed = min(within, max(1e-9 * max(1.0, largest), 2 * worst))
+            allowed = min(within, max(2e-9 * max(1.0, largest), 2 * worst))
         elif math.isnan(worst):
             allowed = of_kernels
         elif one.dtype is torch.float32:
             allowed = max(1e-5, 2 * worst)
+            if (
+                native.status("cpu") is not None
+            ):  # PyTorch's products and sums round where the kernel's do not
+                allowed = max(1e-5, 2 * worst + 0.5 * torch.finfo(one.dtype).eps * largest)
         else:
             allowed = 2 * worst + of_kernels
         assert error <= allowed, (place, f"{error / allowed:.3f} of what is allowed", error, worst, largest)
