@@ -197,7 +197,10 @@ def _combine(terms: Sequence[tuple[float, Tensor]], like: Tensor) -> Tensor:
     total: Tensor | None = None
     for c, t in terms:
         if c != 0.0:
-            total = c * t.to(like.dtype) if total is None else torch.add(total, t, alpha=c)  # rounds once
+            if total is None or total.dtype is not t.dtype:  # fp32 noise is scaled in fp32, as in diffusers
+                total = c * t if total is None else total + c * t
+            else:
+                total = torch.add(total, t, alpha=c)  # rounds once
     return torch.zeros_like(like) if total is None else total
 
 

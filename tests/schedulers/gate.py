@@ -28,7 +28,7 @@ def check(
     place: object = "",
     within: float = 1e-6,
 ) -> None:
-    """float32: within 1e-5, or twice diffusers' largest error. float64: within 2e-9 of the largest value or
+    """float32: within 1e-5, or twice diffusers' largest error. float64: within 1e-9 of the largest value or
     twice diffusers' error, and `within`.
 
     Half precision, and where diffusers has no number: the rule of every kernel, twice the other's error and
@@ -48,7 +48,7 @@ def check(
         of_kernels = 4 * torch.finfo(one.dtype).eps * max(1.0, largest)
         if dtype is torch.float64:
             worst = math.inf if math.isnan(worst) else worst
-            allowed = min(within, max(2e-9 * max(1.0, largest), 2 * worst))
+            allowed = min(within, max(1e-9 * max(1.0, largest), 2 * worst))
         elif math.isnan(worst):
             allowed = of_kernels
         elif one.dtype is torch.float32:
