@@ -19,7 +19,7 @@ from difusores.models.layers import GroupNormAct, double
 from difusores.ops import group_norm_affine
 
 LARGE = 64 << 20  # bytes of a layer's input from which on it is worth it
-STRIPE = 64 << 20  # bytes of the rows, in float32, that are normalised at once
+STRIPE = 32 << 20  # bytes of the rows, in float32, that are normalised at once
 
 
 def is_large(x: Tensor) -> bool:
