@@ -26,6 +26,7 @@ from difusores.acceleration.merged import Merged
 from difusores.acceleration.prompts import Prompts
 from difusores.acceleration.session import Forward, Packed, Session, hooked
 from difusores.acceleration.token_merging import Merging
+from difusores.models.attention_processor import is_standard
 from difusores.models.transformer import NO_CONTEXT, Context
 from difusores.ops import attention, geglu, linear
 
@@ -143,7 +144,9 @@ class ImageAttentionForward(AttentionForward):
     """Self-attention over the pixels of a normalised image, added to the image (ours)."""
 
     def declines(self, x: Tensor, context: object = None) -> str | None:
-        norm = self.module.group_norm
+        norm, processor = self.module.group_norm, self.module.processor
+        if not is_standard(processor):
+            return f"its processor is {type(processor).__name__}"
         if x.ndim != 4:
             return "the input's shape is not [N, C, H, W]"
         return None if norm is None or plain_norm(norm) else "a hook or another module stands at its norm"
@@ -168,11 +171,14 @@ class CrossAttentionForward(AttentionForward):
     def declines(
         self, tokens: Tensor, states: Tensor | None = None, bias: Tensor | None = None
     ) -> str | None:
+        processor = self.module.processor
+        if not is_standard(processor):
+            return f"its processor is {type(processor).__name__}"
         if tokens.ndim != 3:
             return "the tokens' shape is not [N, L, C]"
         # On a GPU every backend has its scores in float32.
         given = self.session.dtype or tokens.dtype
-        if self.module.upcast and given is not torch.float32 and not self.session.cuda:
+        if self.module.upcast_attention and given is not torch.float32 and not self.session.cuda:
             return "scores in float32 are asked for"
         return None
 

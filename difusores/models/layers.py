@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from difusores.models.attention_processor import AttentionLayer, is_standard
 from difusores.ops import attention, group_norm_silu
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -180,7 +181,7 @@ class ResnetBlock2D(nn.Module):
         return _add(shortcut, hidden, self.output_scale_factor)
 
 
-class Attention(nn.Module):
+class Attention(AttentionLayer):
     """Self-attention over the pixels of a normalised image, added to the image.
 
     Args:
@@ -189,6 +190,9 @@ class Attention(nn.Module):
         groups: of the normalisation; None for none.
         output_scale_factor: the sum is divided by it.
     """
+
+    upcast_softmax = True
+    residual_connection = True
 
     def __init__(
         self, channels: int, head_dim: int, groups: int | None, eps: float, output_scale_factor: float = 1.0
@@ -199,7 +203,7 @@ class Attention(nn.Module):
             raise ValueError(
                 f"attention_head_dim is {head_dim}; at most the {channels} channels of its block are allowed"
             )
-        self.output_scale_factor = output_scale_factor
+        self.output_scale_factor = self.rescale_output_factor = output_scale_factor
         inner = self.heads * head_dim
         self.group_norm = GroupNormAct(groups, channels, eps, act_fn=None) if groups is not None else None
         self.to_q = nn.Linear(channels, inner)
@@ -209,6 +213,10 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, context: object = None) -> torch.Tensor:
         """x: [N, C, H, W]; `context` is not looked at: transformers stand in the same place."""
+        return self.attend(x) if is_standard(self.processor) else self.processed(x)
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [N, C, H, W]."""
         hidden = x if self.group_norm is None else self.group_norm(x)
         # [N, HW, C]; of NCHW one copy here saves three in the projections
         tokens = hidden.flatten(2).transpose(1, 2).contiguous()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from difusores.models.attention_processor import AttentionLayer, is_standard
 from difusores.models.layers import GroupNormAct
 from difusores.ops import attention, geglu, layer_norm
 
@@ -68,7 +69,7 @@ class LayerNorm(nn.LayerNorm):
         return out
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(AttentionLayer):
     """Attention of tokens to a context, or to themselves.
 
     Args:
@@ -78,12 +79,15 @@ class CrossAttention(nn.Module):
         upcast: scores in float32 for lower dtypes.
     """
 
+    group_norm = None
+
     def __init__(self, dim: int, context_dim: int | None, heads: int, upcast: bool = False) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"{heads} attention heads do not divide the {dim} channels of their block")
         self.heads = heads
-        self.upcast = upcast
+        self.is_cross_attention = context_dim is not None
+        self.upcast_attention = upcast
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim or dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
@@ -93,12 +97,19 @@ class CrossAttention(nn.Module):
         self, tokens: torch.Tensor, states: torch.Tensor | None = None, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """tokens: [N, L, dim]; states: [N, M, context_dim] or None; bias: see `Context`."""
+        call = self.attend if is_standard(self.processor) else self.processed
+        return call(tokens, states, bias)
+
+    def attend(
+        self, tokens: torch.Tensor, states: torch.Tensor | None = None, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The arguments are those of `forward`."""
         source = tokens if states is None else states
         q, k, v = (
             heads.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for heads in (self.to_q(tokens), self.to_k(source), self.to_v(source))
         )
-        if self.upcast and q.dtype is not torch.float32:
+        if self.upcast_attention and q.dtype is not torch.float32:
             bias = None if bias is None else bias.float()
             mixed = attention(q.float(), k.float(), v.float(), mask=bias).to(v.dtype)
         else:

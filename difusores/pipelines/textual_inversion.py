@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -81,14 +82,38 @@ class TextualInversion:
     def unload_textual_inversion(
         self, tokens: str | Sequence[str] | None = None, tokenizer: Any = None, text_encoder: Any = None
     ) -> None:
-        """Not there: a tokenizer of transformers takes words and does not give them back.
+        """Take words out of the tokenizer and their embeddings out of the text encoder.
+
+        Args:
+            tokens: the words; None for all that were added. Of several vectors the word stands for all.
+            tokenizer, text_encoder: the pipeline's first ones if None.
 
         Raises:
-            NotImplementedError: always. Pipelines that are loaded anew have none.
+            ValueError: the tokenizer has no such added word.
         """
-        raise NotImplementedError(
-            "tokens cannot be taken out of a tokenizer again: load tokenizer and text_encoder anew"
-        )
+        tokenizer, text_encoder = self._text_parts(tokenizer, text_encoder)
+        special = set(tokenizer.all_special_tokens)
+        added = {
+            token.content: i
+            for i, token in tokenizer.added_tokens_decoder.items()
+            if not token.special and token.content not in special
+        }
+        words = [tokens] if isinstance(tokens, str) else tokens
+        chosen = set(added) if words is None else {part for word in words for part in _parts(word, added)}
+        unknown = chosen - set(added)
+        if unknown or not chosen:
+            names = ", ".join(map(repr, sorted(unknown)))
+            raise ValueError(f"the tokenizer has no added token {names}; it has {', '.join(added) or 'none'}")
+        gone = sorted(added[name] for name in chosen)
+        _forget(tokenizer, chosen, gone)
+        table: nn.Embedding = text_encoder.get_input_embeddings()
+        kept = torch.ones(len(table.weight), dtype=torch.bool)
+        kept[gone] = False
+        with torch.no_grad():
+            rows = table.weight[kept.to(table.weight.device)]
+        text_encoder.resize_token_embeddings(len(rows))
+        with torch.no_grad():
+            text_encoder.get_input_embeddings().weight.copy_(rows)
 
     def _text_parts(self, tokenizer: Any, text_encoder: Any) -> tuple[Any, Any]:
         parts = {
@@ -149,13 +174,45 @@ def _rows(word: str | None, source: Mapping[str, Any] | Tensor) -> dict[str, Ten
     return {word if i == 0 else f"{word}_{i}": row for i, row in enumerate(vectors)}
 
 
+def _parts(word: str, added: Mapping[str, int]) -> list[str]:
+    """The tokens that stand for a word: itself, and the numbered ones behind it."""
+    count = 1
+    while f"{word}_{count}" in added:
+        count += 1
+    return [word, *(f"{word}_{i}" for i in range(1, count))]
+
+
+def _forget(tokenizer: Any, words: set[str], numbers: list[int]) -> None:
+    """Take added words out of a tokenizer; those behind them move up, as the rows of the encoder's table do.
+
+    transformers has no call for this: its tokenizers in Python hold tables of the added tokens, and the
+    library under the others writes and reads itself.
+    """
+
+    def moved(number: int) -> int:
+        return number - sum(gone < number for gone in numbers)
+
+    if not hasattr(tokenizer, "_tokenizer"):
+        left = {i: token for i, token in tokenizer._added_tokens_decoder.items() if i not in numbers}
+        tokenizer._added_tokens_decoder = {moved(i): token for i, token in left.items()}
+        tokenizer._added_tokens_encoder = {token.content: moved(i) for i, token in left.items()}
+        tokenizer.tokens_trie = type(tokenizer.tokens_trie)()
+        tokenizer._update_trie()
+        tokenizer._update_total_vocab_size()
+        return
+    from tokenizers import Tokenizer
+
+    content = json.loads(tokenizer._tokenizer.to_str())
+    kept = [token for token in content["added_tokens"] if token["content"] not in words]
+    content["added_tokens"] = [{**token, "id": moved(token["id"])} for token in kept]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
+
+
 def spelt_out(tokenizer: Any, text: str) -> str:
     """A text in which each learned word of several vectors stands with all of its tokens."""
     added = getattr(tokenizer, "added_tokens_encoder", {})
     for word in added:
-        count = 1
-        while f"{word}_{count}" in added:
-            count += 1
-        if count > 1 and word in text:
-            text = text.replace(word, " ".join([word, *(f"{word}_{i}" for i in range(1, count))]))
+        parts = _parts(word, added)
+        if len(parts) > 1 and word in text:
+            text = text.replace(word, " ".join(parts))
     return text
