@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Container, Iterable, Mapping
@@ -15,13 +16,14 @@ from difusores.configuration import ConfigMixin
 from difusores.files import find_file, replacing, upload_folder
 from difusores.models.attention_processor import AttentionInterface
 
+logger = logging.getLogger(__name__)
+
 WEIGHTS_NAME = "diffusion_pytorch_model"
 # before diffusers 0.15
 LEGACY_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 # arguments of diffusers' from_pretrained that are taken where they ask for nothing
 UNSUPPORTED = (
-    "device_map",
     "max_memory",
     "offload_folder",
     "offload_state_dict",
@@ -123,11 +125,11 @@ class ModelMixin(AttentionInterface, ConfigMixin):
             low_cpu_mem_usage: taken for compatibility; a model is never initialised first.
             cache_dir, force_download, local_files_only, revision, token: of a Hub repository.
             output_loading_info: return (model, what did not fit), which is empty: see ValueError.
-            config: constructor arguments which override the file's. The names in `UNSUPPORTED` are taken as
-                None or False.
+            config: constructor arguments which override the file's. `device_map` is a device that the model
+                is put on. The names in `UNSUPPORTED` are taken as None or False.
 
         Raises:
-            NotImplementedError: one of `UNSUPPORTED` has another value.
+            NotImplementedError: one of `UNSUPPORTED` has another value, or `device_map` is no single device.
             OSError: there is no such folder or file.
             TypeError: `config` has a name that the constructor does not know, or the dtype is none.
             ValueError: the weights do not fit the configuration; all missing, unexpected and misshaped ones
@@ -136,7 +138,7 @@ class ModelMixin(AttentionInterface, ConfigMixin):
         dtype = resolve_dtype(torch_dtype, dtype)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype is {dtype!r}; needed is a torch.dtype such as torch.float16")
-        drop_unsupported(config)
+        device = take_compatible(config)
         source = os.fspath(pretrained_model_name_or_path)
         if os.path.isfile(source):
             raise OSError(f"{source!r} is a file; a folder is needed")
@@ -160,6 +162,8 @@ class ModelMixin(AttentionInterface, ConfigMixin):
         assign(model, tensors, dtype or torch.float32, paths[0])
         model.register_to_config(_name_or_path=source)
         model.eval()
+        if device is not None:
+            model.to(device)
         if not output_loading_info:
             return model
         return model, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
@@ -212,12 +216,41 @@ def resolve_dtype(torch_dtype: Any, dtype: Any) -> Any:
     return torch_dtype if dtype is None else dtype
 
 
-def drop_unsupported(options: dict[str, Any]) -> None:
-    """Take out the names in `UNSUPPORTED`, or raise NotImplementedError where one asks for something."""
+def take_compatible(options: dict[str, Any]) -> torch.device | None:
+    """Take out `device_map`, which is returned, and the names in `UNSUPPORTED`.
+
+    Raises:
+        NotImplementedError: one of them asks for what is not there, such as a model on several devices.
+    """
     for name in UNSUPPORTED:
         value = options.pop(name, None)
         if value is not None and value is not False:
             raise NotImplementedError(f"{name} is {value!r}; difusores takes only None or False for it")
+    given = options.pop("device_map", None)
+    place = given[""] if isinstance(given, Mapping) and given.keys() == {""} else given
+    if place is None or place is False:
+        return None
+    try:
+        return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+    except (RuntimeError, TypeError):
+        raise NotImplementedError(
+            f"device_map is {given!r}; difusores takes None or one device, such as 'cuda', for whole models"
+        ) from None
+
+
+def drop_idle(owner: str, options: dict[str, Any], known: Iterable[str]) -> None:
+    """Take out options that a class does not know and that ask for nothing; diffusers lets all of them pass.
+
+    Raises:
+        TypeError: an unknown one is neither None nor False.
+    """
+    names = list(known)
+    unknown = sorted(options.keys() - set(names))
+    wrong = [name for name in unknown if options[name] is not None and options[name] is not False]
+    if wrong:
+        raise TypeError(f"{owner} takes {', '.join(names)}, and no {', '.join(wrong)}")
+    for name in unknown:
+        logger.warning("%s has no %s, which is %s: not used", owner, name, options.pop(name))
 
 
 def _bytes(size: int | str) -> int:

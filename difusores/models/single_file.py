@@ -18,9 +18,9 @@ from difusores.files import find_file
 from difusores.models.modeling import (
     ModelMixin,
     assign,
-    drop_unsupported,
     read_tensors,
     resolve_dtype,
+    take_compatible,
 )
 from difusores.models.original_layout import UNET, Layout, file_names
 
@@ -185,7 +185,7 @@ class SingleFileModel(ModelMixin):
             extract_ema: take the averaged weights of a training checkpoint.
             low_cpu_mem_usage, disable_mmap: taken for compatibility.
             cache_dir, force_download, local_files_only, revision, token: of a link or a Hub id.
-            options: constructor arguments which override the configuration.
+            options: constructor arguments which override the configuration; and `device_map`, a device.
 
         Raises:
             OSError: there is no such file or folder.
@@ -194,7 +194,7 @@ class SingleFileModel(ModelMixin):
                 misshaped ones are named as the file names them.
         """
         dtype = resolve_dtype(torch_dtype, dtype)
-        drop_unsupported(options)
+        device = take_compatible(options)
         hub: dict[str, Any] = {
             "cache_dir": cache_dir,
             "force_download": force_download,
@@ -205,7 +205,8 @@ class SingleFileModel(ModelMixin):
         stored = None
         if config is not None:
             stored = cls.load_config(config, subfolder=subfolder or cls.original_layout.part, **hub)
-        return cls.from_checkpoint(checkpoint, stored, dtype, extract_ema, **options)
+        model = cls.from_checkpoint(checkpoint, stored, dtype, extract_ema, **options)
+        return model if device is None else model.to(device)
 
     @classmethod
     def from_checkpoint(

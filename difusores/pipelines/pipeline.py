@@ -22,7 +22,7 @@ from difusores.configuration import ConfigMixin
 from difusores.cuda_graph import disable_cuda_graph, enable_cuda_graph
 from difusores.files import find_file, upload_folder
 from difusores.image_processor import VaeImageProcessor
-from difusores.models.modeling import ModelMixin, drop_unsupported, resolve_dtype
+from difusores.models.modeling import ModelMixin, drop_idle, resolve_dtype, take_compatible
 from difusores.pipelines.call_state import CallState
 from difusores.pipelines.fit import needs
 from difusores.pipelines.memory import MemorySavers
@@ -219,9 +219,7 @@ class DiffusionPipeline(MemorySavers, ConfigMixin):
         """
         dtype = resolve_dtype(torch_dtype, dtype)
         parameters = dict(list(inspect.signature(cls.__init__).parameters.items())[1:])
-        unknown = sorted(options.keys() - parameters.keys())
-        if unknown:
-            raise TypeError(f"{cls.__name__} takes {', '.join(parameters)}, and no {', '.join(unknown)}")
+        drop_idle(cls.__name__, options, parameters)
         given = {**pipeline.config, **pipeline.components, **options}
         empty = inspect.Parameter.empty
         missing = [name for name, p in parameters.items() if name not in given and p.default is empty]
@@ -255,18 +253,19 @@ class DiffusionPipeline(MemorySavers, ConfigMixin):
                 `ModelMixin.from_pretrained`. A dictionary gives a dtype by component, and one to "default".
                 Components without files of the variant are read without it, with a warning.
             options: components to use in place of the folder's; and for a Hub id `cache_dir`,
-                `force_download`, `local_files_only`, `revision`, `token`. The names in
-                `difusores.models.modeling.UNSUPPORTED` are taken as None or False.
+                `force_download`, `local_files_only`, `revision`, `token`. `device_map` is a device that all
+                models are put on. The names in `difusores.models.modeling.UNSUPPORTED`, and those that the
+                class does not know, are taken as None or False.
 
         Raises:
-            NotImplementedError: one of `UNSUPPORTED` has another value.
+            NotImplementedError: one of `UNSUPPORTED` has another value, or `device_map` is no single device.
             OSError: there is no such folder or file.
             TypeError: an option that is not one of these, or a dtype that is none.
             ValueError: a component is missing, or this package has no class of its name; no component has
                 the variant; or both names of the dtype are given, and differ.
         """
         dtype = resolve_dtype(torch_dtype, dtype)
-        drop_unsupported(options)
+        device = take_compatible(options)
         source = os.fspath(pretrained_model_name_or_path)
         hub_names = ("cache_dir", "force_download", "local_files_only", "revision", "token")
         hub: dict[str, Any] = {name: options.pop(name) for name in hub_names if name in options}
@@ -282,9 +281,7 @@ class DiffusionPipeline(MemorySavers, ConfigMixin):
         )
         parameters = dict(list(inspect.signature(own_class.__init__).parameters.items())[1:])
         names = list(parameters)
-        unknown = sorted(options.keys() - set(names))
-        if unknown:
-            raise TypeError(f"{own_class.__name__} takes {', '.join(names)}, and no {', '.join(unknown)}")
+        drop_idle(own_class.__name__, options, names)
         present = {*index, *options}
         empty = inspect.Parameter.empty
         missing = [name for name in names if name not in present and parameters[name].default is empty]
@@ -308,7 +305,7 @@ class DiffusionPipeline(MemorySavers, ConfigMixin):
         pipeline: Self = own_class(**stored, **options)
         if not any(isinstance(value, nn.Module) for value in options.values()):
             pipeline._trained_with = _own_scheduler(source, index, stored, hub)
-        return pipeline
+        return pipeline if device is None else pipeline.to(device)
 
     def save_pretrained(
         self,

@@ -13,7 +13,7 @@ import torch
 
 from difusores.files import find_file
 from difusores.models.autoencoder import AutoencoderKL
-from difusores.models.modeling import drop_unsupported, resolve_dtype
+from difusores.models.modeling import drop_idle, resolve_dtype, take_compatible
 from difusores.models.original_layout import SMALL_SAMPLE, UNET, VAE
 from difusores.models.single_file import UNUSED, Checkpoint, read_checkpoint
 from difusores.models.unet_2d_condition import UNet2DConditionModel
@@ -269,7 +269,7 @@ class SingleFilePipeline(LoraPipeline):
             low_cpu_mem_usage, disable_mmap: taken for compatibility.
             cache_dir, force_download, local_files_only, revision, token: of a link or a Hub id.
             options: components in place of those of the file or folder, and other arguments of the
-                constructor. There is no safety checker but the one that is given here.
+                constructor; and `device_map`, a device. There is no safety checker but the one given here.
 
         Raises:
             OSError: there is no such file or folder, or there is no tokenizer to be had.
@@ -279,11 +279,9 @@ class SingleFilePipeline(LoraPipeline):
                 names them.
         """
         dtype = resolve_dtype(torch_dtype, dtype)
-        drop_unsupported(options)
+        device = take_compatible(options)
         parameters = dict(list(inspect.signature(cls.__init__).parameters.items())[1:])
-        unknown = sorted(options.keys() - parameters.keys())
-        if unknown:
-            raise TypeError(f"{cls.__name__} takes {', '.join(parameters)}, and no {', '.join(unknown)}")
+        drop_idle(cls.__name__, options, parameters)
         hub: dict[str, Any] = {
             "cache_dir": cache_dir,
             "force_download": force_download,
@@ -313,7 +311,7 @@ class SingleFilePipeline(LoraPipeline):
             )
         pipeline: Self = cls(**parts)
         pipeline._trained_with = None if "scheduler" in options else parts["scheduler"]
-        return pipeline
+        return pipeline if device is None else pipeline.to(device)
 
 
 def _components(source: _Source, names: list[str], extract_ema: bool) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import stat
 import subprocess
 import sys
@@ -92,8 +93,13 @@ NEUTRAL = {
 
 def test_arguments_of_diffusers_that_ask_for_nothing(model: UNet2DModel, folder: Path) -> None:
     assert_same(UNet2DModel.from_pretrained(folder, **NEUTRAL), model)
-    for name, value in (("device_map", "auto"), ("device_map", 0), ("ignore_mismatched_sizes", True)):
-        with pytest.raises(NotImplementedError, match=f"{name} is {value!r}"):
+    for place in ("cpu", torch.device("cpu"), {"": "cpu"}):
+        assert_same(UNet2DModel.from_pretrained(folder, device_map=place), model)
+    assert UNet2DModel.from_pretrained(folder, device_map="meta").device.type == "meta"
+    several = {"conv_in": "cpu", "": "cpu"}
+    wrong = [("device_map", "auto"), ("device_map", several), ("ignore_mismatched_sizes", True)]
+    for name, value in wrong:
+        with pytest.raises(NotImplementedError, match=re.escape(f"{name} is {value!r}")):
             UNet2DModel.from_pretrained(folder, **{name: value})
 
 

@@ -97,8 +97,16 @@ def test_dtypes(folder: Path) -> None:
         load(dtype=half, torch_dtype=torch.float32)
 
 
-def test_arguments_of_diffusers_that_ask_for_nothing(folder: Path, tmp_path: Path) -> None:
-    pipeline = DDPMPipeline.from_pretrained(folder, device_map=None, custom_pipeline=None)
+def test_arguments_of_diffusers_that_ask_for_nothing(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING"):
+        pipeline = DDPMPipeline.from_pretrained(folder, device_map=None, custom_pipeline=None, use_onnx=False)
+        pipeline = DDPMPipeline.from_pipe(pipeline, safety_checker=None)
+    assert "has no use_onnx, which is False" in caplog.text and "has no safety_checker" in caplog.text
+    with pytest.raises(TypeError, match="and no safety_checker"):
+        DDPMPipeline.from_pretrained(folder, safety_checker=1)
+    assert DDPMPipeline.from_pretrained(folder, device_map="meta").device.type == "meta"
     for name, value in (("device_map", "balanced"), ("custom_pipeline", "some/thing")):
         with pytest.raises(NotImplementedError, match=f"{name} is '{value}'"):
             DDPMPipeline.from_pretrained(folder, **{name: value})
@@ -170,7 +178,7 @@ def test_passed_scheduler_is_checked_against_the_folders_where_that_is_known(fol
 
 def test_mistakes_are_named(folder: Path) -> None:
     with pytest.raises(TypeError, match="vae"):
-        DDPMPipeline.from_pretrained(folder, vae=None)
+        DDPMPipeline.from_pretrained(folder, vae=7)
     index = folder / "model_index.json"
     content = json.loads(index.read_text())
     for entry in (["diffusers", "NoSuchModel"], ["os", "system"]):
