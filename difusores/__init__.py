@@ -174,6 +174,7 @@ _PUBLIC = {
 }
 _SUBMODULES = (
     "acceleration",
+    "callbacks",
     "functional",
     "image_processor",
     "models",

@@ -114,6 +114,12 @@ class VaeImageProcessor(ConfigMixin):
         return image.filter(ImageFilter.GaussianBlur(blur_factor))
 
     @staticmethod
+    def apply_overlay(mask: Image.Image, init_image: Image.Image, image: Image.Image) -> Image.Image:
+        """The second picture where the mask is white, the first where it is black, in mode "RGB"."""
+        first, second = init_image.convert("RGB"), image.convert("RGB")
+        return Image.composite(second, first, mask.convert("L"))
+
+    @staticmethod
     def binarize(image: Tensor) -> Tensor:
         """1 from 0.5 on, else 0."""
         return (image >= 0.5).to(image.dtype)

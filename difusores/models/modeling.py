@@ -69,6 +69,11 @@ class ModelMixin(AttentionInterface, ConfigMixin):
             and not (exclude_embeddings and id(parameter) in tables)
         )
 
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the parameters, and of the buffers if asked for."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.nbytes for tensor in tensors)
+
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether `enable_gradient_checkpointing` holds."""

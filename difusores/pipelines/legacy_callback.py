@@ -1,4 +1,6 @@
-"""`callback` and `callback_steps`, which diffusers' pipelines still take beside `callback_on_step_end`."""
+"""What diffusers' pipelines take beside a function `callback_on_step_end`: an object that names its tensors,
+and `callback` with `callback_steps`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 def takes_callback(call: Call) -> Call:
-    """Decorate the `__call__` of a pipeline so that it takes these two, with a warning.
+    """Decorate the `__call__` of a pipeline so that it takes these two, with a warning, and that a
+    `callback_on_step_end` with `tensor_inputs` is given those.
 
     callback(step, timestep, latents) comes after the whole steps of the scheduler whose model call's number
     is divisible by `callback_steps`, as in diffusers, and behind `callback_on_step_end`; it may change the
@@ -22,6 +25,9 @@ def takes_callback(call: Call) -> Call:
     def wrapper(
         self: Any, *args: Any, callback: Any = None, callback_steps: int | None = None, **kwargs: Any
     ) -> Any:
+        of_object = getattr(kwargs.get("callback_on_step_end"), "tensor_inputs", None)
+        if of_object is not None:
+            kwargs["callback_on_step_end_tensor_inputs"] = tuple(of_object)
         if callback is None and callback_steps is None:
             return call(self, *args, **kwargs)
         warnings.warn(

@@ -127,3 +127,9 @@ class MemorySavers:
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Nothing, see `enable_xformers_memory_efficient_attention`."""
+
+    def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """Nothing: it changes no number, and `accelerate` computes them together where that is faster."""
+
+    def unfuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """Nothing, see `fuse_qkv_projections`."""

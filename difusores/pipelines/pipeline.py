@@ -26,6 +26,7 @@ from difusores.models.modeling import ModelMixin, drop_idle, resolve_dtype, take
 from difusores.pipelines.call_state import CallState
 from difusores.pipelines.fit import needs
 from difusores.pipelines.memory import MemorySavers
+from difusores.utils.logging import is_progress_bar_enabled
 
 SAFETY_CHECKER = "difusores.pipelines.safety_checker"
 LIBRARIES = {
@@ -169,7 +170,8 @@ class DiffusionPipeline(MemorySavers, ConfigMixin):
         """A tqdm bar over an iterable or of a length."""
         if (iterable is None) == (total is None):
             raise ValueError("progress_bar takes an iterable or a total, one of the two")
-        return tqdm(iterable, total=total, **self._progress_bar_config)
+        shown = {"disable": not is_progress_bar_enabled(), **self._progress_bar_config}
+        return tqdm(iterable, total=total, **shown)
 
     def check_training(self) -> None:
         """Compare with the scheduler in the models' own folder; other betas give a warning.

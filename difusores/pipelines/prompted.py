@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from difusores.image_processor import VaeImageProcessor
 from difusores.models.conditioning import Conditioning
 from difusores.pipelines.checks import check_finite
 from difusores.pipelines.images import check_output_type
@@ -44,6 +45,16 @@ class PromptedPipeline(TextualInversion, SingleFilePipeline, Generic[Output]):
     def disable_freeu(self) -> None:
         """See `UNet2DConditionModel.disable_freeu`."""
         self.unet.disable_freeu()
+
+    @property
+    def mask_processor(self) -> VaeImageProcessor:
+        """Of masks for inpainting."""
+        return VaeImageProcessor(
+            vae_scale_factor=self.vae_scale_factor,
+            do_normalize=False,
+            do_binarize=True,
+            do_convert_grayscale=True,
+        )
 
     def _placed(self, embeds: Tensor, device: str | torch.device | None, times: int) -> Tensor:
         check_width(embeds, self.unet.config)

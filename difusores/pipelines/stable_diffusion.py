@@ -16,6 +16,7 @@ from difusores.pipelines.checks import check_count
 from difusores.pipelines.images import to_images
 from difusores.pipelines.latent import Conditions, StepCallback
 from difusores.pipelines.legacy_callback import takes_callback
+from difusores.pipelines.own_loops import OwnLoops
 from difusores.pipelines.prompted import PromptedPipeline, Texts
 from difusores.pipelines.prompts import as_list, check_prompts, encode_texts
 from difusores.sampling import Generators
@@ -203,7 +204,7 @@ class StableDiffusionBase(PromptedPipeline[StableDiffusionPipelineOutput | tuple
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=marked)
 
 
-class StableDiffusionPipeline(StableDiffusionBase):
+class StableDiffusionPipeline(StableDiffusionBase, OwnLoops):
     """Text to image with Stable Diffusion 1.x and 2.x (Rombach et al. 2022, "High-resolution image synthesis
     with latent diffusion models"). Components: see `StableDiffusionBase`.
     """

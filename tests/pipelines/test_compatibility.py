@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 import difusores
-from difusores import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from difusores import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, callbacks
 from difusores.pipelines.memory import Offload
 from difusores.pipelines.prompts import tokenize
 from difusores.pipelines.textual_inversion import spelt_out
+from difusores.utils import logging
+from difusores.utils.torch_utils import randn_tensor
 
 pytest.importorskip("transformers")
 
@@ -229,3 +231,66 @@ def test_learned_words_of_a_tokenizer_in_python(pipeline: Any) -> None:
     assert len(tokenizer("<a>").input_ids) == 1 + len("<a>")
     pipeline.unload_textual_inversion(**there)
     assert len(encoder.get_input_embeddings().weight) == len(tokenizer) == known
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_callbacks_that_are_objects(xl: bool, request: pytest.FixtureRequest) -> None:
+    """Guidance ends at a step, for all images of a batch."""
+    parts = request.getfixturevalue("xl_parts" if xl else "parts")
+    kind = difusores.StableDiffusionXLPipeline if xl else StableDiffusionPipeline
+    pipeline, rows = kind(**parts), list[int]()
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    cutoff = (callbacks.SDXLCFGCutoffCallback if xl else callbacks.SDCFGCutoffCallback)(0.5)
+
+    class Counting(callbacks.PipelineCallback):
+        tensor_inputs = ("latents",)
+
+        def callback_fn(self, pipeline: Any, index: int, time: Any, tensors: dict[str, Any]) -> Any:
+            self.seen = [*getattr(self, "seen", ()), (index, sorted(tensors))]
+            return tensors
+
+    counting = Counting(cutoff_step_ratio=None, cutoff_step_index=1)
+    both = callbacks.MultiPipelineCallbacks([cutoff, counting])
+    options = {"num_inference_steps": 4, "output_type": "pt"}
+    prompts = ["a cat", "a dog"]
+
+    def draw(prompts: Any, seeds: tuple[int, ...], **more: Any) -> Tensor:
+        sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+        images: Tensor = pipeline(prompts, generator=sources, **options, **more).images
+        return images
+
+    together = draw(prompts, (0, 1), callback_on_step_end=both)
+    assert rows == [4, 4, 4, 2] and [index for index, _ in counting.seen] == [0, 1, 2, 3]
+    assert counting.seen[0][1] == sorted((*cutoff.tensor_inputs, "latents"))
+    alone = [draw(prompt, (i,), callback_on_step_end=cutoff) for i, prompt in enumerate(prompts)]
+    assert (together - torch.cat(alone)).abs().max() < 1e-4
+    assert (together - draw(prompts, (0, 1))).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="one of them has to be None"):
+        callbacks.SDCFGCutoffCallback(cutoff_step_index=1)
+    with pytest.raises(ValueError, match=r"is 1\.5; it is a share"):
+        callbacks.SDCFGCutoffCallback(1.5)
+
+
+def test_how_much_is_told(pipeline: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    before = logging.get_verbosity()
+    try:
+        logging.set_verbosity_error()
+        assert logging.get_verbosity() == logging.get_logger().level == 40
+        pipeline.set_progress_bar_config()
+        logging.disable_progress_bar()
+        list(pipeline.progress_bar([1, 2]))
+        assert capsys.readouterr().err == "" and not logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
+    list(pipeline.progress_bar([1, 2]))
+    assert "2/2" in capsys.readouterr().err
+
+
+def test_noise_for_loops() -> None:
+    found = randn_tensor((2, 3), torch.Generator().manual_seed(1), device="cpu", dtype=torch.float64)
+    expected = torch.randn(2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match=r"layout is torch\.sparse_coo"):
+        randn_tensor((2, 3), layout=torch.sparse_coo)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 import torch
 
 import difusores
+from difusores.pipelines import own_loops
 from difusores.pipelines.pipeline import follows_plan
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
+PEER = diffusers.StableDiffusionPipeline
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -175,3 +178,37 @@ def test_components_without_the_variant(folder: Path, parts: dict[str, Any]) -> 
     assert_same(images)
     with pytest.raises(OSError, match="no file named"):
         load(difusores, folder)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "heun"])
+def test_a_loop_of_ones_own(
+    parts: dict[str, Any], widened: Any, tmp_path: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A subclass whose `__call__` is a copy of diffusers', which calls the parts of a loop."""
+    own = type("Own", (difusores.StableDiffusionPipeline,), {"__call__": PEER.__call__})
+    used = sys.modules[PEER.__module__]
+    for name in ("retrieve_timesteps", "rescale_noise_cfg"):
+        monkeypatch.setattr(used, name, getattr(own_loops, name))
+    told = {"unet": widened(4, time_cond_proj_dim=8)} if scheduler == "heun" else {}
+    images = []
+    for kind in (own, difusores.StableDiffusionPipeline):
+        pipeline = kind(**{**parts, **told})
+        pipeline.set_progress_bar_config(disable=True)
+        swap(pipeline, difusores, scheduler)
+        sources = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        options = {
+            "num_inference_steps": 4,
+            "guidance_rescale": 0.4,
+            "eta": 0.5 if scheduler == "ddim" else 0,
+        }
+        images.append(pipeline(["a cat", "a dog"], generator=sources, output_type="np", **options).images)
+    assert images[0].shape == (2, 16, 16, 3) and images[0].std() > 0.05
+    assert np.abs(images[0] - images[1]).max() < 1e-4
+    for options, message in (
+        ({"timesteps": [5], "sigmas": [1.0]}, "only one of"),
+        ({"sigmas": [1.0]}, "DDIMScheduler.set_timesteps takes no sigmas"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            own_loops.retrieve_timesteps(difusores.DDIMScheduler(), **options)
+    with pytest.raises(ValueError, match=r"12 and 16; both have to be divisible by 8"):
+        pipeline.check_inputs("a cat", 12, 16)

@@ -1,4 +1,6 @@
-"""Pictures in and out of files, under the names that diffusers' `utils` has for it."""
+"""Pictures in and out of files, under the names that diffusers' `utils` has for it; see also `logging` and
+`torch_utils`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from difusores.files import replacing
 from difusores.image_processor import VaeImageProcessor
+from difusores.utils import logging as logging
 
 TIMEOUT = 60.0  # seconds, of a server
 
