@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from difusores.models import ADMUNet as ADMUNet
     from difusores.models import AudioEncoder as AudioEncoder
     from difusores.models import AutoencoderKL as AutoencoderKL
+    from difusores.models import AutoModel as AutoModel
     from difusores.models import Conditioning as Conditioning
     from difusores.models import ConsistencyDecoderVAE as ConsistencyDecoderVAE
     from difusores.models import ControlNetModel as ControlNetModel
@@ -99,6 +100,7 @@ _PUBLIC = {
     "ADMUNet": "difusores.models",
     "AudioEncoder": "difusores.models",
     "AudioToImagePipeline": "difusores.pipelines",
+    "AutoModel": "difusores.models",
     "AutoPipelineForImage2Image": "difusores.pipelines",
     "AutoPipelineForInpainting": "difusores.pipelines",
     "AutoPipelineForText2Image": "difusores.pipelines",

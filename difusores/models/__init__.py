@@ -2,6 +2,7 @@
 
 from difusores.models.adm import ADMClassifier, ADMUNet
 from difusores.models.audio_encoder import AudioEncoder
+from difusores.models.auto_model import AutoModel
 from difusores.models.autoencoder import AutoencoderKL, VQModel
 from difusores.models.conditioning import Conditioning
 from difusores.models.consistency_decoder import ConsistencyDecoderVAE
@@ -16,6 +17,7 @@ __all__ = [
     "ADMClassifier",
     "ADMUNet",
     "AudioEncoder",
+    "AutoModel",
     "AutoencoderKL",
     "Conditioning",
     "ConsistencyDecoderVAE",

@@ -171,7 +171,7 @@ class AttentionInterface(nn.Module):
         processor: see `AttentionLayer`. Those of `STANDARD` change nothing but memory that is not used here.
 
         Raises:
-            ValueError: a dictionary has other names than `attn_processors`.
+            ValueError: a dictionary has other names than `attn_processors`, or a processor is no callable.
         """
         layers = self._attention_layers()
         given = processor if isinstance(processor, Mapping) else dict.fromkeys(layers, processor)
@@ -180,6 +180,9 @@ class AttentionInterface(nn.Module):
                 f"processor has {len(given)} entries; needed is one for each of the names in "
                 f"attn_processors, which are {len(layers)}"
             )
+        for one in given.values():
+            if not callable(one):
+                raise ValueError(f"processor is {one!r}, which cannot be called: see AttnProcessor")
         for name, layer in layers.items():
             layer.set_processor(given[name])
 

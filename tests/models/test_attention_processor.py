@@ -143,6 +143,8 @@ def test_where_processors_stand() -> None:
     assert torch.equal(call(model), changed)
     with pytest.raises(ValueError, match=r"processor has 1 entries.*attn_processors, which are 8"):
         model.set_attn_processor({names[0]: one})
+    with pytest.raises(ValueError, match="processor is None, which cannot be called"):
+        model.set_attn_processor({**each, names[-1]: None})
 
     class Delegating(AttnProcessor):
         def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

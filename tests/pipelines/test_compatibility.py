@@ -294,3 +294,16 @@ def test_noise_for_loops() -> None:
     assert torch.equal(found, expected)
     with pytest.raises(ValueError, match=r"layout is torch\.sparse_coo"):
         randn_tensor((2, 3), layout=torch.sparse_coo)
+
+
+def test_models_of_the_class_that_their_folder_names(parts: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("unet", "text_encoder"):
+        parts[name].save_pretrained(tmp_path / name)
+        found = difusores.AutoModel.from_pretrained(tmp_path, subfolder=name, dtype=torch.float64)
+        assert type(found) is type(parts[name]) and found.dtype is torch.float64
+    for content, said in ("{}", "no class"), ('{"_class_name": "DDIMScheduler"}', "a DDIMScheduler"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=f"names {said}"):
+            difusores.AutoModel.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"use AutoModel\.from_pretrained"):
+        difusores.AutoModel()
