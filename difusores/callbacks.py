@@ -69,7 +69,7 @@ class MultiPipelineCallbacks:
 class SDCFGCutoffCallback(PipelineCallback):
     """Guidance ends behind the step of the cutoff, and half of the model's work with it."""
 
-    tensor_inputs = ("prompt_embeds",)
+    tensor_inputs: ClassVar[Sequence[str]] = ("prompt_embeds",)
 
     def callback_fn(
         self, pipeline: Any, step_index: int, timesteps: Any, callback_kwargs: dict[str, Any]

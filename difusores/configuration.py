@@ -166,6 +166,12 @@ class ConfigMixin:
         config.update(_class_name=type(self).__name__, _diffusers_version=DIFFUSERS_VERSION)
         return json.dumps(config, indent=2, sort_keys=True, default=_to_jsonable) + "\n"
 
+    def __repr__(self) -> str:
+        try:
+            return f"{type(self).__name__} {self.to_json_string()}"
+        except (AttributeError, TypeError):  # half built, or with a value that no file can hold
+            return super().__repr__()
+
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write `to_json_string()` to a file: the whole file or, on failure, none."""
         with replacing(json_file_path) as path, open(path, "w", encoding="utf-8") as file:

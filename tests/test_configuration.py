@@ -121,6 +121,8 @@ def test_save_and_load(tmp_path: Path) -> None:
         "steps": 4,
     }
     assert list(json.loads(text)) == sorted(json.loads(text)) and text.endswith("}\n")
+    assert repr(sampler) == f"Sampler {text}"
+    assert "Sampler object at" in repr(Sampler(betas=object())) + repr(Sampler.__new__(Sampler))  # type: ignore[arg-type]
     for source, kwargs in (
         (path, {}),
         (tmp_path / "new" / "folder", {}),

@@ -106,12 +106,13 @@ class AttentionLayer(nn.Module):
 
     def head_to_batch_dim(self, tensor: Tensor, out_dim: int = 3) -> Tensor:
         """[N, L, C] -> [N * heads, L, C / heads], or with `out_dim` 4 [N, heads, L, C / heads]."""
-        heads = tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        heads: Tensor = tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return heads.flatten(0, 1) if out_dim == 3 else heads
 
     def batch_to_head_dim(self, tensor: Tensor) -> Tensor:
         """[N * heads, L, C / heads] -> [N, L, C]."""
-        return tensor.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2)
+        heads: Tensor = tensor.unflatten(0, (-1, self.heads))
+        return heads.transpose(1, 2).flatten(2)
 
     def get_attention_scores(
         self, query: Tensor, key: Tensor, attention_mask: Tensor | None = None

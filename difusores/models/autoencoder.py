@@ -275,6 +275,14 @@ class AutoencoderKL(SingleFileModel):
         sample = torch.cat([self._decode(part) for part in slices])
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
+    def tiled_encode(
+        self, x: Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """`encode` by tiles, whatever `enable_tiling` says."""
+        moments = self._by_tiles(x, self._encode_tile, self.tile_sample_min_size, self.tile_latent_min_size)
+        latent_dist = DiagonalGaussianDistribution(moments)
+        return AutoencoderKLOutput(latent_dist=latent_dist) if return_dict else (latent_dist,)
+
     def tiled_decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """`decode` by tiles, whatever `enable_tiling` says."""
         sample = self._by_tiles(z, self._decode_tile, self.tile_latent_min_size, self.tile_sample_min_size)

@@ -32,6 +32,9 @@ UNSUPPORTED = (
     "custom_pipeline",
 )
 
+DIVIDED = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Values of `device_map` for which diffusers divides models among devices."""
+
 
 class ModelMixin(AttentionInterface, ConfigMixin):
     """A torch module that `from_pretrained` reads and `save_pretrained` writes.
@@ -222,7 +225,9 @@ def resolve_dtype(torch_dtype: Any, dtype: Any) -> Any:
 
 
 def take_compatible(options: dict[str, Any]) -> torch.device | None:
-    """Take out `device_map`, which is returned, and the names in `UNSUPPORTED`.
+    """Take out `device_map`, which is returned as a device, and the names in `UNSUPPORTED`.
+
+    One of `DIVIDED` is the GPU, or the CPU where there is none.
 
     Raises:
         NotImplementedError: one of them asks for what is not there, such as a model on several devices.
@@ -235,6 +240,8 @@ def take_compatible(options: dict[str, Any]) -> torch.device | None:
     place = given[""] if isinstance(given, Mapping) and given.keys() == {""} else given
     if place is None or place is False:
         return None
+    if place in DIVIDED and torch.cuda.device_count() < 2:
+        place = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
     except (RuntimeError, TypeError):

@@ -91,11 +91,17 @@ NEUTRAL = {
 }
 
 
-def test_arguments_of_diffusers_that_ask_for_nothing(model: UNet2DModel, folder: Path) -> None:
+def test_arguments_of_diffusers_that_ask_for_nothing(
+    model: UNet2DModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert_same(UNet2DModel.from_pretrained(folder, **NEUTRAL), model)
     for place in ("cpu", torch.device("cpu"), {"": "cpu"}):
         assert_same(UNet2DModel.from_pretrained(folder, device_map=place), model)
     assert UNet2DModel.from_pretrained(folder, device_map="meta").device.type == "meta"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert UNet2DModel.from_pretrained(folder, device_map="auto").device.type == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     several = {"conv_in": "cpu", "": "cpu"}
     wrong = [("device_map", "auto"), ("device_map", several), ("ignore_mismatched_sizes", True)]
     for name, value in wrong:
