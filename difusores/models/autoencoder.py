@@ -324,7 +324,7 @@ class AutoencoderKL(SingleFileModel):
     def _by_tiles(self, x: Tensor, work: Callable[[Tensor], Tensor], size: int, result_size: int) -> Tensor:
         """`work` on overlapping tiles of `size`, each giving one of `result_size`; overlaps blend linearly.
 
-        Only one row of tiles is held beside the result.
+        Beside the result only what overlaps with later tiles is held.
         """
         stride = int(size * (1 - self.tile_overlap_factor))
         overlap = int(result_size * self.tile_overlap_factor)
@@ -337,14 +337,21 @@ class AutoencoderKL(SingleFileModel):
         rows: list[Tensor] = []
         above: list[Tensor] = []
         for top in tops:
-            row = [work(x[:, :, top : top + size, left : left + size]) for left in lefts]
-            for i, tile in enumerate(row):
+            parts: list[Tensor] = []
+            lower: list[Tensor] = []
+            beside: Tensor | None = None
+            for i, left in enumerate(lefts):
+                tile = work(x[:, :, top : top + size, left : left + size])
                 if above:
                     _blend(above[i], tile, overlap, dim=2)
-                if i:
-                    _blend(row[i - 1], tile, overlap, dim=3)
-            rows.append(torch.cat([tile[:, :, :kept, :kept] for tile in row], dim=3))
-            above = row
+                if beside is not None:
+                    _blend(beside, tile, overlap, dim=3)
+                beside = tile[:, :, :, -overlap:].clone()
+                lower.append(tile[:, :, -overlap:].clone())
+                parts.append(tile[:, :, :kept, :kept].clone())
+                del tile  # what is needed of it is copied, and the next one is made without it
+            rows.append(torch.cat(parts, dim=3))
+            above = lower
         return torch.cat(rows, dim=2)
 
 
