@@ -501,7 +501,7 @@ def test_what_was_found_instead(build: Any, tmp_path: Path) -> None:
         (damaged, given, ValueError, "is damaged"),
         (path, given, ValueError, "cannot be read as tensors alone, and other objects could run code"),
         (tensors, {"speed": 2}, TypeError, "takes vae, text_encoder, .* and no speed"),
-        (tensors, {"device_map": "auto"}, NotImplementedError, "device_map is 'auto'"),
+        (tensors, {"device_map": {"unet": 0}}, NotImplementedError, "device_map is {.unet.: 0}"),
     ]  # fmt: skip
     for source, options, error, message in cases:
         with pytest.raises(error, match=message):
