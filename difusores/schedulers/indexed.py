@@ -170,6 +170,9 @@ class IndexedScheduler(TableScheduler):
         run, returned, upcast = self._run, self.returned, self.upcast
         module = shortcut()
         if module is not None:
+            if run.index is None:
+                self._start(timestep)
+                self._stages_of(run, options)
             taken = module.take_stage(run, options, model_output, sample, noise, upcast, returned)
             if type(taken) is Noise:
                 noise = self._drawn(taken, sample, model_output, generator)
