@@ -11,11 +11,9 @@ from torch import Tensor
 
 from difusores import schedules, solvers
 from difusores.configuration import register_to_config
-from difusores.ops.scheduler_step import shortcut
 from difusores.plan import Plan, Stage
 from difusores.sampling import Generators
 from difusores.schedulers.base import PredictedSchedulerOutput
-from difusores.schedulers.indexed import NO_OPTIONS
 from difusores.schedulers.sigma import SigmaScheduler
 from difusores.schedules import SigmaGrid
 
@@ -205,14 +203,7 @@ class KDPM2DiscreteScheduler(MidpointScheduler):
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
     ) -> PredictedSchedulerOutput | tuple[Tensor, ...]:
         """One model call of a step; as `EulerDiscreteScheduler.step`."""
-        module, result = shortcut(), None
-        if (
-            module is not None
-        ):  # what `_take` does first; another call of Python is a fortieth of a small step
-            run, returned = self._run, self.returned
-            result = module.take_stage(run, NO_OPTIONS, model_output, sample, None, self.upcast, returned)
-        if result is None:
-            result = self._take(model_output, timestep, sample)
+        result = self._take(model_output, timestep, sample)
         return PredictedSchedulerOutput(*result) if return_dict else result
 
 
