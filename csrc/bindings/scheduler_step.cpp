@@ -103,24 +103,28 @@ bool unwatched() {
     return none;
 }
 
-// A plain dense tensor on the CPU that autograd does not follow, or false. Whether its numbers are the negatives of
-// what lies in memory is not asked of ours, rows and slots: the question costs more than all else here.
-bool look(PyObject* object, bool records, bool ours, dlpack::Tensor& t) {
+// A plain tensor on the CPU that autograd does not follow, or false.
+bool look(PyObject* object, bool records, dlpack::Tensor& t) {
     static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
-    static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
     if (Py_TYPE(object) != g_tensor) return false;
     if (records) {
         PyObject* const answer = PyObject_GetAttr(object, requires_grad);
         Py_XDECREF(answer);
         if (answer != Py_False) return false;
     }
-    if (!ours) {
-        PyObject* const negative = PyObject_CallMethodNoArgs(object, is_neg);
-        Py_XDECREF(negative);
-        if (negative != Py_False) return false;
-    }
     return !g_exchange->dltensor_from_py_object_no_sync(object, &t) && t.device_type == dlpack::kCPU && t.ndim >= 1 &&
-           t.type_lanes == 1;
+           t.type_lanes == 1 && t.data;
+}
+
+// Whether its numbers are not the negatives of what lies in memory. A view that is negated is the imaginary part of
+// complex numbers, whose elements lie two apart: not dense, and not here. Only one element has to be asked, which costs
+// as much as all else that is looked at.
+bool is_positive(PyObject* object, int64_t elements) {
+    if (elements > 1) return true;
+    static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+    PyObject* const negative = PyObject_CallMethodNoArgs(object, is_neg);
+    Py_XDECREF(negative);
+    return negative == Py_False;
 }
 
 bool kernel_dtype(const dlpack::Tensor& t, DType& dtype) {
@@ -134,12 +138,12 @@ bool kernel_dtype(const dlpack::Tensor& t, DType& dtype) {
 void* data(const dlpack::Tensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
 
 // An operand (None: absent) of the sample's shape and per-image strides, or false.
-bool look_operand(PyObject* object, bool records, bool ours, const Shape& sample, Operand& operand) {
+bool look_operand(PyObject* object, bool records, const Shape& sample, int64_t inner, Operand& operand) {
     if (object == Py_None) return true;
     dlpack::Tensor t;
-    if (!look(object, records, ours, t) || !kernel_dtype(t, operand.dtype)) return false;
+    if (!look(object, records, t) || !kernel_dtype(t, operand.dtype)) return false;
     const Shape shape(t.shape, t.strides, t.ndim);
-    if (!shape.same_image(sample) || shape.sizes[0] != sample.sizes[0]) return false;
+    if (!shape.same_image(sample) || shape.sizes[0] != sample.sizes[0] || !is_positive(object, inner)) return false;
     operand.ptr = data(t), operand.batch_stride = shape.strides[0];
     return true;
 }
@@ -205,7 +209,7 @@ struct Plain {
     bool look_at(PyObject* given, PyObject* model_output, PyObject* noise, PyObject* slots, bool only_f32) {
         if (!g_exchange || model_output == Py_None || !unwatched()) return false;
         const bool records = aoti_torch_grad_mode_is_enabled();
-        if (!look(given, records, false, sample) || !kernel_dtype(sample, a.sample.dtype) ||
+        if (!look(given, records, sample) || !kernel_dtype(sample, a.sample.dtype) ||
             (only_f32 && a.sample.dtype != DType::f32))
             return false;
         const Shape shape(sample.shape, sample.strides, sample.ndim);
@@ -213,14 +217,14 @@ struct Plain {
         for (int64_t d = 1; d < shape.dim; ++d) a.inner *= shape.sizes[d];
         const Py_ssize_t count = PyTuple_GET_SIZE(slots);
         if (a.batch * a.inner == 0 || !shape.dense_image(a.inner) || count > 5 || shape.dim > kMostDims ||
-            (a.batch > 1 && shape.strides[0] < a.inner))
+            (a.batch > 1 && shape.strides[0] < a.inner) || !is_positive(given, a.inner))
             return false;
         a.sample.ptr = data(sample), a.sample.batch_stride = shape.strides[0];
         if (model_output == given) a.e[0] = a.sample;
-        else if (!look_operand(model_output, records, false, shape, a.e[0])) return false;
-        if (a.e[0].dtype != a.sample.dtype || !look_operand(noise, records, false, shape, a.noise)) return false;
+        else if (!look_operand(model_output, records, shape, a.inner, a.e[0])) return false;
+        if (a.e[0].dtype != a.sample.dtype || !look_operand(noise, records, shape, a.inner, a.noise)) return false;
         for (Py_ssize_t k = 0; k < count; ++k)
-            if (!look_operand(PyTuple_GET_ITEM(slots, k), records, true, shape, a.slots[k])) return false;
+            if (!look_operand(PyTuple_GET_ITEM(slots, k), records, shape, a.inner, a.slots[k])) return false;
         return true;
     }
     // A new tensor like the sample for an output; nullptr with a Python exception set.
@@ -249,7 +253,7 @@ const double* row_of(PyObject* given) {
         return fits ? reinterpret_cast<const double*>(bytes) : nullptr;
     }
     dlpack::Tensor row;
-    const bool fits = look(given, false, true, row) && row.type_code == dlpack::kFloat && row.type_bits == 64 &&
+    const bool fits = look(given, false, row) && row.type_code == dlpack::kFloat && row.type_bits == 64 &&
                       row.ndim == 1 && row.shape[0] == 40 && row.strides[0] == 1;
     return fits ? static_cast<const double*>(data(row)) : nullptr;
 }
@@ -319,37 +323,39 @@ bool is_version(PyObject* tensor, PyObject* version) {
     return same;
 }
 
-// take_stage(run, options, model_output, sample, noise, only_f32, returned) -> the results named by `returned` or None:
-// the next stage of a run of difusores/schedulers/indexed.py, where it is plain and still that of its tables. For a
-// stage that draws noise, and none was given: what it draws, and nothing is done.
+// take_stage(run, options, model_output, sample, noise) -> the results that `step` returns or None: the next stage of a
+// run of difusores/schedulers/indexed.py, where it is plain and still that of its tables. For a stage that draws noise,
+// and none was given: what it draws, and nothing is done.
 PyObject* take_stage(PyObject*, PyObject* const* given, Py_ssize_t count) {
-    if (count != 7 || !PyTuple_Check(given[6])) {
-        PyErr_SetString(PyExc_TypeError, "take_stage(run, options, model_output, sample, noise, only_f32, returned)");
+    if (count != 5) {
+        PyErr_SetString(PyExc_TypeError, "take_stage(run, options, model_output, sample, noise)");
         return nullptr;
     }
-    static PyObject* const names[] = {PyUnicode_InternFromString("index"),    PyUnicode_InternFromString("begin"),
-                                      PyUnicode_InternFromString("stages"),   PyUnicode_InternFromString("options"),
-                                      PyUnicode_InternFromString("times"),    PyUnicode_InternFromString("levels"),
-                                      PyUnicode_InternFromString("versions"), PyUnicode_InternFromString("slots")};
+    static PyObject* const names[] = {PyUnicode_InternFromString("index"), PyUnicode_InternFromString("known"),
+                                      PyUnicode_InternFromString("slots")};
     // Held, and not borrowed from the run: while a large step runs, another thread may change the run.
     PyObject* const run = given[0];
-    pybind11::object held[9];
-    for (int k = 0; k < 8; ++k) {
+    pybind11::object held[4];
+    for (int k = 0; k < 3; ++k) {
         held[k] = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(run, names[k]));
         if (!held[k]) return otherwise();
     }
-    PyObject *const index = held[0].ptr(), *const begin = held[1].ptr(), *const stages = held[2].ptr(),
-                    *const options = held[3].ptr(), *const times = held[4].ptr(), *const levels = held[5].ptr(),
-                    *const versions = held[6].ptr(), *const slots = held[7].ptr();
-    if (!PyLong_Check(index) || !PyLong_Check(begin) || !PyList_Check(stages) || !PyTuple_Check(slots) ||
-        !PyTuple_Check(versions) || PyTuple_GET_SIZE(versions) != 2 ||
-        PyObject_RichCompareBool(options, given[1], Py_EQ) != 1 || !is_version(times, PyTuple_GET_ITEM(versions, 0)) ||
-        !is_version(levels, PyTuple_GET_ITEM(versions, 1)))
+    PyObject *const index = held[0].ptr(), *const known = held[1].ptr(), *const slots = held[2].ptr();
+    if (!PyLong_Check(index) || !PyTuple_Check(known) || PyTuple_GET_SIZE(known) != 9 || !PyTuple_Check(slots))
+        return otherwise();
+    // Known of difusores/schedulers/indexed.py
+    PyObject *const stages = PyTuple_GET_ITEM(known, 0), *const begin = PyTuple_GET_ITEM(known, 1),
+                    *const options = PyTuple_GET_ITEM(known, 2), *const returned = PyTuple_GET_ITEM(known, 7),
+                    *const upcast = PyTuple_GET_ITEM(known, 8);
+    if (!PyLong_Check(begin) || !PyList_Check(stages) || !PyTuple_Check(returned) ||
+        PyObject_RichCompareBool(options, given[1], Py_EQ) != 1 ||
+        !is_version(PyTuple_GET_ITEM(known, 3), PyTuple_GET_ITEM(known, 4)) ||
+        !is_version(PyTuple_GET_ITEM(known, 5), PyTuple_GET_ITEM(known, 6)))
         return otherwise();
     const Py_ssize_t here = PyLong_AsSsize_t(index), place = here - PyLong_AsSsize_t(begin);
     if (place < 0 || place >= PyList_GET_SIZE(stages)) return otherwise();
     PyObject* const stage = PyList_GET_ITEM(stages, place);
-    held[8] = pybind11::reinterpret_borrow<pybind11::object>(stage);
+    held[3] = pybind11::reinterpret_borrow<pybind11::object>(stage);
     if (!PyTuple_Check(stage) || PyTuple_GET_SIZE(stage) != 9) return otherwise();
     // CachedStage of difusores/schedulers/base.py
     PyObject *const row = PyTuple_GET_ITEM(stage, 8), *const places = PyTuple_GET_ITEM(stage, 5),
@@ -361,13 +367,12 @@ PyObject* take_stage(PyObject*, PyObject* const* given, Py_ssize_t count) {
         return draw;
     }
     PyObject* const noise = draw == Py_None ? Py_None : given[4];
-    const Made made = make(row, given[3], given[2], noise, slots, outputs, places, given[5] == Py_True);
+    const Made made = make(row, given[3], given[2], noise, slots, outputs, places, upcast == Py_True);
     if (!made.results) return otherwise();
     PyObject* const next = PyLong_FromSsize_t(here + 1);
-    const Py_ssize_t returned = PyTuple_GET_SIZE(given[6]);
     PyObject* results = nullptr;
-    if (next && !PyObject_SetAttr(run, names[7], made.slots) && !PyObject_SetAttr(run, names[0], next))
-        results = PyTuple_GetSlice(made.results, 0, returned);
+    if (next && !PyObject_SetAttr(run, names[2], made.slots) && !PyObject_SetAttr(run, names[0], next))
+        results = PyTuple_GetSlice(made.results, 0, PyTuple_GET_SIZE(returned));
     Py_XDECREF(next);
     Py_DECREF(made.results);
     Py_DECREF(made.slots);

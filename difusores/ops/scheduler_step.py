@@ -421,45 +421,23 @@ def _native(
     return tuple(out)
 
 
-def plain_step(
-    row: Tensor | bytes,
-    sample: Tensor,
-    model_output: Tensor,
-    slots: tuple[Tensor, ...],
-    noise: Tensor | None,
-    outputs: tuple[int, ...],
-    places: tuple[int, ...] = (),
-) -> tuple[tuple[Tensor, ...], tuple[Any, ...]] | None:
-    """`scheduler_step` for one model output and new tensors, by the shortest way to the CPU kernel.
-
-    It goes around PyTorch's dispatcher, which would take longer than the kernel at the size of a latent, and
-    its results lie in memory that dropped results of the same size have left.
-
-    Args:
-        row, sample, model_output, slots, noise: as there; row and slots are no negated views, and row may be
-            the bytes of its numbers.
-        outputs: positions in OUTPUTS, without "m".
-        places: positions in (*results, sample, noise, *slots) of what the slots hold afterwards.
-
-    Returns:
-        The results and what the slots hold afterwards; None where this way is not open: somebody watches, or
-        the tensors are not plain ones on the CPU, of one shape and with the model output in the sample's
-        dtype.
-    """
-    module = shortcut()
-    if module is None:
-        return None
-    return module.plain_step(row, sample, model_output, noise, slots, outputs, places)  # type: ignore[no-any-return]
-
-
 def shortcut() -> Any:
     """The compiled module, whose functions go around the dispatcher; None if it is missing or code is traced.
 
-    Its `take_stage(run, options, model_output, sample, noise, only_fp32, returned)` is `plain_step` for the
-    next stage of a run of the schedulers, in C from end to end: in Python, finding the stage takes as long as
-    carrying it out. It moves the run on and returns the results named by `returned`, the stage's first ones;
-    or None, and the run stays; or what the stage draws, if it draws noise and none was given. `only_fp32`: no
-    sample of another dtype.
+    The dispatcher would take longer than the kernel at the size of a latent. Results lie in memory that
+    dropped results of the same size have left. All functions return None where this way is not open: somebody
+    watches, or the tensors are not plain ones on the CPU, of one shape and with the model output in the
+    sample's dtype.
+
+    `plain_step(row, sample, model_output, noise, slots, outputs, places)` is `scheduler_step` for one model
+    output: the results and what the slots hold afterwards. row is no negated view, or the bytes of its
+    numbers; outputs: positions in OUTPUTS, without "m"; places: positions in (*results,
+    sample, noise, *slots) of what the slots hold afterwards.
+
+    `take_stage(run, options, model_output, sample, noise)` is the same for the next stage of a run of the
+    schedulers, in C from end to end: in Python, finding the stage takes as long as carrying it out. It moves
+    the run on and returns the results that `step` does; or None, and the run stays; or what the stage draws,
+    if it draws noise and none was given.
     """
     # not `is_compiling`, which takes longer: other tracers than Dynamo are modes, and those are looked for
     return None if is_dynamo_compiling() else _without_dispatcher()

@@ -14,7 +14,7 @@ from torch import Tensor
 from difusores import schedules, solvers
 from difusores.configuration import ConfigMixin
 from difusores.ops import scheduler_step
-from difusores.ops.scheduler_step import MODE, OUTPUTS, PX, plain_step
+from difusores.ops.scheduler_step import MODE, OUTPUTS, PX, shortcut
 from difusores.outputs import BaseOutput
 from difusores.plan import Noise, Plan, Stage, Threshold
 from difusores.sampling import (
@@ -447,9 +447,11 @@ def advance(
     if draw is not None and noise is None:
         noise = drawn(draw, sample, model_output, generator)
     if variance is None and threshold is None and (not upcast or sample.dtype is torch.float32):
-        made = plain_step(row, sample, model_output, slots, noise, targets, places)
-        if made is not None:
-            return made
+        module = shortcut()
+        if module is not None:
+            made = module.plain_step(row, sample, model_output, noise, slots, targets, places)
+            if made is not None:
+                return made  # type: ignore[no-any-return]
     if model_output.dtype is not sample.dtype and not upcast:
         sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
     sample, model_output, noise, variance = _broadcast(sample, model_output, noise, variance)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from difusores.ops.scheduler_step import shortcut
@@ -14,29 +13,57 @@ from difusores.sampling import Generators
 from difusores.schedulers.base import CachedStage, TableScheduler, advance, cached_stage, drawn
 from difusores.schedules import SigmaGrid
 
-MOST_RUNS = 64
-"""Runs (a beginning, options of step) whose rows a scheduler keeps."""
-
-
-_NOTHING = torch.tensor([], device="cpu")
+MOST_GRIDS = 64
+"""Grids whose rows a scheduler keeps, and runs on one of them (a beginning, options of step)."""
 NO_OPTIONS: dict[str, Any] = {}
 """Of a class whose `step` has none; the same object each time, so that comparing it costs nothing."""
+
+
+class Known(NamedTuple):
+    """The stages of a run and what they follow from, as `take_stage` in C reads it.
+
+    begin: the index of the first one. options: of `_stages`. times, levels: the tables, at these versions.
+    returned, upcast: of the class.
+    """
+
+    stages: list[CachedStage]
+    begin: int
+    options: dict[str, Any]
+    times: Tensor
+    times_version: int
+    levels: Tensor
+    levels_version: int
+    returned: tuple[str, ...]
+    upcast: bool
+
+    def holds(self, options: dict[str, Any]) -> bool:
+        """Whether these are the stages for `options`, and of the tables as they are."""
+        versions = self.times._version, self.levels._version
+        return self.options == options and versions == (self.times_version, self.levels_version)
 
 
 class Run:
     """Where a sampling run is: what `step` needs and changes."""
 
-    __slots__ = ("begin", "index", "levels", "options", "slots", "stages", "times", "versions")
+    __slots__ = ("begin", "index", "known", "slots")
 
     def __init__(self) -> None:
         self.index: int | None = None
         self.begin = 0
         self.slots: tuple[Tensor, ...] = ()
-        # None: to be asked for. Else those of these options, times and levels, at these versions of the two.
-        self.stages: list[CachedStage] | None = None
-        self.options = NO_OPTIONS
-        self.times = self.levels = _NOTHING
-        self.versions = (0, 0)
+        self.known: Known | None = None
+        """None: to be asked for."""
+
+
+class _Rows(NamedTuple):
+    """The rows of runs on the grid that the tables hold, by beginning and options."""
+
+    times: Tensor
+    times_version: int
+    levels: Tensor
+    levels_version: int
+    grid: SigmaGrid
+    runs: dict[Any, list[CachedStage]]
 
 
 class IndexedScheduler(TableScheduler):
@@ -59,10 +86,14 @@ class IndexedScheduler(TableScheduler):
     """Whether a timestep that is not one of `timesteps` counts as the last one."""
     _run: Run
     _begin_index: int | None
+    _here: _Rows | None
 
     def _stages(self, grid: SigmaGrid, begin: int, **options: Any) -> Iterable[Stage]:
         """The stages from `begin`, an index into `grid.timesteps`, on."""
         raise NotImplementedError
+
+    def _empty(self) -> dict[str, Any]:
+        return {**super()._empty(), "_here": None}
 
     def _forget(self) -> None:
         super()._forget()
@@ -72,10 +103,11 @@ class IndexedScheduler(TableScheduler):
         super()._regrid()
         run = self.__dict__.get("_run")
         if run is not None:
-            run.stages = None
+            run.known = None
 
     def _restart(self) -> None:
         self.__dict__.update(_run=Run(), _begin_index=None)
+        self._rows_here()  # here, where it is not part of the first step
 
     @property
     def step_index(self) -> int | None:
@@ -135,20 +167,41 @@ class IndexedScheduler(TableScheduler):
         """What a step depends on besides `timesteps`: `_stages` is given it as `grid.sigmas`."""
         return self.sigmas
 
-    def _stages_of(self, run: Run, options: dict[str, Any]) -> list[CachedStage]:
+    def _rows_here(self) -> _Rows:
+        """The rows of the grid as the tables are now."""
+        times, levels, here = self.timesteps, self._levels_table(), self.__dict__.get("_here")
+        versions = times._version, levels._version
+        if (
+            here is None
+            or here.times is not times
+            or here.levels is not levels
+            or versions != (here.times_version, here.levels_version)
+        ):
+            grid = SigmaGrid(tuple(self._times()), tuple(levels.tolist()))
+            runs = self._rows.get(grid)
+            if runs is None:
+                if len(self._rows) >= MOST_GRIDS:
+                    self._rows.clear()
+                runs = self._rows[grid] = {}
+            here = self.__dict__["_here"] = _Rows(times, versions[0], levels, versions[1], grid, runs)
+        return here
+
+    def _look_up(self, run: Run, options: dict[str, Any]) -> Known:
         """The stages of a run as the tables are now, kept for the next run on the same grid."""
-        run.times, run.levels, run.options = self.timesteps, self._levels_table(), options
-        run.versions = (run.times._version, run.levels._version)
-        grid = SigmaGrid(tuple(self._times()), tuple(run.levels.tolist()))
-        key = (grid, run.begin, *options.values())
-        stages: list[CachedStage] | None = self._rows.get(key)
+        times, times_version, levels, levels_version, grid, runs = self._rows_here()
+        key = (run.begin, *options.values())
+        stages = runs.get(key)
         if stages is None:
-            if len(self._rows) >= MOST_RUNS:
-                self._rows.clear()
+            if len(runs) >= MOST_GRIDS:
+                runs.clear()
             made = self._stages(grid, run.begin, **options)
-            stages = self._rows[key] = [cached_stage(stage, self.returned) for stage in made]
-        run.stages = stages
-        return stages
+            stages = runs[key] = [cached_stage(stage, self.returned) for stage in made]
+        run.known = known = Known(
+            *(stages, run.begin, options, times, times_version, levels, levels_version),
+            self.returned,
+            self.upcast,
+        )
+        return known
 
     def _drawn(self, draw: Noise, sample: Tensor, model_output: Tensor, generator: Generators) -> Tensor:
         """The noise of the next stage."""
@@ -167,36 +220,33 @@ class IndexedScheduler(TableScheduler):
 
         noise: used where the stage draws noise, in place of it. options: of `_stages`.
         """
-        run, returned, upcast = self._run, self.returned, self.upcast
+        run = self._run
         module = shortcut()
         if module is not None:
-            if run.index is None:
-                self._start(timestep)
-                self._stages_of(run, options)
-            taken = module.take_stage(run, options, model_output, sample, noise, upcast, returned)
+            if run.known is None:
+                if run.index is None:
+                    self._start(timestep)
+                self._look_up(run, options)
+            taken = module.take_stage(run, options, model_output, sample, noise)
             if type(taken) is Noise:
                 noise = self._drawn(taken, sample, model_output, generator)
-                taken = module.take_stage(run, options, model_output, sample, noise, upcast, returned)
+                taken = module.take_stage(run, options, model_output, sample, noise)
             if taken is not None:
                 return taken  # type: ignore[no-any-return]
         index = self._start(timestep) if run.index is None else run.index
-        stages = run.stages
-        if (
-            stages is None
-            or run.options != options
-            or run.versions != (run.times._version, run.levels._version)
-        ):
-            stages = self._stages_of(run, options)
-        if index - run.begin >= len(stages):
+        known = run.known
+        if known is None or not known.holds(options):
+            known = self._look_up(run, options)
+        if index - run.begin >= len(known.stages):
             raise IndexError(f"the run is over: it has {len(self.timesteps)} timesteps; call set_timesteps")
-        cached = stages[index - run.begin]
+        cached = known.stages[index - run.begin]
         if cached.noise is None:
             noise = None
         elif noise is None:
             noise = self._drawn(cached.noise, sample, model_output, generator)
-        results, run.slots = advance(cached, model_output, sample, generator, noise, run.slots, upcast)
+        results, run.slots = advance(cached, model_output, sample, generator, noise, run.slots, self.upcast)
         run.index = index + 1
-        return results[: len(returned)]
+        return results[: len(self.returned)]
 
 
 def refuse_integers(scheduler: object, timestep: Any) -> None:

@@ -32,7 +32,7 @@ from difusores.ops.scheduler_step import (
     W,
     philox_integers,
     philox_normal,
-    plain_step,
+    shortcut,
 )
 
 OP = "scheduler_step"
@@ -378,6 +378,12 @@ def plain() -> dict[str, Any]:
     }
 
 
+def plain_step(
+    row: Any, sample: Any, model_output: Any, noise: Any, slots: Any, outputs: Any, places: Any = ()
+) -> Any:
+    return shortcut().plain_step(row, sample, model_output, noise, slots, outputs, places)
+
+
 def by_dispatcher(plain: dict[str, Any]) -> tuple[Tensor, ...]:
     names = [OUTPUTS[place] for place in plain["outputs"]]
     given = {name: plain[name] for name in ("row", "sample", "slots", "noise")}
@@ -417,7 +423,7 @@ def test_the_shortest_way_gives_the_same_bits(plain: dict[str, Any], shape: Any,
         {"model_output": torch.randn(1, 3, 5, 7)},
         {"model_output": torch.randn(2, 3, 7, 5).mT},
         {"model_output": torch.randn(2, 3, 5, 7).requires_grad_()},
-        {"model_output": torch._neg_view(torch.randn(2, 3, 5, 7))},
+        {"model_output": torch.randn(2, 3, 5, 7, dtype=torch.complex64).conj().imag},
         {"model_output": torch.nn.Parameter(torch.randn(2, 3, 5, 7), requires_grad=False)},
         {"model_output": torch.empty(2, 3, 5, 7, device="meta")},
         {"model_output": torch.randn(2, 3, 5, 7).to_sparse()},
@@ -437,6 +443,19 @@ def test_the_shortest_way_gives_the_same_bits(plain: dict[str, Any], shape: Any,
 )
 def test_the_shortest_way_leaves_what_is_not_plain(plain: dict[str, Any], change: dict[str, Any]) -> None:
     assert plain_step(**(plain | change)) is None
+
+
+@pytest.mark.skipif(not KERNEL, reason=dispatch.status("cpu") or "")
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 1, 1)], ids=str)
+@pytest.mark.parametrize("name", ["sample", "model_output", "noise"])
+def test_negated_views_of_one_element_are_not_taken_for_their_memory(
+    plain: dict[str, Any], shape: Any, name: str
+) -> None:
+    given = {key: torch.randn(shape) for key in ("sample", "model_output", "noise")}
+    plain |= given | {"slots": (torch.randn(shape), torch.randn(shape))}
+    assert plain_step(**plain) is not None
+    plain[name] = torch.randn(shape, dtype=torch.complex64).conj().imag
+    assert plain[name].is_neg() and plain_step(**plain) is None
 
 
 @pytest.mark.skipif(not KERNEL, reason=dispatch.status("cpu") or "")
