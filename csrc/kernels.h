@@ -181,17 +181,18 @@ struct WinogradConvArgs {
 constexpr int64_t kGemmColumns = 64;  // of a panel of packed weights
 constexpr int64_t kGemmChunk = 512;   // of the depth: what of a run's rows stays in L2 at a time
 
-// y = conv(x, weight) + bias + residual; see cpu/gemm_conv.cpp and cpu/gemm_conv_bf16.cpp.
+// y = conv(x, weight) + bias + residual, in fp32 or GEGLU of it; see cpu/gemm_conv.cpp and cpu/gemm_conv_bf16.cpp.
 struct GemmConvArgs {
     const void* x;         // [N, H, W, C], fp32 or bf16
     const void* packed;    // [O / 64][taps * C][64], the last panel as wide as O, rounded up to kMaxWidth; bf16:
                            // [O / 32][taps * C / 2][32][2], C rounded up to kGemmPairStep, O to 32, zeros beyond
     Param bias;            // [O]
     const void* residual;  // like y, or nullptr
-    void* y;               // [N, out_h, out_w, O], like x
+    void* y;               // [N, out_h, out_w, O], like x; with geglu O / 2
     int64_t n, h, w, c, o, out_h, out_w;
     int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
     bool gathers;    // else every output pixel's row lies in x
+    bool geglu;      // packed: a vector of values and one of their gates in turn; O is a multiple of 2 kMaxWidth
     int64_t run;     // rows of a task; bf16: a multiple of 16
     int64_t panels;  // of a task
 };

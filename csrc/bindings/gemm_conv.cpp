@@ -26,7 +26,7 @@ void run_pairs(GemmConvArgs& a, int64_t rows, int64_t depth) {
 }
 
 Tensor gemm_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor residual, int64_t stride_h,
-                 int64_t stride_w, int64_t padding_h, int64_t padding_w, Tensor packed) {
+                 int64_t stride_w, int64_t padding_h, int64_t padding_w, Tensor packed, bool geglu) {
     GemmConvArgs a{};
     const bool pairs = x.scalar_type() == ScalarType::BFloat16;
     const ScalarType type = pairs ? ScalarType::BFloat16 : ScalarType::Float;
@@ -50,8 +50,12 @@ Tensor gemm_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor re
                         packed.numel() == depth * parts(a.o, columns) * columns,
                     "gemm_conv: packed is not of a weight of this shape");
     a.packed = packed.data_ptr();
-    const int64_t sizes[4] = {a.n, a.o, a.out_h, a.out_w};
-    const int64_t strides[4] = {a.out_h * a.out_w * a.o, 1, a.out_w * a.o, a.o};
+    STD_TORCH_CHECK(!geglu || (!pairs && a.o % (2 * kMaxWidth) == 0),
+                    "gemm_conv: with GEGLU the kernel takes float32 and a multiple of 32 channels");
+    a.geglu = geglu;
+    const int64_t channels = geglu ? a.o / 2 : a.o;
+    const int64_t sizes[4] = {a.n, channels, a.out_h, a.out_w};
+    const int64_t strides[4] = {a.out_h * a.out_w * channels, 1, a.out_w * channels, channels};
     Tensor y = new_empty(x, 4, sizes, strides);
     const int64_t rows = a.n * a.out_h * a.out_w;
     if (rows == 0) return y;

@@ -3,7 +3,8 @@
     y[n, o, p] = sum over taps t and channels c of weight[o, c, t] * x[n, c, p * stride + t - padding]
                  + bias[o] + residual[n, o, p]
 
-in fp32 or bf16, the latter with sums in fp32 and on processors with products of bf16 pairs.
+in fp32 or bf16, the latter with sums in fp32 and on processors with products of bf16 pairs; in fp32 also
+GEGLU of the product and bias (half of it times GELU of the other half), to which the residual is added.
 
 A linear layer is a 1x1 convolution of rows. An output's bits depend on its inputs alone: not on the batch and
 not on the number of threads, neither of which libraries promise.
@@ -23,7 +24,7 @@ from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, 
 
 LIBRARY.define(
     "gemm_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int stride_h, int stride_w, "
-    "int padding_h, int padding_w, Tensor packed) -> Tensor"
+    "int padding_h, int padding_w, Tensor packed, bool geglu=False) -> Tensor"
 )
 register("gemm_conv", "cpu")
 
@@ -42,10 +43,16 @@ def multiplies_pairs() -> bool:
     return native.build_info().get("isa_used") in ("avx512_bf16", "amx")
 
 
-def pack_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def vector() -> int:
+    """Floats in a vector of this process's kernel."""
+    return {"base": 4, "avx2": 8}.get(native.build_info().get("isa_used", ""), LANES)
+
+
+def pack_weight(weight: Tensor, dtype: torch.dtype = torch.float32, geglu: bool = False) -> Tensor:
     """The weight as the kernel reads it: panels of output channels, each [taps, channels in, channels out].
 
-    For bf16 [taps, channels in / 2, channels out, 2], channels rounded up to 32.
+    For bf16 [taps, channels in / 2, channels out, 2], channels rounded up to 32. For GEGLU a vector of gates
+    follows each vector of values.
 
     The tensor is read as it is: make it anew when `weight` changes, and do not save it: its layout is that
     of this version.
@@ -53,6 +60,7 @@ def pack_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     Args:
         weight: [O, C, kh, kw] fp32 or bf16.
         dtype: of the images; fp32 or bf16.
+        geglu: of a product that ends in GEGLU: fp32, O a multiple of 32.
 
     Returns:
         [kh * kw * C * O] of that dtype, O rounded up to a multiple of 16; bf16: C and O to one of 32.
@@ -71,9 +79,17 @@ def pack_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         rows = F.pad(rows, (0, 0, 0, -rows.shape[0] % PAIRS))
         pairs = rows.view(-1, PAIRS, rows.shape[1]).transpose(1, 2).contiguous()
         return pairs.flatten().view(dtype)
-    columns = weight.detach().to(dtype).permute(2, 3, 1, 0).flatten(0, 2)
-    columns = F.pad(columns, (0, -weight.shape[0] % LANES))
-    return torch.cat([panel.flatten() for panel in columns.split(COLUMNS, dim=1)])
+    rows = weight.detach().to(dtype).permute(0, 2, 3, 1).flatten(1)
+    if geglu:
+        rows = rows.view(2, -1, vector(), rows.shape[1]).transpose(0, 1).reshape(rows.shape)
+    rows = F.pad(rows, (0, 0, 0, -rows.shape[0] % LANES))
+    packed = rows.new_empty(rows.numel())
+    whole = rows.shape[0] // COLUMNS * COLUMNS
+    for part, at, columns in ((rows[:whole], 0, COLUMNS), (rows[whole:], whole, rows.shape[0] - whole)):
+        if len(part):
+            panels = packed[at * rows.shape[1] :][: part.numel()].view(-1, rows.shape[1], columns)
+            panels.copy_(part.view(-1, columns, rows.shape[1]).transpose(1, 2))
+    return packed
 
 
 def packed_numbers(weight: Tensor, dtype: torch.dtype = torch.float32) -> int:
@@ -94,10 +110,14 @@ def reference(
     padding_h: int,
     padding_w: int,
     packed: Tensor,
+    geglu: bool = False,
 ) -> Tensor:
     """The op in plain PyTorch; `packed` is not read."""
     weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
     y = F.conv2d(x, weight, bias, (stride_h, stride_w), (padding_h, padding_w))
+    if geglu:
+        value, gate = y.chunk(2, dim=1)
+        y = value * F.gelu(gate)
     y = y if residual is None else y + residual
     return y.contiguous(memory_format=torch.channels_last)
 
@@ -116,10 +136,11 @@ def _fake(
     padding_h: int,
     padding_w: int,
     packed: Tensor,
+    geglu: bool = False,
 ) -> Tensor:
     height = (x.shape[2] + 2 * padding_h - weight.shape[2]) // stride_h + 1
     width = (x.shape[3] + 2 * padding_w - weight.shape[3]) // stride_w + 1
-    shape = (x.shape[0], weight.shape[0], height, width)
+    shape = (x.shape[0], weight.shape[0] // (2 if geglu else 1), height, width)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -127,13 +148,20 @@ _OP = torch.ops.difusores.gemm_conv.default
 
 
 def supports(
-    backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geglu: bool = False,
 ) -> str | None:
     """None if `backend` takes this call, else the reason in words."""
     if x.dtype not in DTYPES:
         return f"the kernel takes float32 and bfloat16, not {x.dtype}"
     if x.dtype is torch.bfloat16 and not multiplies_pairs():
         return NEEDS_PAIRS
+    if geglu and (x.dtype is not torch.float32 or weight.shape[0] % (2 * LANES)):
+        return "the kernel takes GEGLU in float32 and of a multiple of 32 channels"
     if residual is not None and residual.dtype is not x.dtype:
         return f"the kernel takes a residual in {x.dtype}, not {residual.dtype}"
     for name, t in (("weight", weight), ("bias", bias)):
@@ -151,6 +179,7 @@ def gemm_conv(
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     packed: Tensor | None = None,
+    geglu: bool = False,
 ) -> Tensor:
     """y = conv(x, weight) + bias + residual, channels_last, to which x and residual are copied if need be.
 
@@ -160,11 +189,13 @@ def gemm_conv(
         bias: [O] or None; the kernel adds it in fp32.
         residual: like y, or None.
         stride, padding: down and across; what is outside the image is zero.
-        packed: `pack_weight(weight, x.dtype)`; made anew in the call if None.
+        packed: `pack_weight(weight, x.dtype, geglu)`; made anew in the call if None.
+        geglu: y = GEGLU(conv(x, weight) + bias) + residual: the first half of the channels times GELU (by
+            erf) of the second. The kernel takes it in fp32.
 
     Returns:
-        y [N, O, H', W'] in x's dtype. Where a gradient is needed the reference runs, and the call is
-        differentiable in every tensor but `packed`.
+        y [N, O, H', W'] in x's dtype, with geglu O / 2 channels. Where a gradient is needed the reference
+        runs, and the call is differentiable in every tensor but `packed`.
 
     Raises:
         ValueError: shapes that do not fit, named.
@@ -172,7 +203,7 @@ def gemm_conv(
     if packed is not None and straight_to_cpu(x, weight, bias, residual, packed):
         try:
             with torch._C._AutoDispatchBelowAutograd():
-                y: Tensor = _OP(x, weight, bias, residual, *stride, *padding, packed)
+                y: Tensor = _OP(x, weight, bias, residual, *stride, *padding, packed, geglu)
             return y
         except (RuntimeError, TypeError):
             pass  # the kernel refused; what follows finds another way or the words for it
@@ -187,7 +218,9 @@ def gemm_conv(
             f"stride {stride}, padding {padding} and a kernel of {tuple(weight.shape[2:])} "
             f"leave nothing of an image of {tuple(x.shape[2:])}"
         )
-    shape = (x.shape[0], weight.shape[0], *sizes)
+    if geglu and weight.shape[0] % 2:
+        raise ValueError(f"with geglu O is even, for value and gate; weight has {weight.shape[0]}")
+    shape = (x.shape[0], weight.shape[0] // (2 if geglu else 1), *sizes)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape [O] = [{weight.shape[0]}], got {tuple(bias.shape)}")
     if residual is not None and residual.shape != shape:
@@ -195,21 +228,21 @@ def gemm_conv(
     numbers = packed_numbers(weight, x.dtype)
     if packed is not None and (packed.shape != (numbers,) or packed.dtype is not x.dtype):
         raise ValueError(
-            f"packed must be pack_weight(weight, {x.dtype}), [{numbers}], "
+            f"packed must be pack_weight(weight, {x.dtype}, {geglu}), [{numbers}], "
             f"got {packed.dtype} {tuple(packed.shape)}"
         )
     geometry = (*stride, *padding)
     tensors = (x, weight, bias, residual)
     nothing = x.new_empty(0)
     if needs_grad(*tensors):
-        return reference(*tensors, *geometry, nothing)
-    backend = choose("gemm_conv", x.device.type, supports, *tensors)
+        return reference(*tensors, *geometry, nothing, geglu)
+    backend = choose("gemm_conv", x.device.type, supports, *tensors, geglu)
     if backend == "reference":
-        return reference(*tensors, *geometry, nothing)
+        return reference(*tensors, *geometry, nothing, geglu)
     if packed is None:
-        packed = pack_weight(weight, x.dtype)
+        packed = pack_weight(weight, x.dtype, geglu)
     bias = bias if bias is None else bias.contiguous()
     x = x.contiguous(memory_format=torch.channels_last)
     residual = residual if residual is None else residual.contiguous(memory_format=torch.channels_last)
-    y = below_autograd(_OP, x, weight, bias, residual, *geometry, packed)
+    y = below_autograd(_OP, x, weight, bias, residual, *geometry, packed, geglu)
     return y

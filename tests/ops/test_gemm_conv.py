@@ -26,6 +26,7 @@ CASES = [
     ((1, 130, 16, 4, 5), (3, 3), (2, 1), (0, 1)),
     ((2, 4, 65, 7, 5), (2, 3), (1, 2), (1, 0)),
     ((1, 20, 33, 3, 3), (1, 1), (2, 2), (0, 0)),
+    ((1, 1290, 80, 9, 2), (1, 1), (1, 1), (0, 0)),
 ]
 
 
@@ -67,6 +68,52 @@ def test_against_the_oracle(backend: str, case: Any, dtype: torch.dtype, layout:
     check(plain, eager, oracle)
     eager = F.conv2d(x, weight, bias, **geometry) + residual
     check(y, eager, oracle + bias.double()[:, None, None] + residual.double())
+
+
+def gated(conv: Tensor, residual: Tensor) -> Tensor:
+    value, gate = conv.chunk(2, dim=1)
+    return value * F.gelu(gate) + residual
+
+
+# panels of two vectors and of four, several chunks of the depth, tails of rows
+GATED = [((2, 7, 32, 5, 1), (1, 1)), ((1, 1300, 160, 13, 1), (1, 1)), ((1, 5, 64, 4, 3), (3, 3))]
+
+
+@pytest.mark.parametrize("case", GATED, ids=str)
+def test_geglu(backend: str, case: Any, check: Any) -> None:
+    """Against the oracle; the bits of a product and of GEGLU after it."""
+    sizes, kernel = case
+    x, weight, bias, residual, geometry = make((sizes, kernel, (1, 1), (kernel[0] // 2, kernel[1] // 2)))
+    residual = residual[:, : sizes[2] // 2].contiguous(memory_format=torch.channels_last)
+    packed = pack_weight(weight, geglu=True)
+    with ops.use_backend(backend):
+        y = ops.gemm_conv(x, weight, bias, residual=residual, packed=packed, geglu=True, **geometry)
+        product = ops.gemm_conv(x, weight, bias, **geometry).permute(0, 2, 3, 1)
+        apart = ops.geglu(product).permute(0, 3, 1, 2) + residual
+        assert torch.equal(ops.gemm_conv(x, weight, bias, residual=residual, geglu=True, **geometry), y)
+        few, some = x[:1, :, : kernel[0] // 2 + 1], residual[:1, :, : kernel[0] // 2 + 1]
+        alone = ops.gemm_conv(few, weight, bias, residual=some, packed=packed, geglu=True, **geometry)
+    assert torch.equal(y, apart)
+    if backend == "cpu":  # a row of pixels by itself, summed over several chunks of the depth
+        assert torch.equal(alone[:, :, :1], y[:1, :, :1])
+    eager = gated(F.conv2d(x, weight, bias, **geometry), residual)
+    wide = F.conv2d(x.double(), weight.double(), bias.double(), **geometry)
+    check(y, eager, gated(wide, residual.double()))
+
+
+def test_geglu_that_the_kernel_refuses(backend: str, check: Any) -> None:
+    """Channels that do not fill vectors, and bfloat16, go to the reference; a kernel by name says why not."""
+    for dtype in DTYPES:
+        x, weight, bias, _, geometry = make(((1, 4, 12, 3, 1), (1, 1), (1, 1), (0, 0)), dtype=dtype)
+        y = ops.gemm_conv(x, weight, bias, geglu=True, **geometry)
+        wide = F.conv2d(x.double(), weight.double(), bias.double(), **geometry)
+        check(y, gated(F.conv2d(x, weight, bias, **geometry), x[:, :1] * 0), gated(wide, torch.zeros(1)))
+        if backend == "cpu":
+            with (
+                ops.use_backend(backend),
+                pytest.raises(ops.BackendUnavailable, match=f"of 32 channels|{NEEDS_PAIRS}"),
+            ):
+                ops.gemm_conv(x, weight, bias, geglu=True, **geometry)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -111,6 +158,8 @@ def test_gradients() -> None:
     *tensors, geometry = make(CASES[6])
     leaves = [t.double().requires_grad_() for t in tensors]
     assert torch.autograd.gradcheck(lambda x, w, b, r: ops.gemm_conv(x, w, b, residual=r, **geometry), leaves)
+    x, weight, bias = (t.double().requires_grad_() for t in (tensors[0], tensors[1][:6], tensors[2][:6]))
+    assert torch.autograd.gradcheck(lambda *t: ops.gemm_conv(*t, geglu=True, **geometry), (x, weight, bias))
 
 
 def test_bad_input_is_named() -> None:
@@ -127,5 +176,7 @@ def test_bad_input_is_named() -> None:
         ops.gemm_conv(x, weight, packed=torch.zeros(3), **geometry)
     with pytest.raises(ValueError, match="packed must be"):
         ops.gemm_conv(x, weight, packed=pack_weight(weight, torch.bfloat16), **geometry)
+    with pytest.raises(ValueError, match="with geglu O is even"):
+        ops.gemm_conv(x, weight[:19], geglu=True)
     with pytest.raises(ValueError, match="weight must be float32 or bfloat16"):
         pack_weight(weight.double())
