@@ -18,12 +18,15 @@ norm, SiLU, convolution, residual) by group_norm_silu + oneDNN and by group_norm
 
 gemm_conv, as a linear layer with a bias: `F.linear` (MKL), oneDNN with packed weights, ours with packed
 weights, in GFLOP/s, beside the multiply-adds of peak.cpp, which take turns with them: the processor's speed
-moves. Shares are of those.
+moves. Shares are of those. As in a network, each call has other weights, of 64 MB or more in turn, and
+results find memory that was used before. `geglu`, where a network has one: the time of MKL and the op
+after it over ours, which has it at its end.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -38,6 +41,7 @@ from timing import interleave, stamp
 from torch import Tensor
 
 from difusores import native, ops
+from difusores.acceleration import heap
 from difusores.bench.cases import Case, cases
 from difusores.ops.gemm_conv import gemm_conv
 from difusores.ops.gemm_conv import pack_weight as pack_for_gemm
@@ -296,11 +300,16 @@ def print_convs(
     return rows
 
 
-# (M, K, N): the linear layers of Stable Diffusion 1.5's UNet at 64x64, batch 2.
+WEIGHTS = 64 << 20  # bytes of weights that products read in turn
+
+# (M, K, N): the linear layers of Stable Diffusion 1.5's UNet at 64x64 and 32x32, batch 2.
 LINEARS = [
     *((8192, 320, 320), (8192, 320, 2560), (8192, 1280, 320)),
     *((2048, 640, 640), (2048, 640, 5120), (2048, 2560, 640)),
     *((512, 1280, 1280), (512, 1280, 10240), (512, 5120, 1280)),
+    *((2048, 320, 320), (2048, 320, 2560), (2048, 1280, 320)),
+    *((512, 640, 640), (512, 640, 5120), (512, 2560, 640)),
+    *((128, 1280, 1280), (128, 1280, 10240), (128, 5120, 1280)),
     *((154, 768, 320), (154, 768, 640), (154, 768, 1280)),
 ]
 
@@ -310,21 +319,38 @@ def linear(
 ) -> dict[str, Any]:
     m, k, n = shape
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(m, k), torch.randn(n, k) / k**0.5, torch.randn(n)
-    image, kernel = x.t()[None, :, :, None], weight[:, :, None, None]
-    packed = pack_for_gemm(kernel)
-    onednn = torch.ops.mkldnn._reorder_linear_weight(weight)
-    products: dict[str, Callable[[], Tensor]] = {
-        "mkl": lambda: F.linear(x, weight, bias),
-        "onednn": lambda: torch.ops.mkldnn._linear_pointwise(x, onednn, bias, "none", [], ""),
-        "ours": lambda: gemm_conv(image, kernel, bias, packed=packed)[0, :, :, 0].t(),
+    x, bias, gates = torch.randn(m, k), torch.randn(n), n == 8 * k
+    copies = max(2, -(-WEIGHTS // (4 * k * n)))
+    weights = [torch.randn(n, k) / k**0.5 for _ in range(copies)]
+    image = x.t()[None, :, :, None]
+    turn = itertools.cycle(range(copies))
+    onednn = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in weights]
+    kernels = [weight[:, :, None, None] for weight in weights]
+    packed = [pack_for_gemm(kernel) for kernel in kernels]
+
+    def ours(i: int) -> Tensor:
+        return gemm_conv(image, kernels[i], bias, packed=packed[i])[0, :, :, 0].t()
+
+    def ours_geglu(i: int) -> Tensor:
+        return gemm_conv(image, kernels[i], bias, packed=gated[i], geglu=True)[0, :, :, 0].t()
+
+    products: dict[str, Callable[[int], Tensor]] = {
+        "mkl": lambda i: F.linear(x, weights[i], bias),
+        "onednn": lambda i: torch.ops.mkldnn._linear_pointwise(x, onednn[i], bias, "none", [], ""),
+        "ours": ours,
     }
-    exact = F.linear(x.double(), weight.double(), bias.double())
-    errors = {name: distance(call(), exact) for name, call in products.items()}
-    if not errors["ours"] <= 1e-6:
-        raise SystemExit(f"gemm_conv {shape}: error {errors['ours']:.1e}; not timed")
+    exact = F.linear(x.double(), weights[0].double(), bias.double())
+    errors = {name: distance(call(0), exact) for name, call in products.items()}
+    calls = {name: lambda call=call: call(next(turn)) for name, call in products.items()}
+    if gates:
+        gated = [pack_for_gemm(kernel, geglu=True) for kernel in kernels]
+        errors["ours_geglu"] = distance(ours_geglu(0), ops.geglu(exact))
+        calls["mkl_geglu"] = lambda: ops.geglu(F.linear(x, weights[next(turn)], bias))
+        calls["ours_geglu"] = lambda: ours_geglu(next(turn))
+    if not all(error <= 1e-6 for name, error in errors.items() if "ours" in name):
+        raise SystemExit(f"gemm_conv {shape}: errors {errors}; not timed")
     with ops.use_backend("cpu"):  # an error, and not the reference, where the module lacks it
-        times = interleave({**products, "peak": adds}, seconds=seconds, clock=clock)
+        times = interleave({**calls, "peak": adds}, seconds=seconds, clock=clock)
     peak = 1e-9 * adds() / times["peak"]
     gflops = {name: 2e-9 * m * k * n / times[name] for name in products}
     return {
@@ -334,20 +360,23 @@ def linear(
         **{f"{name}_gflops": figure for name, figure in gflops.items()},
         **{f"{name}_share": figure / peak for name, figure in gflops.items()},
         **{f"{name}_error": e for name, e in errors.items()},
+        "geglu": times["mkl_geglu"] / times["ours_geglu"] if gates else None,
     }
 
 
 def print_linears(seconds: float, clock: Callable[[], float]) -> list[dict[str, Any]]:
     """One line per shape as it is measured."""
-    adds, names = fma_round(torch.get_num_threads()), ("mkl", "onednn", "ours")
+    heap.keep(adds := fma_round(torch.get_num_threads()))  # while it lives
+    names = ("mkl", "onednn", "ours")
     print("gemm_conv, GFLOP/s (share of the multiply-adds)")
-    print(f"{'M x K x N':18} {'peak':>6} {'MKL':>11} {'oneDNN':>11} {'ours':>11}")
+    print(f"{'M x K x N':18} {'peak':>6} {'MKL':>11} {'oneDNN':>11} {'ours':>11} {'geglu':>6}")
     rows = []
     for shape in LINEARS:
         row = linear(shape, seconds, clock, adds)
         rows.append(row)
         figures = " ".join(f"{row[f'{name}_gflops']:4.0f} ({row[f'{name}_share']:4.2f})" for name in names)
-        print(f"{'x'.join(map(str, shape)):18} {row['peak_gflops']:6.0f} {figures}", flush=True)
+        geglu = "" if row["geglu"] is None else f"{row['geglu']:6.2f}"
+        print(f"{'x'.join(map(str, shape)):18} {row['peak_gflops']:6.0f} {figures} {geglu}", flush=True)
     return rows
 
 
