@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 
@@ -77,10 +78,11 @@ def test_the_kernels_under_sanitizers() -> None:
         for name in ("asan", "ubsan")
     ]
     cases = "((everything or ddim) and 7) or table or philox"
-    cases += " or (against and (17 or 63 or 126)) or 5000 or 1030 or within or cluster"
+    cases += " or (against and (17 or 63 or 126 or 168)) or 5000 or 1030 or within or cluster"
+    cases += " or (BiasResidual and widths and 320) or (gradients and 160)"
     tests = emulated.ROOT / "tests" / "ops" / "test_emulated_cuda.py"
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", cases, str(tests)],
+        [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", "-k", cases, str(tests)],
         env={
             **os.environ,
             "LD_PRELOAD": " ".join(preload),
@@ -91,3 +93,5 @@ def test_the_kernels_under_sanitizers() -> None:
         text=True,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    classes = re.findall(r"^class (Test\w+)", tests.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(classes) == 7 and all(f"::{name}::" in result.stdout for name in classes)

@@ -48,6 +48,11 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> str:
     return "cpu"
 
 
+# Channels that SD 1.5, SDXL, ddpm-cat-256 and the VAE normalise in 32 groups
+NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
+WIDTHS = (128, 256, 320, 384, 512, 640, 768, 960, 1024, 1280, 1920, 2560)
+
+
 class UnderItsOwnName:
     """For ops without a kernel for the CPU: the backend `cuda` takes their calls on CPU tensors."""
 
@@ -73,17 +78,38 @@ class TestBiasResidual(UnderItsOwnName):
         monkeypatch.setattr(importlib.import_module("difusores.ops.bias_residual"), "_OP_IN_PLACE", in_place)
         return backend
 
+    @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+    @pytest.mark.parametrize("width", WIDTHS)
+    def test_at_the_widths_of_models(self, backend: str, width: int, layout: str, check: Any) -> None:
+        dtype = self.of.DTYPES[WIDTHS.index(width) % 3]
+        given = self.of.make((2, width, 2, 4), dtype, layout, self.of.OPTIONS[0])
+        with ops.use_backend(backend):
+            got = ops.bias_residual(**given)
+        check(
+            got, self.of.reference(*self.of.call(given)), self.of.reference(*self.of.call(given, wide=True))
+        )
+
 
 class TestGeglu(UnderItsOwnName):
     of = suite("geglu")
     test_against_the_oracle = staticmethod(of.test_against_the_oracle)
     test_hostile_values = staticmethod(of.test_hostile_values)
 
+    @pytest.mark.parametrize("width", [1280, 2560, 5120])
+    @pytest.mark.parametrize("dtype", NUMBERS, ids=str)
+    def test_at_the_widths_of_models(self, backend: str, width: int, dtype: torch.dtype, check: Any) -> None:
+        self.of.test_against_the_oracle(backend, (2, 2 * width), "none", dtype, check)
+
 
 class TestLayerNorm(UnderItsOwnName):
     of = suite("layer_norm")
     test_against_the_oracle = staticmethod(of.test_against_the_oracle)
     test_mean_far_above_the_deviation = staticmethod(of.test_mean_far_above_the_deviation)
+
+    @pytest.mark.parametrize("width", [320, 640, 768, 1024, 1280, 2048])
+    @pytest.mark.parametrize("dtype", NUMBERS, ids=str)
+    def test_at_the_widths_of_models(self, backend: str, width: int, dtype: torch.dtype, check: Any) -> None:
+        self.of.test_against_the_oracle(backend, (5, width), dtype, check)
 
     @pytest.mark.parametrize(
         ("columns", "dtype", "plan"),
@@ -230,6 +256,17 @@ class TestGroupNormSilu:
                 check(total, eager_total, oracle_total)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("width", WIDTHS)
+    def test_at_the_widths_of_models(self, width: int, layout: str, check: Any) -> None:
+        call = NORM.make((1, width, 4, 8), NUMBERS[WIDTHS.index(width) % 3], layout, NORM.OPTIONS["all"])
+        results = (
+            NORM.run("cpu", call, 32),
+            *(NORM.run("reference", of, 32) for of in (call, NORM.wide(call))),
+        )
+        for ours, eager, oracle in zip(*results, strict=True):
+            check(ours, eager, oracle)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
     def test_nan_stays_in_its_group(self, layout: str) -> None:
         NORM.test_nan_and_inf_stay_in_their_group("cpu", layout, math.inf)
 
@@ -264,6 +301,12 @@ class TestGroupNormSiluBackward(UnderItsOwnName):
             names = list(NORM.OPTIONS)
             options = NORM.OPTIONS[names[(case + number) % len(names)]]
             self.compare(shape, groups, layout, dtype, options, (case + number) % 3 > 0, check)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("width", WIDTHS)
+    def test_at_the_widths_of_models(self, width: int, layout: str, check: Any) -> None:
+        dtype = NUMBERS[WIDTHS.index(width) % 3]
+        self.compare((1, width, 4, 4), 32, layout, dtype, NORM.OPTIONS["all"], True, check)
 
     @pytest.mark.parametrize(
         ("shape", "groups", "layout", "plan"),
