@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import difusores
 from difusores import doctor, native
@@ -171,6 +172,20 @@ def test_a_cuda_module_that_is_there_is_looked_at(copy: Path) -> None:
     (copy / "difusores" / f"_cuda.{TAG}.so").write_bytes(b"not an ELF file")
     answer = report(run("-m", "difusores", "doctor", "--json", cwd=copy))
     assert answer["modules"]["cuda"].startswith("broken: ")
+
+
+def test_a_cuda_module_beside_a_torch_without_cuda(copy: Path, tmp_path: Path) -> None:
+    compiler = shutil.which("c++") or pytest.skip("needs a C++ compiler")
+    source = tmp_path / "module.cpp"
+    source.write_text(
+        'extern "C" { void aoti_torch_get_current_cuda_stream();'
+        " void* PyInit__cuda() { aoti_torch_get_current_cuda_stream(); return 0; } }"
+    )
+    module = copy / "difusores" / f"_cuda.{TAG}.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", module, source], check=True)
+    answer = report(run("-m", "difusores", "doctor", "--json", cwd=copy))
+    words = "has no CUDA, whose functions the module calls"
+    assert answer["modules"]["cuda"] == f"built, but this torch ({torch.__version__}) {words}"
 
 
 def test_a_run_that_diverges_is_one_line(

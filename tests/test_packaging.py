@@ -31,10 +31,10 @@ SOURCES = (
 pytestmark = pytest.mark.slow
 
 
-def install(source: Path, target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def install(source: Path, target: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-index"]
     return subprocess.run(
-        [*pip, "--no-build-isolation", "--no-deps", "--target", str(target), "."],
+        [*pip, "--no-build-isolation", "--no-deps", "--target", str(target), *options, "."],
         cwd=source,
         env={**os.environ, **environment},
         capture_output=True,
@@ -127,6 +127,17 @@ def test_a_compiler_that_was_removed_is_not_trusted(tmp_path: Path) -> None:
         )
         assert (tmp_path / "build" / "no_compiler.txt").exists() is expected
         compiler.unlink(missing_ok=True)
+
+
+def test_the_cuda_module_can_be_asked_for(checkout: Path, tmp_path: Path) -> None:
+    """As docs/gpu.md says; here of a machine without nvcc, which may not pass over it in silence."""
+    asked = ("build_ext", "--define=DIFUSORES_CUDA=ON")
+    options = (f"--config-settings=--global-option={option}" for option in asked)
+    done = install(checkout, tmp_path / "target", *options, CUDACXX="/nonexistent/nvcc")
+    assert done.returncode != 0 and "/nonexistent/nvcc" in done.stdout + done.stderr
+    assert "difusores: compiling failed; the messages above say where" in done.stdout + done.stderr
+    cache = (checkout / "build" / f"cmake-{sys.implementation.cache_tag}" / "CMakeCache.txt").read_text()
+    assert "DIFUSORES_CUDA:STRING=ON" in cache
 
 
 def test_code_that_does_not_compile_stops_the_install(checkout: Path, tmp_path: Path) -> None:

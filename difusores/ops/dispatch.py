@@ -127,7 +127,7 @@ def availability() -> dict[str, dict[str, str | None]]:
         table[op] = {
             name: status(name) or _left_out(op, name)
             if name in backends
-            else status(name) or f"{op} has no {name} kernel in this version"
+            else f"{op} has no {name} kernel in this version"
             for name in BACKENDS
         }
     return table

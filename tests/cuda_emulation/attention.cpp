@@ -8,6 +8,11 @@ extern "C" void attention_plan(const difusores::AttentionArgs* args, int64_t sha
     *plan = difusores::cuda::plan_attention(*args, shared_limit, multiprocessors);
 }
 
+// Of shared memory for a block of the gradients in 16 bits.
+extern "C" int attention_gradient_bytes(int width) {
+    return difusores::cuda::kGradStages * difusores::cuda::grad_stage_bytes(width);
+}
+
 // shared_limit, multiprocessors: as of a device. Returns the plan that was carried out.
 extern "C" const char* attention(const difusores::AttentionArgs* args, int64_t shared_limit, int multiprocessors,
                                  int schedule, difusores::cuda::AttentionPlan* plan) {

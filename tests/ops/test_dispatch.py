@@ -42,6 +42,7 @@ def test_availability_names_every_op_and_backend() -> None:
         assert set(backends) == set(dispatch.BACKENDS)
         assert backends["reference"] is None
         assert all(reason is None or reason for reason in backends.values())
+    assert table["gemm_conv"]["cuda"] == "gemm_conv has no cuda kernel in this version"
 
 
 def test_asking_for_what_is_not_there_raises_with_the_reason() -> None:

@@ -637,6 +637,19 @@ def test_how_attention_is_cut(length: int, keys: int, width: int, limit: int, pl
     assert {name: getattr(found, name) for name in plan} == plan
 
 
+def test_what_the_package_asks_a_device_for_is_what_the_kernels_take() -> None:
+    """Bytes of shared memory; less, and a call that is taken would fail when it is launched."""
+    module, limit = importlib.import_module("difusores.ops.attention"), 227 << 10
+    bytes_of = emulated.library("attention").attention_gradient_bytes
+    assert {width: bytes_of(width) for width in (128, 160)} == module._GRADIENT_BYTES
+    assert bytes_of(96) <= 64 << 10
+    for dtype in (torch.float16, torch.float32):
+        least = emulated.attention_plan(2, 8, 64, 64, 160, 64 << 10, dtype)
+        assert least.shared_bytes <= 64 << 10, "what every card has"
+        plans = {d: emulated.attention_plan(2, 8, 64, 64, d, limit, dtype) for d in (256, 512)}
+        assert {d: plan.shared_bytes for d, plan in plans.items()} == module._SHARED_BYTES[dtype.itemsize]
+
+
 @pytest.mark.parametrize("op", emulated.OPS)
 def test_the_compiler_and_the_emulation_make_the_same_kernels(op: str) -> None:
     """Of templates; wgmma has no emulation."""
