@@ -31,7 +31,9 @@ SOURCES = (
 pytestmark = pytest.mark.slow
 
 
-def install(source: Path, target: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def install(
+    source: Path, target: Path, *options: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-index"]
     return subprocess.run(
         [*pip, "--no-build-isolation", "--no-deps", "--target", str(target), *options, "."],
