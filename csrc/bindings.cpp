@@ -32,12 +32,30 @@ pybind11::dict build_info() {
     return info;
 }
 
+// Whether elements in memory, of 2 or 4 bytes, are what they were. table: int64 [n, 4], of each tensor the address of
+// an element, bytes from it to the next, how many and of how many bytes; before: int32, all of them one after the
+// other.
+bool same_elements(uintptr_t table, int64_t n, uintptr_t before) {
+    const int64_t* row = reinterpret_cast<const int64_t*>(table);
+    const int32_t* was = reinterpret_cast<const int32_t*>(before);
+    for (; n; --n, row += 4) {
+        const char* at = reinterpret_cast<const char*>(row[0]);
+        int32_t different = 0;  // without a branch for each element: each comes from another page
+        for (int64_t k = 0; k < row[2]; ++k, at += row[1], ++was)
+            different |=
+                *was ^ (row[3] == 2 ? *reinterpret_cast<const int16_t*>(at) : *reinterpret_cast<const int32_t*>(at));
+        if (different) return false;
+    }
+    return true;
+}
+
 }  // namespace
 }  // namespace difusores
 
 PYBIND11_MODULE(_C, m) {
     difusores::load_kernels();
     m.def("build_info", &difusores::build_info);
+    m.def("same_elements", &difusores::same_elements);
     difusores::define_group_norm_silu(m);
     difusores::define_scheduler_step(m);
 }

@@ -11,31 +11,31 @@
 namespace difusores {
 namespace {
 
-// `products`: the level of the kernels that DIFUSORES_DECLARE_PRODUCTS lists; `pairs`: the product of bf16 pairs.
-#define DIFUSORES_TABLE(isa, products, pairs)                                                                        \
+// `products`: the level of the kernels that DIFUSORES_DECLARE_PRODUCTS lists; the rest: those of bf16 pairs.
+#define DIFUSORES_TABLE(isa, products, ...)                                                                          \
     Kernels {                                                                                                        \
         #products, isa::group_norm_silu, isa::group_norm_silu_prepare, isa::group_norm_silu_stats,                   \
             isa::group_norm_silu_combine, isa::group_norm_silu_apply, isa::geglu, isa::layer_norm_scratch,           \
             isa::layer_norm, isa::scheduler_step, isa::sum_of_squares, isa::group_norm_silu_floor,                   \
             isa::winograd_conv_input, isa::winograd_conv_output, isa::winograd_conv_pack, isa::winograd_conv_gather, \
             isa::gemm_conv, products::attention_packed_bytes, products::attention_scratch_bytes,                     \
-            products::attention_pack, products::attention, pairs                                                     \
+            products::attention_pack, products::attention, __VA_ARGS__                                               \
     }
 
 const Kernels kTables[] = {
 #ifdef DIFUSORES_HAS_AMX
-    DIFUSORES_TABLE(avx512, amx, amx::gemm_conv_bf16),
+    DIFUSORES_TABLE(avx512, amx, amx::gemm_conv_bf16_arrange, amx::gemm_conv_bf16),
 #endif
 #ifdef DIFUSORES_HAS_AVX512_BF16
-    DIFUSORES_TABLE(avx512, avx512_bf16, avx512_bf16::gemm_conv_bf16),
+    DIFUSORES_TABLE(avx512, avx512_bf16, avx512_bf16::gemm_conv_bf16_arrange, avx512_bf16::gemm_conv_bf16),
 #endif
 #ifdef DIFUSORES_HAS_AVX512
-    DIFUSORES_TABLE(avx512, avx512, nullptr),
+    DIFUSORES_TABLE(avx512, avx512, nullptr, nullptr),
 #endif
 #ifdef DIFUSORES_HAS_AVX2
-    DIFUSORES_TABLE(avx2, avx2, nullptr),
+    DIFUSORES_TABLE(avx2, avx2, nullptr, nullptr),
 #endif
-    DIFUSORES_TABLE(base, base, nullptr),
+    DIFUSORES_TABLE(base, base, nullptr, nullptr),
 };
 
 // Whether the processor has tiles of bf16 and Linux lets this process use them, which it has to be asked for.

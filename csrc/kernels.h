@@ -181,24 +181,47 @@ struct WinogradConvArgs {
 constexpr int64_t kGemmColumns = 64;  // of a panel of packed weights
 constexpr int64_t kGemmChunk = 512;   // of the depth: what of a run's rows stays in L2 at a time
 
-// y = conv(x, weight) + bias + residual, in fp32 or GEGLU of it; see cpu/gemm_conv.cpp and cpu/gemm_conv_bf16.cpp.
+// y = conv(x, weight) + bias + residual, or GEGLU of it; see cpu/gemm_conv.cpp. All tensors are fp32.
 struct GemmConvArgs {
-    const void* x;         // [N, H, W, C], fp32 or bf16
-    const void* packed;    // [O / 64][taps * C][64], the last panel as wide as O, rounded up to kMaxWidth; bf16:
-                           // [O / 32][taps * C / 2][32][2], C rounded up to kGemmPairStep, O to 32, zeros beyond
+    const void* x;         // [N, H, W, C]
+    const void* packed;    // [O / 64][taps * C][64], the last panel as wide as O, rounded up to kMaxWidth
     Param bias;            // [O]
     const void* residual;  // like y, or nullptr
-    void* y;               // [N, out_h, out_w, O], like x; with geglu O / 2
+    void* y;               // [N, out_h, out_w, O]; with geglu O / 2
     int64_t n, h, w, c, o, out_h, out_w;
     int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
     bool gathers;    // else every output pixel's row lies in x
     bool geglu;      // packed: a vector of values and one of their gates in turn; O is a multiple of 2 kMaxWidth
-    int64_t run;     // rows of a task; bf16: a multiple of 16
+    int64_t run;     // rows of a task
     int64_t panels;  // of a task
 };
 
 constexpr int64_t kGemmPairColumns = 32;  // of a panel of weights packed as pairs
 constexpr int64_t kGemmPairStep = 32;     // input channels in one of AMX's tiles
+constexpr int64_t kGemmTileRows = 16;     // output pixels in one
+
+// y = conv(act(multiplier x + offset), weight) + bias + add + residual; see cpu/gemm_conv_bf16.cpp. x, y, residual and
+// packed are bf16; multiplier and offset fp32.
+struct GemmPairsArgs {
+    const void* x;             // [N, H, W, C]
+    const void* packed;        // [O / 32][C / 32][taps][16][32][2], C and O rounded up, zeros beyond
+    Param bias;                // [O]
+    Param multiplier, offset;  // [N, C], both or neither
+    Param add;                 // [N, O]
+    const void* residual;      // like y, or nullptr
+    void* y;                   // [N, out_h, out_w, O]
+    bool silu;                 // of multiplier x + offset
+    int64_t h, w, c, o, out_h, out_w;
+    int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+    int64_t first, images;  // those that are computed
+    // [images][C / 32][copies][rows][pitch][32] and room for a tile, or nullptr: tiles are read in x.
+    char* arranged;
+    int64_t image_bytes, copies, rows, pitch;
+    bool split_w, split_h;  // whether each tap across, each tap down has a copy of its own
+    const int64_t* place;   // [steps] bytes from a tile's first pixel to the 32 channels that a step multiplies
+    int64_t run;            // tiles of a task
+    int64_t panels;         // of a task
+};
 
 // [B, H, rows, columns], any strides, in elements.
 struct Heads {
@@ -259,9 +282,11 @@ constexpr int64_t kAttentionKeys = 256;    // keys of a task of packing
     void attention(const AttentionArgs&, void* scratch, int64_t begin, int64_t end);
 
 // What the levels with products of bf16 pairs alone have.
-#define DIFUSORES_DECLARE_PAIRS                                                                                 \
-    /* tasks: runs of rows * shares of O; scratch: run * (panels * kGemmPairColumns + kGemmChunk / 2) floats */ \
-    void gemm_conv_bf16(const GemmConvArgs&, float* scratch, int64_t begin, int64_t end);
+#define DIFUSORES_DECLARE_PAIRS                                                    \
+    /* tasks: images * rows that taps reach */                                     \
+    void gemm_conv_bf16_arrange(const GemmPairsArgs&, int64_t begin, int64_t end); \
+    /* tasks: runs of tiles * shares of O; scratch: 512 run floats */              \
+    void gemm_conv_bf16(const GemmPairsArgs&, float* scratch, int64_t begin, int64_t end);
 
 // The functions of one ISA level. They work on tasks [begin, end).
 #define DIFUSORES_DECLARE_KERNELS(isa)                                                                                \
@@ -331,7 +356,9 @@ struct Kernels {
     decltype(&base::attention_scratch_bytes) attention_scratch_bytes;
     decltype(&base::attention_pack) attention_pack;
     decltype(&base::attention) attention;
-    decltype(&base::gemm_conv) gemm_conv_bf16;  // nullptr without products of bf16 pairs
+    // nullptr without products of bf16 pairs
+    void (*gemm_conv_bf16_arrange)(const GemmPairsArgs&, int64_t begin, int64_t end);
+    void (*gemm_conv_bf16)(const GemmPairsArgs&, float* scratch, int64_t begin, int64_t end);
 };
 
 // What this processor offers.

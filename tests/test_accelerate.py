@@ -324,6 +324,20 @@ def test_weights_that_change(model: nn.Module) -> None:
     assert distance(run(model, case[0].double(), case[1], case[2].double()), first.double()) < 2e-2
 
 
+def test_biases_that_change_unseen(model: nn.Module) -> None:
+    """What is kept of them beside the weights is made anew when one changes through `.data`."""
+    case = inputs("latents")
+    difusores.accelerate(model, dtype="bfloat16")
+    before = run(model, *case)
+    attention = "down_blocks.0.attentions.0"
+    for name in ("conv_in", "mid_block.resnets.0.time_emb_proj", f"{attention}.proj_in", "conv_out"):
+        model.get_submodule(name).bias.data += 0.5
+        got = run(model, *case)
+        assert not torch.equal(got, before), name
+        assert torch.equal(got, run(copy.deepcopy(model), *case)), name  # which has prepared nothing yet
+        before = got
+
+
 @pytest.mark.parametrize(
     "name",
     [

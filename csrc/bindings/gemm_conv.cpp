@@ -1,42 +1,63 @@
 // gemm_conv: checks, runs of rows, and the product of cpu/gemm_conv.cpp or, in bf16, of cpu/gemm_conv_bf16.cpp over
 // torch's threads.
 #include <algorithm>
+#include <vector>
 
+#include "../pairs_layout.h"
 #include "convolution.h"
 
 namespace difusores {
 namespace {
 
-constexpr int64_t kRun = 384;         // rows of a task at most: a chunk of them takes 0.75 MB of L2
-constexpr int64_t kSums = 96 << 10;   // floats of a task's sums at most
-constexpr int64_t kTasks = 4;         // that there should be, for threads
-constexpr int64_t kRunOfPairs = 512;  // rows of a task in bf16 at most
+constexpr int64_t kRun = 384;            // rows of a task at most: a chunk of them takes 0.75 MB of L2
+constexpr int64_t kSums = 96 << 10;      // floats of a task's sums at most
+constexpr int64_t kTasks = 4;            // that there should be, for threads
+constexpr int64_t kRunTiles = 32;        // of 16 rows, of a task in bf16 at most
+constexpr int64_t kArranged = 16 << 20;  // bytes of pixels that are arranged before they are multiplied
 
-// Runs of even lengths in whole tiles of 16 rows: rather more runs than shares of a run, each of which gathers anew.
-void run_pairs(GemmConvArgs& a, int64_t rows, int64_t depth) {
-    const int64_t groups = parts(rows, 16), panels = parts(a.o, kGemmPairColumns);
-    a.run = 16 * parts(groups, parts(groups, std::clamp<int64_t>(groups / kTasks, 4, kRunOfPairs / 16)));
-    const int64_t runs = parts(rows, a.run);
-    a.panels = std::clamp<int64_t>(std::min(kSums / (a.run * kGemmPairColumns), runs * panels / kTasks), 1, panels);
-    const int64_t scratch = a.run * (a.panels * kGemmPairColumns + kGemmChunk / 2);
-    torch::stable::parallel_for(
-        0, runs * parts(panels, a.panels),
-        std::max<int64_t>(1, 8 * kWork / (a.run * a.panels * kGemmPairColumns * depth)),
-        [&](int64_t begin, int64_t end) { g_kernels->gemm_conv_bf16(a, t_work.of(scratch), begin, end); });
+thread_local Scratch t_arranged;
+
+// bf16: some images at a time, first their pixels arranged, then their tiles multiplied.
+void convolve_pairs(GemmPairsArgs& a, int64_t n) {
+    std::vector<int64_t> place(pair_steps(a));
+    a.images = 1;
+    const int64_t of_image = lay_out(a, place.data());
+    const int64_t together = of_image ? std::clamp<int64_t>(kArranged / of_image, 1, n) : n;
+    const int64_t tiles = parts(a.out_h * a.out_w, kGemmTileRows), panels = parts(a.o, kGemmPairColumns);
+    const int64_t depth = pair_steps(a) * kGemmPairStep, reach_h = (a.out_h - 1) * a.stride_h + a.kernel_h;
+    for (a.first = 0; a.first < n; a.first += together) {
+        a.images = std::min(together, n - a.first);
+        if (of_image) {
+            a.arranged = reinterpret_cast<char*>(t_arranged.of(lay_out(a, place.data()) / int64_t{sizeof(float)}));
+            torch::stable::parallel_for(
+                0, a.images * reach_h, std::max<int64_t>(1, kGrain / (a.copies * a.pitch * a.c)),
+                [&](int64_t begin, int64_t end) { g_kernels->gemm_conv_bf16_arrange(a, begin, end); });
+        }
+        // Runs of even lengths; shares of a run's panels, so that there are tasks for threads.
+        const int64_t total = a.images * tiles;
+        a.run = parts(total, parts(total, kRunTiles));
+        const int64_t runs = parts(total, a.run);
+        a.panels = std::clamp<int64_t>(runs * panels / kTasks, 1, panels);
+        torch::stable::parallel_for(
+            0, runs * parts(panels, a.panels),
+            std::max<int64_t>(1, 8 * kWork / (a.run * kGemmTileRows * a.panels * kGemmPairColumns * depth)),
+            [&](int64_t begin, int64_t end) {
+                g_kernels->gemm_conv_bf16(a, t_work.of(a.run * kGemmTileRows * kGemmPairColumns), begin, end);
+            });
+    }
 }
 
-Tensor gemm_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor residual, int64_t stride_h,
-                 int64_t stride_w, int64_t padding_h, int64_t padding_w, Tensor packed, bool geglu) {
-    GemmConvArgs a{};
-    const bool pairs = x.scalar_type() == ScalarType::BFloat16;
-    const ScalarType type = pairs ? ScalarType::BFloat16 : ScalarType::Float;
-    STD_TORCH_CHECK(!pairs || g_kernels->gemm_conv_bf16, "gemm_conv: ISA level ", g_kernels->isa,
-                    " has no bf16 kernel");
-    a.x = image("gemm_conv", x, "x", type);
+struct Sizes {
+    int64_t n, o, out_h, out_w;
+};
+
+// Checks what both dtypes have in common and fills it in.
+template <class Args>
+Sizes set_geometry(Args& a, const Tensor& x, const Tensor& weight, const int64_t (&geometry)[4]) {
     STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1), "gemm_conv: weight must be [O, C, ...] of x's C");
-    a.n = x.size(0), a.c = x.size(1), a.h = x.size(2), a.w = x.size(3), a.o = weight.size(0);
-    a.kernel_h = weight.size(2), a.kernel_w = weight.size(3), a.stride_h = stride_h, a.stride_w = stride_w;
-    a.pad_h = padding_h, a.pad_w = padding_w;
+    a.c = x.size(1), a.h = x.size(2), a.w = x.size(3), a.o = weight.size(0);
+    a.kernel_h = weight.size(2), a.kernel_w = weight.size(3);
+    a.stride_h = geometry[0], a.stride_w = geometry[1], a.pad_h = geometry[2], a.pad_w = geometry[3];
     STD_TORCH_CHECK(a.o > 0 && a.c > 0 && a.kernel_h > 0 && a.kernel_w > 0 && a.stride_h > 0 && a.stride_w > 0 &&
                         a.pad_h >= 0 && a.pad_w >= 0,
                     "gemm_conv: channels, kernel and stride must be positive and padding not negative");
@@ -44,35 +65,80 @@ Tensor gemm_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor re
     a.out_w = (a.w + 2 * a.pad_w - a.kernel_w) / a.stride_w + 1;
     STD_TORCH_CHECK(a.h + 2 * a.pad_h >= a.kernel_h && a.w + 2 * a.pad_w >= a.kernel_w,
                     "gemm_conv: the image is smaller than the kernel");
-    const int64_t step = pairs ? kGemmPairStep : 1, columns = pairs ? kGemmPairColumns : kMaxWidth;
-    const int64_t depth = a.kernel_h * a.kernel_w * parts(a.c, step) * step;
-    STD_TORCH_CHECK(packed.is_contiguous() && packed.scalar_type() == type &&
-                        packed.numel() == depth * parts(a.o, columns) * columns,
+    return {x.size(0), a.o, a.out_h, a.out_w};
+}
+
+const void* packed_of(const Tensor& packed, ScalarType type, int64_t numbers) {
+    STD_TORCH_CHECK(packed.is_contiguous() && packed.scalar_type() == type && packed.numel() == numbers,
                     "gemm_conv: packed is not of a weight of this shape");
-    a.packed = packed.data_ptr();
-    STD_TORCH_CHECK(!geglu || (!pairs && a.o % (2 * kMaxWidth) == 0),
-                    "gemm_conv: with GEGLU the kernel takes float32 and a multiple of 32 channels");
-    a.geglu = geglu;
-    const int64_t channels = geglu ? a.o / 2 : a.o;
-    const int64_t sizes[4] = {a.n, channels, a.out_h, a.out_w};
-    const int64_t strides[4] = {a.out_h * a.out_w * channels, 1, a.out_w * channels, channels};
+    return packed.data_ptr();
+}
+
+const void* residual_of(const OptionalTensor& residual, const Sizes& s, ScalarType type) {
+    if (!residual) return nullptr;
+    STD_TORCH_CHECK(residual->dim() == 4 && residual->size(0) == s.n && residual->size(1) == s.o &&
+                        residual->size(2) == s.out_h && residual->size(3) == s.out_w,
+                    "gemm_conv: residual must have the shape of the output");
+    return image("gemm_conv", *residual, "residual", type);
+}
+
+Tensor new_image(const Tensor& x, const Sizes& s) {
+    const int64_t sizes[4] = {s.n, s.o, s.out_h, s.out_w};
+    const int64_t strides[4] = {s.out_h * s.out_w * s.o, 1, s.out_w * s.o, s.o};
     Tensor y = new_empty(x, 4, sizes, strides);
-    const int64_t rows = a.n * a.out_h * a.out_w;
-    if (rows == 0) return y;
     want_huge_pages(y);
+    return y;
+}
+
+Tensor gemm_conv_pairs(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& multiplier, const OptionalTensor& offset, bool silu,
+                       const OptionalTensor& add, const OptionalTensor& residual, const int64_t (&geometry)[4],
+                       const Tensor& packed) {
+    STD_TORCH_CHECK(g_kernels->gemm_conv_bf16, "gemm_conv: ISA level ", g_kernels->isa, " has no bf16 kernel");
+    GemmPairsArgs a{};
+    a.x = image("gemm_conv", x, "x", ScalarType::BFloat16);
+    Sizes sizes = set_geometry(a, x, weight, geometry);
+    const int64_t padded = parts(a.o, kGemmPairColumns) * kGemmPairColumns;
+    a.packed = packed_of(packed, ScalarType::BFloat16, pair_steps(a) * kGemmPairStep * padded);
+    a.multiplier = floats("gemm_conv", multiplier, sizes.n, a.c, "multiplier");
+    a.offset = floats("gemm_conv", offset, sizes.n, a.c, "offset");
+    STD_TORCH_CHECK(!multiplier == !offset, "gemm_conv: multiplier and offset go together");
+    a.silu = silu;
+    a.bias = param_of(bias, sizes.n, a.o, false, "gemm_conv: bias");
+    a.add = param_of(add, sizes.n, a.o, true, "gemm_conv: add");
+    a.residual = residual_of(residual, sizes, ScalarType::BFloat16);
+    Tensor y = new_image(x, sizes);
+    if (y.numel() == 0) return y;
     a.y = y.data_ptr();
+    convolve_pairs(a, sizes.n);
+    return y;
+}
+
+Tensor gemm_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor multiplier, OptionalTensor offset,
+                 bool silu, OptionalTensor add, OptionalTensor residual, int64_t stride_h, int64_t stride_w,
+                 int64_t padding_h, int64_t padding_w, Tensor packed, bool geglu) {
+    const int64_t geometry[4] = {stride_h, stride_w, padding_h, padding_w};
+    if (x.scalar_type() == ScalarType::BFloat16) {
+        STD_TORCH_CHECK(!geglu, "gemm_conv: the kernel takes GEGLU in float32 alone");
+        return gemm_conv_pairs(x, weight, bias, multiplier, offset, silu, add, residual, geometry, packed);
+    }
+    STD_TORCH_CHECK(!multiplier && !offset && !silu && !add,
+                    "gemm_conv: the kernel takes multiplier, offset, silu and add in bfloat16 alone");
+    GemmConvArgs a{};
+    a.x = image("gemm_conv", x, "x", ScalarType::Float);
+    Sizes sizes = set_geometry(a, x, weight, geometry);
+    STD_TORCH_CHECK(!geglu || a.o % (2 * kMaxWidth) == 0,
+                    "gemm_conv: with GEGLU the kernel takes a multiple of 32 channels");
+    a.n = sizes.n, a.geglu = geglu;
+    if (geglu) sizes.o = a.o / 2;
+    const int64_t rows = a.n * a.out_h * a.out_w, depth = a.kernel_h * a.kernel_w * a.c;
+    a.packed = packed_of(packed, ScalarType::Float, depth * parts(a.o, kMaxWidth) * kMaxWidth);
     a.bias = param_of(bias, a.n, a.o, false, "gemm_conv: bias");
-    if (residual) {
-        for (int64_t d = 0; d < 4; ++d)
-            STD_TORCH_CHECK(residual->dim() == 4 && residual->size(d) == sizes[d],
-                            "gemm_conv: residual must have the shape of the output");
-        a.residual = image("gemm_conv", *residual, "residual", type);
-    }
+    a.residual = residual_of(residual, sizes, ScalarType::Float);
+    Tensor y = new_image(x, sizes);
+    if (rows == 0) return y;
+    a.y = y.data_ptr();
     a.gathers = a.kernel_h * a.kernel_w != 1 || a.stride_h != 1 || a.stride_w != 1 || a.pad_h || a.pad_w;
-    if (pairs) {
-        run_pairs(a, rows, depth);
-        return y;
-    }
     a.run = parts(rows, parts(rows, kRun));  // of even lengths
     const int64_t runs = parts(rows, a.run), panels = parts(a.o, kGemmColumns);
     a.panels = 1;

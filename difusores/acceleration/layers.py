@@ -28,7 +28,7 @@ from difusores.ops.winograd_conv import LayerPlan, pack_weight, plan
 
 CHANNELS_LAST = torch.channels_last
 _MKLDNN = torch.ops.mkldnn
-SMALL_IMAGE = 64  # pixels up to which the own product in bfloat16 reads weights faster than oneDNN
+OWN_PRODUCT = 1024  # pixels up to which the own product in bfloat16 is faster than oneDNN
 PACKED_GAIN = 1.4  # of weights packed for the own product: time without over time with them
 WORTH_PACKING = 1.1  # of weights transformed for Winograd, from which on they take their memory
 POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1))  # kernel, stride, padding, dilation
@@ -152,17 +152,29 @@ def matmul(
     matrix = weight if weight.ndim == 2 else weight.flatten(1)
     if linear_wants_packing(dtype):
         form = packed.get(
-            (weight,),
-            lambda: _MKLDNN._reorder_linear_weight(matrix.detach().to(dtype).contiguous()),
+            sources(weight, bias),
+            lambda: (
+                _MKLDNN._reorder_linear_weight(matrix.detach().to(dtype).contiguous()),
+                kept(bias, dtype),
+            ),
             weight.numel() * dtype.itemsize,
             math.inf,  # never given up: the bits of MKL are others
         )
         if form is not None:
-            bias = bias if bias is None else cast(bias, dtype)
-            out: Tensor = _MKLDNN._linear_pointwise(x.contiguous(), form, bias, "none", [], "")
+            out: Tensor = _MKLDNN._linear_pointwise(x.contiguous(), *form, "none", [], "")
             return out
     bias = bias if bias is None else cast(bias, dtype)
     return F.linear(x, cast(matrix, dtype), bias)
+
+
+def sources(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """What a form of a layer's weight and bias is made of."""
+    return (weight,) if bias is None else (weight, bias)
+
+
+def kept(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A bias in a kernel's dtype, for all calls."""
+    return bias if bias is None else cast(bias.detach(), dtype)
 
 
 def packed_together(x: Tensor, layers: Sequence[Any], packed: Packed) -> Tensor | None:
@@ -181,16 +193,18 @@ def packed_together(x: Tensor, layers: Sequence[Any], packed: Packed) -> Tensor 
         return None
     if any(b is None for b in biases) and any(b is not None for b in biases):
         return None
-    form = packed.get(
-        weights,
-        lambda: _MKLDNN._reorder_linear_weight(torch.cat([w.detach().flatten(1) for w in weights]).to(dtype)),
-        sum(w.numel() for w in weights) * dtype.itemsize,
-        math.inf,  # as in `matmul`
-    )
+
+    def pack() -> tuple[Tensor, Tensor | None]:
+        rows = torch.cat([w.detach().flatten(1) for w in weights]).to(dtype)
+        bias = None if biases[0] is None else torch.cat([b.detach() for b in biases]).to(dtype)
+        return _MKLDNN._reorder_linear_weight(rows), bias
+
+    size = sum(w.numel() for w in weights) * dtype.itemsize
+    given = weights if biases[0] is None else (*weights, *biases)
+    form = packed.get(given, pack, size, math.inf)  # as in `matmul`
     if form is None:
         return None
-    bias = None if biases[0] is None else torch.cat(biases).to(dtype)
-    out: Tensor = _MKLDNN._linear_pointwise(x.to(dtype).contiguous(), form, bias, "none", [], "")
+    out: Tensor = _MKLDNN._linear_pointwise(cast(x, dtype).contiguous(), *form, "none", [], "")
     return out
 
 
@@ -287,6 +301,12 @@ class ConvForward(LayerForward):
         self.invariant = layer is not None or self.by_gemm_conv(x)
         if layer is not None:
             return self._winograd(x, around, layer)
+        if self.fuses(x):
+            if "add" in around.modulation:  # the convolution before this one was of another kind
+                x = normalize(around.norm, x, silu=True, **around.modulation)
+                around = around._replace(norm=None)
+            out = self._product(x, around)
+            return out if around.scale == 1 else out.mul_(around.scale)
         if around.norm is not None:
             x = normalize(around.norm, x, silu=True, **around.modulation)
         if self.shape == POINTWISE:
@@ -308,7 +328,14 @@ class ConvForward(LayerForward):
         if self.session.invariant or x.dtype is torch.float32 or self.shape == POINTWISE:
             return self.session.invariant
         pixels = x.shape[2] * x.shape[3]
-        return pixels <= SMALL_IMAGE and fast_bfloat16_convolution() and multiplies_pairs()
+        return pixels <= OWN_PRODUCT and fast_bfloat16_convolution() and multiplies_pairs()
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether it is the package's own product in bfloat16, with what surrounds it."""
+        dtype = self.dtype or self.module._parameters["weight"].dtype
+        if dtype is not torch.bfloat16 or (self.quantized is not None and self.quantized.active):
+            return False
+        return self.by_gemm_conv(x)
 
     def winograd_plan(self, x: Tensor) -> LayerPlan | None:
         """How Winograd's algorithm is used for this image; None where it is not."""
@@ -322,15 +349,9 @@ class ConvForward(LayerForward):
         return layer if layer.winograd else None
 
     def _winograd(self, x: Tensor, around: Surroundings, layer: LayerPlan) -> Tensor:
-        parameters, multiplier, offset, form = self.module._parameters, None, None, None
+        parameters, form = self.module._parameters, None
         weight = parameters["weight"]
-        if around.norm is not None:
-            norm, terms = around.norm, dict(around.modulation)
-            if "add" in terms:  # the convolution before this one was of another kind
-                x = x + terms.pop("add")[:, :, None, None]
-            of_norm = norm._parameters
-            affine = (x, norm.num_groups, of_norm["weight"], of_norm["bias"], norm.eps)
-            multiplier, offset = group_norm_affine(*affine, **terms)
+        x, multiplier, offset = normalized_by(around, x)
         if layer.gain >= WORTH_PACKING:
             form = self.transformed.get(
                 (weight,), lambda: pack_weight(weight, layer.transformed), layer.packed_bytes, layer.gain
@@ -351,6 +372,26 @@ class ConvForward(LayerForward):
             packed=form,
         )
 
+    def _product(self, x: Tensor, around: Surroundings) -> Tensor:
+        m = self.module
+        weight, residual = m._parameters["weight"], around.residual
+        x, multiplier, offset = normalized_by(around, x)
+        if residual is not None:
+            residual = cast(residual, x.dtype).contiguous(memory_format=CHANNELS_LAST)
+        return gemm_conv(
+            x,
+            weight,
+            m._parameters["bias"],
+            multiplier=multiplier,
+            offset=offset,
+            silu=around.norm is not None,
+            add=around.add,
+            residual=residual,
+            stride=m.stride,
+            padding=m.padding,
+            packed=form_for_gemm(weight, self.products, x.dtype),
+        )
+
     def _direct(self, x: Tensor, residual: Tensor | None, owned: bool) -> Tensor:
         m = self.module
         if self.quantized is not None and (result := self.quantized.convolution(x, m)) is not None:
@@ -363,33 +404,45 @@ class ConvForward(LayerForward):
             return gemm_conv(
                 x, weight, bias, residual=residual, stride=m.stride, padding=m.padding, packed=form
             )
-        bias = bias if bias is None else cast(bias, x.dtype)
         options = [list(m.padding), list(m.stride), list(m.dilation), 1]
         if not torch.backends.mkldnn.is_available():
-            out: Tensor = F.conv2d(x, weight.to(x.dtype), bias, m.stride, m.padding, m.dilation)
+            plain = bias if bias is None else cast(bias, x.dtype)
+            out: Tensor = F.conv2d(x, weight.to(x.dtype), plain, m.stride, m.padding, m.dilation)
             out = out.contiguous(memory_format=CHANNELS_LAST)
             return out if residual is None else out.add_(residual)
 
-        def pack() -> Tensor:
+        def pack() -> tuple[Tensor, Tensor | None]:
             # oneDNN chooses the layout for a size of images; in another it packs anew in each call.
             plain = weight.detach().to(x.dtype)
-            packed: Tensor = _MKLDNN._reorder_convolution_weight(plain, *options, [1, *x.shape[1:]])
-            return packed
+            ordered = _MKLDNN._reorder_convolution_weight(plain, *options, [1, *x.shape[1:]])
+            return ordered, kept(bias, x.dtype)
 
         size = weight.numel() * x.dtype.itemsize
-        form = self.weights.get((weight,), pack, size, math.inf, tuple(x.shape[2:]))
-        if form is None:  # memory is short: the same bits, slower
-            form = pack()
+        packed = self.weights.get(sources(weight, bias), pack, size, math.inf, tuple(x.shape[2:]))
+        if packed is None:  # memory is short: the same bits, slower
+            packed = pack()
         if residual is None:
-            out = _MKLDNN._convolution_pointwise(x, form, bias, *options, "none", [], "")
+            out = _MKLDNN._convolution_pointwise(x, *packed, *options, "none", [], "")
             return out
         residual = cast(residual, x.dtype).contiguous(memory_format=CHANNELS_LAST)
-        call = (form, bias, *options, "add", 1.0, None, [], None)
+        call = (*packed, *options, "add", 1.0, None, [], None)
         if owned:
             out = _MKLDNN._convolution_pointwise_(residual, x, *call)
         else:
             out = _MKLDNN._convolution_pointwise(x, residual, *call)
         return out
+
+
+def normalized_by(around: Surroundings, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x, and the multiplier and offset by which a convolution normalises it as it reads it, if it is to."""
+    if around.norm is None:
+        return x, None, None
+    norm, terms = around.norm, dict(around.modulation)
+    if "add" in terms:  # the convolution before this one was of another kind
+        x = x + terms.pop("add")[:, :, None, None]
+    of_norm = norm._parameters
+    affine = (x, norm.num_groups, of_norm["weight"], of_norm["bias"], norm.eps)
+    return x, *group_norm_affine(*affine, **terms)
 
 
 @cache
@@ -487,7 +540,9 @@ def apply_conv(layer: nn.Module, x: Tensor, around: Surroundings = NOTHING) -> T
 def adds_for_free(layer: nn.Module, x: Tensor) -> bool:
     """Whether a convolution takes `add` without another pass over its result."""
     forward = layer.__dict__.get("forward")
-    return isinstance(forward, ConvForward) and not hooked(layer) and forward.winograd_plan(x) is not None
+    if not isinstance(forward, ConvForward) or hooked(layer):
+        return False
+    return forward.winograd_plan(x) is not None or forward.fuses(x)
 
 
 def direct(layer: nn.Module) -> bool:

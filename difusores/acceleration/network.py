@@ -42,13 +42,14 @@ class NetworkForward(Forward):
             kwargs = {**kwargs, name: inside}
         here = self.session.here
         before, here.network = getattr(here, "network", None), self.module
-        before_times = self.session.times.begin()
+        before_times, before_looked = self.session.times.begin(), self.session.begin()
         try:
             with self._approximations(args, kwargs):
                 out = type(self.module).forward(self.module, *args, **kwargs)
         finally:
             here.network = before
             self.session.times.end(before_times)
+            self.session.end(before_looked)
         last = x.is_contiguous(memory_format=CHANNELS_LAST) and not x.is_contiguous()
         layout = CHANNELS_LAST if last else torch.contiguous_format
 

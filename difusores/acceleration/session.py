@@ -5,20 +5,23 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import repeat
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from difusores import native
 from difusores.ops.dispatch import transformed, wanted
 
 SESSION = "_difusores_acceleration"  # the key in a model's __dict__ under which its session stands
 DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (*DTYPES, torch.float16)
 _INT_VIEW = {2: torch.int16, 4: torch.int32}
-_SAMPLES = 64  # elements of a weight that are compared at each use
+_SAMPLES = 64  # elements of a weight that are compared
+Form = TypeVar("Form")  # of weights, prepared
 
 
 class Session:
@@ -36,6 +39,7 @@ class Session:
             batch nor on the number of threads.
         budget: bytes that prepared weights may take.
         forms: the prepared weights that there are now.
+        samples_seen: of what they were made of; None until the next forward pass asks.
         generation: counts how often bytes were given back.
         preparing: seconds that making prepared weights has taken so far.
         times: the time projections of its residual blocks.
@@ -66,6 +70,7 @@ class Session:
         self.samples = 0 if cuda else _SAMPLES  # to compare values on a GPU would wait for it
         self.budget = budget
         self.forms: list[Packed] = []
+        self.samples_seen: Samples | None = None
         self.generation = 0
         self.preparing = 0.0
         self.clock: float | None = None
@@ -74,10 +79,27 @@ class Session:
         self.times: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "lock": None, "here": None, "forms": [], "clock": None}
+        return {**self.__dict__, "lock": None, "here": None, "forms": [], "samples_seen": None, "clock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.RLock(), here=threading.local())
+
+    def begin(self) -> bool:
+        """A forward pass of the network begins in this thread; returns what `end` takes.
+
+        What changes no version is looked for once, here, and not again in every layer.
+        """
+        before: bool = getattr(self.here, "looked", False)
+        seen = self.samples_seen
+        if seen is None:
+            with self.lock:
+                seen = self.samples_seen = Samples(self.forms)
+        self.here.looked = seen.unchanged()
+        return before
+
+    def end(self, before: bool) -> None:
+        """It is over: layers that are called by themselves look for themselves."""
+        self.here.looked = before
 
     def make_room(self, size: int, gain: float) -> bool:
         """Whether `size` bytes fit into the budget, after forms that gain less have gone."""
@@ -94,10 +116,11 @@ class Session:
 
 
 class Packed:
-    """One prepared form of some weights, made at first use and again when one of them has changed.
+    """One prepared form of some parameters, made at first use and again when one of them has changed.
 
     A change is seen by the parameter itself, its version, its memory, and 64 of its elements: peft adds its
-    matrices through `.data`, which leaves the first three as they were.
+    matrices through `.data`, which leaves the first three as they were. Elements are compared once in a
+    forward pass of the network, those of all forms together, and by `get` outside of one.
 
     Attributes:
         bytes: that it takes now.
@@ -108,7 +131,7 @@ class Packed:
         self.session = session
         self.bytes = 0
         self.gain = 1.0
-        self._made: tuple[list[tuple[Any, ...]], Tensor | None, int, object] | None = None
+        self._made: tuple[list[tuple[Any, ...]], Any, int, object] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"session": self.session, "bytes": 0, "gain": 1.0, "_made": None}
@@ -116,24 +139,26 @@ class Packed:
     def get(
         self,
         sources: tuple[Tensor, ...],
-        make: Callable[[], Tensor],
+        make: Callable[[], Form],
         size: int,
         gain: float,
         purpose: object = None,
-    ) -> Tensor | None:
+    ) -> Form | None:
         """What `make` returns, of `size` bytes; None where the session's budget has no room for it.
 
         purpose: what it is made for; for another one it is made anew.
         """
         made = self._made
+        looked = getattr(self.session.here, "looked", False)
         if (
             made is not None
             and made[3] == purpose
             and len(sources) == len(made[0])
             and (made[1] is not None or made[2] == self.session.generation)
-            and all(map(unchanged, sources, made[0]))
+            and all(map(unchanged, sources, made[0], repeat(looked)))
         ):
-            return made[1]
+            known: Form | None = made[1]
+            return known
         with self.session.lock:
             if self.bytes:
                 self.drop()
@@ -141,6 +166,7 @@ class Packed:
             if self.session.make_room(size, gain):
                 self.bytes, self.gain = size, gain
                 self.session.forms.append(self)
+                self.session.samples_seen = None
                 start = time.perf_counter()
                 result = make()
                 self.session.preparing += time.perf_counter() - start
@@ -155,8 +181,39 @@ class Packed:
     def drop(self) -> None:
         """Forget it and give its bytes back."""
         self.session.forms.remove(self)
+        self.session.samples_seen = None
         self.session.generation += 1
         self.bytes, self._made = 0, None
+
+    def fingerprints(self) -> list[tuple[Any, ...]]:
+        """Of what it was made of."""
+        return [] if self._made is None else self._made[0]
+
+
+class Samples:
+    """The elements by which changes of some forms' parameters are seen, to be compared all at once."""
+
+    def __init__(self, forms: Sequence[Packed]) -> None:
+        prints = [seen for form in forms for seen in form.fingerprints()]
+        self._sources, self._pointers = [seen[0] for seen in prints], [seen[2] for seen in prints]
+        samples = [(sample, copy) for *_, sample, copy in prints]
+        rows = [
+            (sample.data_ptr(), sample.stride(0) * sample.element_size(), len(sample), sample.element_size())
+            for sample, _ in samples
+        ]
+        self._table = torch.tensor(rows, dtype=torch.int64)
+        self._copies = torch.cat([copy.int() for _, copy in samples]) if samples else self._table
+
+    def unchanged(self) -> bool:
+        """Whether all are as they were; memory that was given back is not read."""
+        if native.status("cpu") is not None:
+            return False  # to compare one by one is as fast
+        if [source.data_ptr() for source in self._sources] != self._pointers:
+            return False
+        from difusores import _C
+
+        same: bool = _C.same_elements(self._table.data_ptr(), len(self._table), self._copies.data_ptr())
+        return same
 
 
 def fingerprint(source: Tensor, samples: int) -> tuple[Any, ...]:
@@ -170,12 +227,12 @@ def fingerprint(source: Tensor, samples: int) -> tuple[Any, ...]:
     return source, source._version, source.data_ptr(), sample, None if sample is None else sample.clone()
 
 
-def unchanged(source: Tensor, seen: tuple[Any, ...]) -> bool:
-    """Whether a tensor is still what `fingerprint` saw."""
+def unchanged(source: Tensor, seen: tuple[Any, ...], looked: bool = False) -> bool:
+    """Whether a tensor is still what `fingerprint` saw; looked: its elements were compared already."""
     before, version, pointer, sample, copy = seen
     if source is not before or source._version != version or source.data_ptr() != pointer:
         return False
-    return sample is None or torch.equal(sample, copy)
+    return looked or sample is None or torch.equal(sample, copy)
 
 
 def hooked(module: nn.Module) -> bool:

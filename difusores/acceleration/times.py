@@ -64,11 +64,14 @@ class TimeProjections:
         if self.session.budget == 0:
             return None
         weights = tuple(layer.weight for layer in layers)
+        biases = tuple(layer.bias for layer in layers)
+
+        def gather() -> tuple[Tensor, Tensor]:
+            return torch.cat([w.detach() for w in weights]), torch.cat([b.detach() for b in biases])
+
         size = sum(w.numel() * w.element_size() for w in weights)
-        rows = self.rows.get(weights, lambda: torch.cat([w.detach() for w in weights]), size, TOGETHER_GAIN)
-        if rows is None:  # memory is short: the same bits, slower
-            rows = torch.cat([w.detach() for w in weights])
-        return rows, torch.cat([layer.bias for layer in layers])
+        form = self.rows.get((*weights, *biases), gather, size, TOGETHER_GAIN)
+        return gather() if form is None else form  # memory is short: the same bits, slower
 
     def release(self) -> None:
         """Undo what was done to the parameters' memory."""

@@ -1,10 +1,12 @@
-"""Convolution as one matrix product, with a bias and a residual: what Winograd's algorithm does not take.
+"""Convolution as one matrix product, with what surrounds it: what Winograd's algorithm does not take.
 
-    y[n, o, p] = sum over taps t and channels c of weight[o, c, t] * x[n, c, p * stride + t - padding]
-                 + bias[o] + residual[n, o, p]
+    h = act(multiplier[n, c] * x[n, c, p] + offset[n, c])
+    y[n, o, p] = sum over taps t and channels c of weight[o, c, t] * h[n, c, p * stride + t - padding]
+                 + bias[o] + add[n, o] + residual[n, o, p]
 
-in fp32 or bf16, the latter with sums in fp32 and on processors with products of bf16 pairs; in fp32 also
-GEGLU of the product and bias (half of it times GELU of the other half), to which the residual is added.
+in fp32 or bf16, the latter with sums in fp32 and on processors with products of bf16 pairs. The kernel in
+fp32 has no multiplier, offset and add, for which there are passes of their own; it alone takes GEGLU of the
+product and what is added but for the residual (half of it times GELU of the other half).
 
 A linear layer is a 1x1 convolution of rows. An output's bits depend on its inputs alone: not on the batch and
 not on the number of threads, neither of which libraries promise.
@@ -23,8 +25,9 @@ from difusores import native
 from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register, straight_to_cpu
 
 LIBRARY.define(
-    "gemm_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int stride_h, int stride_w, "
-    "int padding_h, int padding_w, Tensor packed, bool geglu=False) -> Tensor"
+    "gemm_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? multiplier, Tensor? offset, bool silu, "
+    "Tensor? add, Tensor? residual, int stride_h, int stride_w, int padding_h, int padding_w, "
+    "Tensor packed, bool geglu=False) -> Tensor"
 )
 register("gemm_conv", "cpu")
 
@@ -51,8 +54,8 @@ def vector() -> int:
 def pack_weight(weight: Tensor, dtype: torch.dtype = torch.float32, geglu: bool = False) -> Tensor:
     """The weight as the kernel reads it: panels of output channels, each [taps, channels in, channels out].
 
-    For bf16 [taps, channels in / 2, channels out, 2], channels rounded up to 32. For GEGLU a vector of gates
-    follows each vector of values.
+    For bf16 [channels in / 32, taps, 16, channels out, 2], channels rounded up to 32. For GEGLU a vector of
+    gates follows each vector of values.
 
     The tensor is read as it is: make it anew when `weight` changes, and do not save it: its layout is that
     of this version.
@@ -74,9 +77,9 @@ def pack_weight(weight: Tensor, dtype: torch.dtype = torch.float32, geglu: bool 
             f"got {weight.dtype} {tuple(weight.shape)} for {dtype}"
         )
     if dtype is torch.bfloat16:
-        rows = weight.detach().permute(0, 2, 3, 1).to(dtype).contiguous()
-        rows = F.pad(rows, (0, -rows.shape[3] % PAIRS)).flatten(1).view(torch.int32)  # of two channels each
-        rows = F.pad(rows, (0, 0, 0, -rows.shape[0] % PAIRS))
+        taps = F.pad(weight.detach().flatten(2).to(dtype), (0, 0, 0, -weight.shape[1] % PAIRS))
+        pairs = taps.unflatten(1, (-1, PAIRS)).transpose(2, 3).flatten(1).view(torch.int32)  # of channels
+        rows = F.pad(pairs, (0, 0, 0, -pairs.shape[0] % PAIRS))
         pairs = rows.view(-1, PAIRS, rows.shape[1]).transpose(1, 2).contiguous()
         return pairs.flatten().view(dtype)
     rows = weight.detach().to(dtype).permute(0, 2, 3, 1).flatten(1)
@@ -104,6 +107,10 @@ def reference(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    silu: bool,
+    add: Tensor | None,
     residual: Tensor | None,
     stride_h: int,
     stride_w: int,
@@ -114,12 +121,22 @@ def reference(
 ) -> Tensor:
     """The op in plain PyTorch; `packed` is not read."""
     weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
+    x = _before(x, multiplier, offset, silu)
     y = F.conv2d(x, weight, bias, (stride_h, stride_w), (padding_h, padding_w))
+    y = y if add is None else y + add.to(y.dtype)[:, :, None, None]
     if geglu:
         value, gate = y.chunk(2, dim=1)
         y = value * F.gelu(gate)
     y = y if residual is None else y + residual
     return y.contiguous(memory_format=torch.channels_last)
+
+
+def _before(x: Tensor, multiplier: Tensor | None, offset: Tensor | None, silu: bool) -> Tensor:
+    """act(multiplier * x + offset), in fp32 or wider before it is rounded to x's dtype."""
+    if multiplier is None or offset is None:
+        return x
+    h = multiplier[:, :, None, None] * x + offset[:, :, None, None]
+    return (F.silu(h) if silu else h).to(x.dtype)
 
 
 LIBRARY.impl("gemm_conv", reference, "CompositeExplicitAutograd")
@@ -130,6 +147,10 @@ def _fake(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    silu: bool,
+    add: Tensor | None,
     residual: Tensor | None,
     stride_h: int,
     stride_w: int,
@@ -152,6 +173,9 @@ def supports(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    add: Tensor | None,
     residual: Tensor | None,
     geglu: bool = False,
 ) -> str | None:
@@ -160,13 +184,18 @@ def supports(
         return f"the kernel takes float32 and bfloat16, not {x.dtype}"
     if x.dtype is torch.bfloat16 and not multiplies_pairs():
         return NEEDS_PAIRS
-    if geglu and (x.dtype is not torch.float32 or weight.shape[0] % (2 * LANES)):
-        return "the kernel takes GEGLU in float32 and of a multiple of 32 channels"
+    if geglu and (x.dtype is not torch.float32 or weight.shape[0] % (2 * LANES) or add is not None):
+        return (
+            "the kernel takes GEGLU in float32 and of a multiple of 32 channels, to which nothing was added"
+        )
     if residual is not None and residual.dtype is not x.dtype:
         return f"the kernel takes a residual in {x.dtype}, not {residual.dtype}"
-    for name, t in (("weight", weight), ("bias", bias)):
+    for name, t in (("weight", weight), ("bias", bias), ("add", add)):
         if t is not None and t.dtype not in DTYPES:
             return f"the kernel takes a {name} in float32 or bfloat16, not {t.dtype}"
+    for name, t in (("multiplier", multiplier), ("offset", offset)):
+        if t is not None and t.dtype is not torch.float32:
+            return f"the kernel takes a {name} in float32, not {t.dtype}"
     return None
 
 
@@ -175,23 +204,33 @@ def gemm_conv(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    multiplier: Tensor | None = None,
+    offset: Tensor | None = None,
+    silu: bool = False,
+    add: Tensor | None = None,
     residual: Tensor | None = None,
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     packed: Tensor | None = None,
     geglu: bool = False,
 ) -> Tensor:
-    """y = conv(x, weight) + bias + residual, channels_last, to which x and residual are copied if need be.
+    """y = conv(act(multiplier * x + offset), weight) + bias + add + residual, channels_last.
+
+    x and residual are copied to channels_last if need be.
 
     Args:
         x: [N, C, H, W]; the kernel takes fp32 and bf16 on the CPU, all else goes to `F.conv2d`.
         weight: [O, C, kh, kw], rounded to x's dtype.
         bias: [O] or None; the kernel adds it in fp32.
+        multiplier, offset: [N, C] fp32, both or neither, applied to x before the convolution and rounded
+            to its dtype (`group_norm_affine` makes them of a group norm); padding is zero after them.
+        silu: whether act is SiLU, where there is a multiplier; else the identity.
+        add: [N, O] (a time embedding) or None.
         residual: like y, or None.
         stride, padding: down and across; what is outside the image is zero.
         packed: `pack_weight(weight, x.dtype, geglu)`; made anew in the call if None.
-        geglu: y = GEGLU(conv(x, weight) + bias) + residual: the first half of the channels times GELU (by
-            erf) of the second. The kernel takes it in fp32.
+        geglu: y = GEGLU(conv(…) + bias + add) + residual: the first half of the channels times GELU (by
+            erf) of the second. The kernel takes it in fp32 and without add.
 
     Returns:
         y [N, O, H', W'] in x's dtype, with geglu O / 2 channels. Where a gradient is needed the reference
@@ -200,13 +239,58 @@ def gemm_conv(
     Raises:
         ValueError: shapes that do not fit, named.
     """
-    if packed is not None and straight_to_cpu(x, weight, bias, residual, packed):
+    terms = (multiplier, offset, add)
+    of_pairs = x.dtype is torch.bfloat16
+    if packed is not None and straight_to_cpu(x, weight, bias, *terms, residual, packed):
         try:
             with torch._C._AutoDispatchBelowAutograd():
-                y: Tensor = _OP(x, weight, bias, residual, *stride, *padding, packed, geglu)
+                y: Tensor = _OP(
+                    x, weight, bias, multiplier, offset, silu, add, residual, *stride, *padding, packed, geglu
+                )
             return y
         except (RuntimeError, TypeError):
             pass  # the kernel refused; what follows finds another way or the words for it
+    _check(x, weight, bias, *terms, residual, stride, padding, packed, geglu)
+    geometry = (*stride, *padding)
+    tensors = (x, weight, bias, *terms, residual)
+    nothing = x.new_empty(0)
+    if needs_grad(*tensors):
+        return reference(x, weight, bias, multiplier, offset, silu, add, residual, *geometry, nothing, geglu)
+    backend = choose("gemm_conv", x.device.type, supports, *tensors, geglu)
+    if backend == "reference":
+        return reference(x, weight, bias, multiplier, offset, silu, add, residual, *geometry, nothing, geglu)
+    if packed is None:
+        packed = pack_weight(weight, x.dtype, geglu)
+    bias, multiplier, offset, add = map(_row, (bias, *terms))
+    x = x.contiguous(memory_format=torch.channels_last)
+    residual = residual if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    if of_pairs:
+        call = (x, weight, bias, multiplier, offset, silu, add, residual, *geometry, packed)
+        y = below_autograd(_OP, *call)
+        return y
+    x = _before(x, multiplier, offset, silu)
+    y = below_autograd(_OP, x, weight, bias, None, None, False, None, residual, *geometry, packed, geglu)
+    return y if add is None else y.add_(add[:, :, None, None])
+
+
+def _row(p: Tensor | None) -> Tensor | None:
+    """p with its channels side by side, as the kernel reads them."""
+    return p if p is None or p.stride(-1) == 1 else p.contiguous()
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    packed: Tensor | None,
+    geglu: bool,
+) -> None:
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1]:
         raise ValueError(
             "x must be [N, C, H, W] and weight [O, C, kh, kw], "
@@ -218,11 +302,17 @@ def gemm_conv(
             f"stride {stride}, padding {padding} and a kernel of {tuple(weight.shape[2:])} "
             f"leave nothing of an image of {tuple(x.shape[2:])}"
         )
-    if geglu and weight.shape[0] % 2:
-        raise ValueError(f"with geglu O is even, for value and gate; weight has {weight.shape[0]}")
-    shape = (x.shape[0], weight.shape[0] // (2 if geglu else 1), *sizes)
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape [O] = [{weight.shape[0]}], got {tuple(bias.shape)}")
+    (n, c), o = x.shape[:2], weight.shape[0]
+    if geglu and o % 2:
+        raise ValueError(f"with geglu O is even, for value and gate; weight has {o}")
+    shape = (n, o // (2 if geglu else 1), *sizes)
+    if bias is not None and bias.shape != (o,):
+        raise ValueError(f"bias must have shape [O] = [{o}], got {tuple(bias.shape)}")
+    if (multiplier is None) != (offset is None):
+        raise ValueError("multiplier and offset go together: one of them is None")
+    for name, p, channels in (("multiplier", multiplier, c), ("offset", offset, c), ("add", add, o)):
+        if p is not None and p.shape != (n, channels):
+            raise ValueError(f"{name} must have shape {[n, channels]}, got {tuple(p.shape)}")
     if residual is not None and residual.shape != shape:
         raise ValueError(f"residual must have y's shape {shape}, got {tuple(residual.shape)}")
     numbers = packed_numbers(weight, x.dtype)
@@ -231,18 +321,3 @@ def gemm_conv(
             f"packed must be pack_weight(weight, {x.dtype}, {geglu}), [{numbers}], "
             f"got {packed.dtype} {tuple(packed.shape)}"
         )
-    geometry = (*stride, *padding)
-    tensors = (x, weight, bias, residual)
-    nothing = x.new_empty(0)
-    if needs_grad(*tensors):
-        return reference(*tensors, *geometry, nothing, geglu)
-    backend = choose("gemm_conv", x.device.type, supports, *tensors, geglu)
-    if backend == "reference":
-        return reference(*tensors, *geometry, nothing, geglu)
-    if packed is None:
-        packed = pack_weight(weight, x.dtype, geglu)
-    bias = bias if bias is None else bias.contiguous()
-    x = x.contiguous(memory_format=torch.channels_last)
-    residual = residual if residual is None else residual.contiguous(memory_format=torch.channels_last)
-    y = below_autograd(_OP, x, weight, bias, residual, *geometry, packed, geglu)
-    return y

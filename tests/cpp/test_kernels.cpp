@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "pairs_layout.h"
 
 using namespace difusores;
 
@@ -211,55 +212,123 @@ void tokens(const Kernels& k, int64_t rows, int64_t d, DType dtype) {
     }
 }
 
-// A strided 3x3 convolution with zeros around, or a 1x1 one whose rows are read where they lie; in fp32 or bf16.
-void gemm(const Kernels& k, int64_t n, int64_t c, int64_t o, int64_t h, int64_t w, int64_t kernel, bool bf16) {
+// What convolutions compute: x [N, H, W, C], weight [taps, C, O].
+struct Convolved {
+    int64_t n, c, o, h, w, kernel, stride;
+    std::vector<float> x, weight, bias, residual;
+
+    Convolved(int64_t n, int64_t c, int64_t o, int64_t h, int64_t w, int64_t kernel, int64_t stride)
+        : n(n),
+          c(c),
+          o(o),
+          h(h),
+          w(w),
+          kernel(kernel),
+          stride(stride),
+          x(normal(n * h * w * c, 1)),
+          weight(normal(kernel * kernel * c * o, 2)),
+          bias(normal(o, 3)),
+          residual(normal(rows() * o, 4)) {}
+    int64_t out_h() const { return (h - 1) / stride + 1; }
+    int64_t out_w() const { return (w - 1) / stride + 1; }
+    int64_t rows() const { return n * out_h() * out_w(); }
+
+    template <class Args>
+    void describe(Args& a) const {
+        a.c = c, a.o = o, a.h = h, a.w = w, a.out_h = out_h(), a.out_w = out_w();
+        a.kernel_h = a.kernel_w = kernel, a.pad_h = a.pad_w = kernel / 2, a.stride_h = a.stride_w = stride;
+        a.bias = {bias.data(), DType::f32, 0};
+    }
+
+    // Whether found(i) is y, up to a share of the terms' sizes and of the sum. before(image, channel, x) is what is
+    // done to x first, add(image, channel) what is added.
+    template <class Before, class Add, class Found>
+    bool right(const Before& before, const Add& add, const Found& found, double of_terms, double of_sum) const {
+        bool right = true;
+        for (int64_t row = 0; row < rows(); ++row)
+            for (int64_t i = 0; i < o; ++i) {
+                const int64_t p = row % (out_h() * out_w()), image = row / (out_h() * out_w());
+                double want = bias[i] + add(image, i) + residual[row * o + i], size = std::fabs(want);
+                for (int64_t d = 0; d < kernel * kernel * c; ++d) {
+                    const int64_t tap = d / c, iy = p / out_w() * stride - kernel / 2 + tap / kernel;
+                    const int64_t ix = p % out_w() * stride - kernel / 2 + tap % kernel;
+                    if (iy < 0 || iy >= h || ix < 0 || ix >= w) continue;
+                    const double value = before(image, d % c, x[((image * h + iy) * w + ix) * c + d % c]);
+                    want += value * weight[d * o + i], size += std::fabs(value * weight[d * o + i]);
+                }
+                right = right && std::fabs(found(row * o + i) - want) <= of_terms * size + of_sum * std::fabs(want);
+            }
+        return right;
+    }
+    void report(const Kernels& k, bool right) const {
+        expect(right, std::string(k.isa) + " gemm_conv " + std::to_string(c) + " to " + std::to_string(o));
+    }
+};
+
+int64_t up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+
+// A strided 3x3 convolution with zeros around, or a 1x1 one whose rows are read where they lie.
+void gemm(const Kernels& k, int64_t n, int64_t c, int64_t o, int64_t h, int64_t w, int64_t kernel) {
+    const Convolved given(n, c, o, h, w, kernel, kernel > 1 ? 2 : 1);
     GemmConvArgs a{};
-    a.n = n, a.c = c, a.o = o, a.h = h, a.w = w, a.kernel_h = a.kernel_w = kernel;
-    a.gathers = kernel > 1, a.pad_h = a.pad_w = kernel / 2, a.stride_h = a.stride_w = a.gathers ? 2 : 1;
-    a.out_h = (h - 1) / a.stride_h + 1, a.out_w = (w - 1) / a.stride_w + 1;
-    a.run = bf16 ? 16 : 7, a.panels = 2;
-    const int64_t taps = kernel * kernel, rows = n * a.out_h * a.out_w;
-    auto x = normal(n * h * w * c, 1), weight = normal(taps * c * o, 2), residual = normal(rows * o, 4);
-    const auto bias = normal(o, 3);
-    const auto xh = to_half(x, DType::bf16), wh = to_half(weight, DType::bf16), rh = to_half(residual, DType::bf16);
-    if (bf16)
-        for (auto [wide, half] : {std::pair{&x, &xh}, {&weight, &wh}, {&residual, &rh}})
-            for (size_t i = 0; i < wide->size(); ++i) (*wide)[i] = from_half((*half)[i], DType::bf16);
-    const auto up = [](int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; };
-    const int64_t wide = bf16 ? kGemmPairColumns : kGemmColumns, columns = a.panels * wide;
-    const int64_t depth = taps * (bf16 ? up(c, kGemmPairStep) : c), padded = up(o, bf16 ? wide : kMaxWidth);
-    std::vector<float> packed(bf16 ? 0 : depth * padded), y(rows * o);
-    std::vector<uint16_t> packed_half(bf16 ? depth * padded : 0), y_half(rows * o);
+    given.describe(a);
+    a.n = n, a.gathers = kernel > 1, a.run = 7, a.panels = 2;
+    const int64_t depth = kernel * kernel * c, padded = up(o, kMaxWidth), columns = a.panels * kGemmColumns;
+    std::vector<float> packed(depth * padded), y(given.rows() * o);
+    for (int64_t d = 0; d < depth; ++d)
+        for (int64_t i = 0; i < o; ++i) {
+            const int64_t o0 = i / kGemmColumns * kGemmColumns;
+            packed[o0 * depth + d * std::min(kGemmColumns, padded - o0) + i - o0] = given.weight[d * o + i];
+        }
+    std::vector<float> scratch(a.run * (columns + kGemmChunk + kMaxWidth));
+    a.x = given.x.data(), a.packed = packed.data(), a.residual = given.residual.data(), a.y = y.data();
+    k.gemm_conv(a, scratch.data(), 0, up(given.rows(), a.run) / a.run * (up(o, columns) / columns));
+    given.report(k, given.right([](int64_t, int64_t, double v) { return v; }, [](int64_t, int64_t) { return 0.0; },
+                                [&](int64_t i) { return y[i]; }, 1e-6, 0));
+}
+
+// The same in bf16, with a norm and SiLU before it and a sum for each image where `fused`.
+void gemm_pairs(const Kernels& k, int64_t n, int64_t c, int64_t o, int64_t h, int64_t w, int64_t kernel, int64_t stride,
+                bool fused) {
+    Convolved given(n, c, o, h, w, kernel, stride);
+    const auto xh = to_half(given.x, DType::bf16), wh = to_half(given.weight, DType::bf16);
+    const auto rh = to_half(given.residual, DType::bf16);
+    for (auto [wide, half] : {std::pair{&given.x, &xh}, {&given.weight, &wh}, {&given.residual, &rh}})
+        for (size_t i = 0; i < wide->size(); ++i) (*wide)[i] = from_half((*half)[i], DType::bf16);
+    const auto multiplier = normal(n * c, 5), offset = normal(n * c, 6), add = normal(n * o, 7);
+    GemmPairsArgs a{};
+    given.describe(a);
+    if (fused) {
+        a.multiplier = {multiplier.data(), DType::f32, c}, a.offset = {offset.data(), DType::f32, c};
+        a.add = {add.data(), DType::f32, o}, a.silu = true;
+    }
+    a.images = n, a.run = 3, a.panels = 2;
+    std::vector<int64_t> place(pair_steps(a));
+    std::vector<char> arranged(lay_out(a, place.data()));
+    a.arranged = arranged.empty() ? nullptr : arranged.data();
+    const int64_t taps = kernel * kernel, depth = pair_steps(a) * kGemmPairStep;
+    std::vector<uint16_t> packed(depth * up(o, kGemmPairColumns)), y(given.rows() * o);
     for (int64_t tap = 0; tap < taps; ++tap)
         for (int64_t in = 0; in < c; ++in)
             for (int64_t i = 0; i < o; ++i) {
-                const int64_t d = tap * (depth / taps) + in, o0 = i / wide * wide, from = (tap * c + in) * o + i;
-                if (bf16) packed_half[o0 * depth + d / 2 * 2 * wide + 2 * (i - o0) + d % 2] = wh[from];
-                else packed[o0 * depth + d * std::min(wide, padded - o0) + i - o0] = weight[from];
+                const int64_t d = (in / kGemmPairStep * taps + tap) * kGemmPairStep + in % kGemmPairStep;
+                const int64_t o0 = i / kGemmPairColumns * kGemmPairColumns;
+                packed[o0 * depth + d / 2 * 2 * kGemmPairColumns + 2 * (i - o0) + d % 2] = wh[(tap * c + in) * o + i];
             }
-    std::vector<float> scratch(a.run * (columns + (bf16 ? kGemmChunk / 2 : kGemmChunk + kMaxWidth)));
-    const auto either = [&](const auto& single, const auto& half) -> const void* {
-        return bf16 ? static_cast<const void*>(half.data()) : single.data();
+    std::vector<float> scratch(a.run * kGemmTileRows * kGemmPairColumns);
+    a.x = xh.data(), a.packed = packed.data(), a.residual = rh.data(), a.y = y.data();
+    if (a.arranged) k.gemm_conv_bf16_arrange(a, 0, n * ((given.out_h() - 1) * stride + kernel));
+    const int64_t tiles = n * (up(given.out_h() * given.out_w(), kGemmTileRows) / kGemmTileRows);
+    const int64_t columns = a.panels * kGemmPairColumns;
+    k.gemm_conv_bf16(a, scratch.data(), 0, up(tiles, a.run) / a.run * (up(o, columns) / columns));
+    const auto before = [&](int64_t image, int64_t channel, double v) {
+        if (!fused) return v;
+        const double t = v * multiplier[image * c + channel] + offset[image * c + channel];
+        return t / (1 + std::exp(-t));
     };
-    a.x = either(x, xh), a.packed = either(packed, packed_half), a.residual = either(residual, rh);
-    a.bias = {bias.data(), DType::f32, 0}, a.y = const_cast<void*>(either(y, y_half));
-    (bf16 ? k.gemm_conv_bf16 : k.gemm_conv)(a, scratch.data(), 0, up(rows, a.run) / a.run * (up(o, columns) / columns));
-    bool right = true;
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t i = 0; i < o; ++i) {
-            const int64_t p = row % (a.out_h * a.out_w), image = row / (a.out_h * a.out_w);
-            double want = bias[i] + residual[row * o + i], size = std::fabs(want);
-            for (int64_t d = 0; d < taps * c; ++d) {
-                const int64_t tap = d / c, iy = p / a.out_w * a.stride_h - a.pad_h + tap / kernel;
-                const int64_t ix = p % a.out_w * a.stride_w - a.pad_w + tap % kernel;
-                if (iy < 0 || iy >= h || ix < 0 || ix >= w) continue;
-                const double term = double(x[((image * h + iy) * w + ix) * c + d % c]) * weight[d * o + i];
-                want += term, size += std::fabs(term);
-            }
-            const double found = bf16 ? from_half(y_half[row * o + i], DType::bf16) : y[row * o + i];
-            right = right && std::fabs(found - want) <= 1e-6 * size + (bf16 ? std::fabs(want) / 256 : 0);
-        }
-    expect(right, std::string(k.isa) + " gemm_conv " + std::to_string(c) + " to " + std::to_string(o));
+    const auto added = [&](int64_t image, int64_t i) { return fused ? add[image * o + i] : 0.0; };
+    const auto found = [&](int64_t i) { return from_half(y[i], DType::bf16); };
+    given.report(k, given.right(before, added, found, fused ? 1.0 / 256 : 1e-6, 1.0 / 256));
 }
 
 struct ConvShape {
@@ -430,11 +499,14 @@ int main() {
                 attention(*k, 1, 1, 20, 5, 130, 40, dtype, masked);
             }
         if (k->gemm_conv_bf16) {
-            gemm(*k, 2, 5, 17, 7, 4, 3, true);
-            gemm(*k, 1, 70, 70, 5, 6, 3, true);
-            gemm(*k, 1, 96, 64, 16, 2, 1, true);
-            gemm(*k, 1, 33, 1, 3, 7, 1, true);
-            gemm(*k, 3, 600, 65, 3, 3, 1, true);  // more than one chunk, rows that fill no tile
+            for (const bool fused : {false, true}) {
+                gemm_pairs(*k, 2, 5, 17, 7, 4, 3, 2, fused);    // a copy of each tap
+                gemm_pairs(*k, 1, 70, 70, 5, 6, 3, 1, fused);   // of each tap across
+                gemm_pairs(*k, 2, 70, 33, 3, 32, 3, 2, fused);  // of none: whole tiles
+                gemm_pairs(*k, 1, 96, 64, 16, 2, 1, 1, fused);  // x itself
+                gemm_pairs(*k, 1, 33, 1, 3, 7, 1, 1, fused);
+                gemm_pairs(*k, 3, 600, 65, 3, 3, 1, 1, fused);  // more than one chunk
+            }
         }
         if (std::string(isa) == "avx512_bf16" || std::string(isa) == "amx") continue;  // the rest is of avx512
         for (const bool last : {false, true})
@@ -448,9 +520,9 @@ int main() {
             for (const int64_t d : {1, 7, 16, 67, 320}) tokens(*k, 3, d, dtype);
         for (const int64_t inner : {1, 7, 1023, 1024, 1025, 5000}) step(*k, 2, inner);
         for (const int64_t count : {1, 7, 63, 64, 65, 1023, 1024}) squares(*k, count);
-        gemm(*k, 1, 70, 140, 5, 4, 3, false);  // more than one chunk and one share
+        gemm(*k, 1, 70, 140, 5, 4, 3);  // more than one chunk and one share
         for (const bool fused : {false, true}) {
-            gemm(*k, 2, fused ? 130 : 5, fused ? 70 : 17, 7, 4, fused ? 1 : 3, false);
+            gemm(*k, 2, fused ? 130 : 5, fused ? 70 : 17, 7, 4, fused ? 1 : 3);
             winograd(*k, {1, 1, 1, 1, 1}, {1, 1, 1}, fused);
             winograd(*k, {3, 5, 18, 4, 7}, {2, 1, 2}, fused);
             winograd(*k, {2, 67, 70, 6, 9}, {2, 2, 3}, fused);

@@ -27,6 +27,9 @@ CASES = [
     ((2, 4, 65, 7, 5), (2, 3), (1, 2), (1, 0)),
     ((1, 20, 33, 3, 3), (1, 1), (2, 2), (0, 0)),
     ((1, 1290, 80, 9, 2), (1, 1), (1, 1), (0, 0)),
+    ((2, 70, 33, 5, 16), (3, 3), (1, 1), (1, 1)),  # from here on rows of the output are whole tiles
+    ((1, 32, 32, 3, 64), (3, 3), (2, 2), (1, 1)),
+    ((1, 64, 40, 8, 4), (1, 1), (1, 1), (0, 0)),  # x is read as it is
 ]
 
 
@@ -117,7 +120,30 @@ def test_geglu_that_the_kernel_refuses(backend: str, check: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES[2:6], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_with_a_norm_before_it(backend: str, case: Any, dtype: torch.dtype, check: Any) -> None:
+    needs(backend, dtype)
+    x, weight, bias, residual, geometry = make(case, dtype=dtype)
+    (n, c), o = x.shape[:2], weight.shape[0]
+    multiplier, offset, add = torch.randn(n, c), torch.randn(n, c), torch.randn(n, o).to(dtype)
+
+    def plain(dtype: torch.dtype, silu: bool) -> Tensor:
+        h = multiplier.to(dtype)[:, :, None, None] * x.to(dtype) + offset.to(dtype)[:, :, None, None]
+        y = F.conv2d(F.silu(h) if silu else h, weight.to(dtype), bias.to(dtype), **geometry)
+        return y + add.to(dtype)[:, :, None, None] + residual.to(dtype)
+
+    for silu in (False, True):
+        terms = {"multiplier": multiplier, "offset": offset, "silu": silu, "add": add, "residual": residual}
+        with ops.use_backend(backend):
+            y = ops.gemm_conv(x, weight, bias, **terms, **geometry)
+            assert torch.equal(
+                ops.gemm_conv(x, weight, bias, packed=pack_weight(weight, dtype), **terms, **geometry), y
+            )
+        check(y, plain(dtype, silu), plain(torch.float64, silu))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*CASES[2:6], CASES[9]], ids=str)
 def test_bitwise(backend: str, case: Any, dtype: torch.dtype) -> None:
     """Twice; an image alone or among others; one thread or several; a NaN stays where it is read."""
     needs(backend, dtype)
@@ -144,7 +170,9 @@ def test_bitwise(backend: str, case: Any, dtype: torch.dtype) -> None:
 def test_registration(backend: str) -> None:
     x, weight, bias, residual, geometry = make(CASES[4])
     op = torch.ops.difusores.gemm_conv.default
-    torch.library.opcheck(op, (x, weight, bias, residual, 2, 2, 1, 1, pack_weight(weight)))
+    torch.library.opcheck(
+        op, (x, weight, bias, None, None, False, None, residual, 2, 2, 1, 1, pack_weight(weight))
+    )
     torch.compiler.reset()  # a graph keeps the backend that was in force when it was traced
 
     def f(x: Tensor) -> Tensor:
@@ -156,8 +184,16 @@ def test_registration(backend: str) -> None:
 
 def test_gradients() -> None:
     *tensors, geometry = make(CASES[6])
-    leaves = [t.double().requires_grad_() for t in tensors]
-    assert torch.autograd.gradcheck(lambda x, w, b, r: ops.gemm_conv(x, w, b, residual=r, **geometry), leaves)
+    terms = [torch.randn(2, channels) for channels in (4, 4, 65)]
+    leaves = [t.double().requires_grad_() for t in (*tensors, *terms)]
+
+    def f(
+        x: Tensor, w: Tensor, b: Tensor, r: Tensor, multiplier: Tensor, offset: Tensor, add: Tensor
+    ) -> Tensor:
+        norm = {"multiplier": multiplier, "offset": offset, "silu": True, "add": add}
+        return ops.gemm_conv(x, w, b, residual=r, **norm, **geometry)
+
+    assert torch.autograd.gradcheck(f, leaves, fast_mode=True)
     x, weight, bias = (t.double().requires_grad_() for t in (tensors[0], tensors[1][:6], tensors[2][:6]))
     assert torch.autograd.gradcheck(lambda *t: ops.gemm_conv(*t, geglu=True, **geometry), (x, weight, bias))
 
@@ -170,6 +206,10 @@ def test_bad_input_is_named() -> None:
         ops.gemm_conv(x, weight, bias[:3])
     with pytest.raises(ValueError, match="residual must have y's shape"):
         ops.gemm_conv(x, weight, residual=residual)
+    with pytest.raises(ValueError, match="multiplier and offset go together"):
+        ops.gemm_conv(x, weight, multiplier=torch.ones(3, 3), **geometry)
+    with pytest.raises(ValueError, match=r"add must have shape \[3, 20\]"):
+        ops.gemm_conv(x, weight, add=torch.ones(3, 3), **geometry)
     with pytest.raises(ValueError, match="leave nothing of an image"):
         ops.gemm_conv(x[:, :, :2, :2], weight)
     with pytest.raises(ValueError, match="packed must be"):
