@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +18,13 @@ import torch
 from difusores import ops
 from difusores.bench import cases as bench_cases
 from difusores.bench import gpu
-from difusores.bench.cases import OPS, Call
+from difusores.bench.case import Call, with_gradients
+from difusores.bench.cases import OPS
+from difusores.ops import dispatch
 
 CPU = torch.device("cpu")
 SMALL = {
-    "ATTENTION": ((1, 2, 20, 20, 8), (1, 2, 300, 7, 8)),
+    "ATTENTION": ((1, 2, 20, 20, 8), (1, 2, 300, 7, 64)),
     "GROUP_NORM": ((1, 32, 4, 4), (2, 64, 4, 4)),
     "TOKENS": ((2, 3, 8),),
     "LATENTS": ((2, 4, 8, 8),),
@@ -40,26 +44,55 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(bench_cases, name, shapes)
 
 
-def measured(op: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Both kernels answered by the reference, so that their rows have times."""
+def measured(op: str, monkeypatch: pytest.MonkeyPatch, dtype: str = "float32") -> list[dict[str, Any]]:
+    """All kernels answered by the reference, so that their rows have times."""
     monkeypatch.setattr(gpu, "under", lambda kernel, call: call)
-    monkeypatch.setattr(ops, "availability", lambda: {op: dict.fromkeys(gpu.KERNELS)})
-    return gpu.run((op,), torch.float32, Invented(), CPU, compile_too=False)["rows"]
+    everything = dict.fromkeys((*gpu.KERNELS, "wgmma"))
+    monkeypatch.setattr(ops, "availability", lambda: dict.fromkeys(OPS, everything))
+    rows: list[dict[str, Any]] = gpu.run((op,), (dtype,), Invented(), CPU, compile_too=False)["rows"]
+    return rows
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_is_checked_and_timed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = measured(op, monkeypatch)
+    rows = measured(op, monkeypatch, "bfloat16" if op == "attention_wgmma" else "float32")
+    ours = {"linear": ["triton"], "attention_wgmma": ["wgmma"]}.get(op, gpu.KERNELS)
     assert rows
     for row in rows:
-        assert row["op"] == op and row["bytes"] > 0 and (row["flops"] > 0) == (op in ("attention", "linear"))
-        for name in ("eager", "difusores cuda", "difusores triton"):
+        multiplies = op.startswith("attention") or op == "linear"
+        assert row["op"] == op and row["bytes"] > 0 and (row["flops"] > 0) == multiplies
+        assert [name for name in row["ways"] if "difusores" in name] == [f"difusores {name}" for name in ours]
+        for name in ("eager", *(f"difusores {name}" for name in ours)):
             way = row["ways"][name]
-            assert way["error"] <= way["allowed"] and {"warm", "cold", "host", "of ceiling"} <= set(way)
+            assert {"warm", "cold", "host", "of ceiling"} <= set(way)
+            drawn = name == "eager" and "noise" in row["case"]
+            assert ("error" not in way) if drawn else way["error"] <= way["allowed"]
+
+
+@pytest.mark.parametrize("op", ["attention", "attention_gradients"])
+def test_exact_results(op: str) -> None:
+    """Those computed in parts, with what autograd finds of the formula in float64."""
+    for case in bench_cases.cases(op, torch.float32, CPU):
+        assert case.exact is not None
+        torch.testing.assert_close(case.oracle(), replace(case, exact=None).oracle(), rtol=1e-12, atol=1e-12)
+
+
+def test_every_kernel_is_among_the_ops() -> None:
+    """What the CUDA module registers, and what Triton answers."""
+    sources = (Path(__file__).parents[1] / "csrc" / "bindings_cuda").glob("*.cpp")
+    found = set().union(*(re.findall(r'm\.impl\("(\w+)"', file.read_text()) for file in sources))
+    assert len(found) > 8
+    found -= {
+        "attention_with_sums",
+        "bias_residual_",
+    }  # the gradients' forward pass; the same kernel in place
+    triton = {op.name().removeprefix("difusores::").rstrip("_") for op in dispatch._LAUNCHES}
+    found |= {name.removesuffix("_triton") for name in triton}
+    assert found == set(OPS)
 
 
 def test_a_way_that_cannot_run_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    (row,) = gpu.run(("geglu",), torch.float32, Invented(), CPU, compile_too=False)["rows"]
+    (row,) = gpu.run(("geglu",), ("float32",), Invented(), CPU, compile_too=False)["rows"]
     if not torch.cuda.is_available():
         for kernel in gpu.KERNELS:
             assert row["ways"][f"difusores {kernel}"]["not timed"] == ops.availability()["geglu"][kernel]
@@ -73,6 +106,73 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert way["not timed"].startswith("wrong: error") and "warm" not in way and gpu.wrong(way)
     monkeypatch.setattr(ops, "geglu", lambda both: both.chunk(2, -1)[0] * torch.nan)
     assert gpu.wrong(measured("geglu", monkeypatch)[0]["ways"]["difusores cuda"])
+
+
+def test_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any operand, also where the forward pass and the larger gradients are right."""
+    right = ops.group_norm_silu
+
+    def wrong(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, **more: Any) -> Any:
+        return right(x, groups, weight, bias + 1e-3 * (bias - bias.detach()), **more)
+
+    monkeypatch.setattr(ops, "group_norm_silu", wrong)
+    for row in measured("group_norm_silu_backward", monkeypatch):
+        assert gpu.wrong(row["ways"]["difusores cuda"]) and "warm" in row["ways"]["eager"]
+    assert not any(
+        gpu.wrong(row["ways"]["difusores cuda"]) for row in measured("group_norm_silu", monkeypatch)
+    )
+    monkeypatch.setattr(
+        ops, "attention", lambda q, k, v: (q @ k.mT / 8**0.5).softmax(-1).detach() @ v + 0 * (q + k.sum())
+    )
+    row = measured("attention_gradients", monkeypatch)[0]
+    assert gpu.wrong(row["ways"]["difusores cuda"]) and not gpu.wrong(row["ways"]["sdpa efficient"])
+
+
+def test_a_backward_pass_knows_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the name that was asked for is this thread's, autograd is to stay in it on a GPU too."""
+    asked = []
+
+    class Noted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            asked.append((dispatch.wanted(), torch._C._is_multithreading_enabled()))
+            return grad
+
+    x = torch.randn(3, requires_grad=True)
+    with ops.use_backend("reference"), torch.no_grad():
+        (found,) = with_gradients(lambda: Noted.apply(x), [x], [torch.ones(3)])()
+    assert asked == [("reference", False)] and found.tolist() == [1.0] * 3
+
+
+def test_noise_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own noise is timed beside it; other noise under the name of the kernel's is wrong."""
+    right = ops.scheduler_step
+    monkeypatch.setattr(
+        ops,
+        "scheduler_step",
+        lambda *call, seeds=None, **more: right(*call, seeds=None if seeds is None else seeds + 1, **more),
+    )
+    plain, noisy = measured("scheduler_step", monkeypatch)
+    assert not gpu.wrong(plain["ways"]["difusores cuda"])
+    assert gpu.wrong(noisy["ways"]["difusores cuda"]) and "warm" in noisy["ways"]["eager"]
+
+
+def test_dtypes_and_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that a kernel's fault ends leaves the rows before it."""
+    monkeypatch.setattr(gpu, "under", lambda kernel, call: call)
+    seen: list[list[tuple[str, str]]] = []
+
+    def keep(result: Mapping[str, Any]) -> None:
+        assert set(result["ceilings"]) == {"float16", "float32"}
+        seen.append([(row["op"], row["dtype"]) for row in result["rows"]])
+
+    gpu.run(("geglu", "layer_norm"), ("float16", "float32"), Invented(), CPU, compile_too=False, keep=keep)
+    rows = [(op, dtype) for op in ("geglu", "layer_norm") for dtype in ("float16", "float32")]
+    assert seen == [rows[: k + 1] for k in range(4)]
 
 
 def test_a_way_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +193,7 @@ def test_a_way_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(gpu, "under", under)
     monkeypatch.setattr(ops, "availability", lambda: {"geglu": dict.fromkeys(gpu.KERNELS)})
-    (row,) = gpu.run(("geglu",), torch.float32, Strict(), CPU, compile_too=False)["rows"]
+    (row,) = gpu.run(("geglu",), ("float32",), Strict(), CPU, compile_too=False)["rows"]
     assert row["ways"]["difusores triton"] == {"not timed": "out of resource: shared memory"}
     assert row["ways"]["eager"]["not timed"] == "not captured: it waits"
     assert "warm" in row["ways"]["difusores cuda"] and "warm" not in row["ways"]["eager"]
@@ -136,9 +236,9 @@ def test_rates_and_lines() -> None:
         },
         "difusores triton": {"not timed": "no such thing"},
     }
-    text = gpu.lines({"op": "geglu", "case": "2x3", "ways": ways})
+    text = gpu.lines({"op": "geglu", "dtype": "float16", "case": "2x3", "ways": ways})
     assert [line.split() for line in text] == [
-        ["geglu", "2x3"],
+        ["geglu", "float16", "2x3"],
         ["difusores", "cuda", "2.00", "3.00", "5.0", "2.00x", "50%"],
         ["eager", "4.00", "8.00", "9.0", "25%"],
         ["difusores", "triton", "no", "such", "thing"],
@@ -173,7 +273,7 @@ def test_command_on_a_gpu(tmp_path: Path) -> None:
     done = subprocess.run([*command, file], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     content = json.loads(file.read_text())
-    assert content["ceilings"]["copy GB/s"] > 10
+    assert all(content["ceilings"][dtype]["copy GB/s"] > 10 for dtype in ("float16", "float32"))
     assert all(
         way["warm"] > 0 for row in content["rows"] for name, way in row["ways"].items() if "warm" in way
     )

@@ -6,51 +6,25 @@ their decoder. Inputs are normal random numbers, never zeros, which run faster t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from difusores import ops
-from difusores.ops.dispatch import wanted
+from difusores.bench.attention import attention, attention_gradients, attention_wgmma
+from difusores.bench.case import Call, Case, shape_of, size
+from difusores.ops.attention import _WGMMA_HEADS, _WIDEST_GRADIENT
+from difusores.ops.scheduler_step import DRAW, philox_normal
 from difusores.plan import make_row
 
-Call = Callable[[], Any]
 LAST = torch.channels_last
-CHECKED = 256  # queries of each head whose attention is computed in float64
-
-
-@dataclass
-class Case:
-    """One op at one shape.
-
-    Attributes:
-        op: its name.
-        label: shape and layout in words.
-        eager: as PyTorch computes it without us; what `torch.compile` is given.
-        ours: the same by the op's public function, under whichever backend is asked for.
-        oracle: the result of `view` in float64.
-        view: the part of a result that is compared.
-        peers: other libraries' ways, by name.
-        bytes, flops: what any implementation has to move and, for matrix products alone, to compute.
-    """
-
-    op: str
-    label: str
-    eager: Call
-    ours: Call
-    oracle: Call
-    bytes: int
-    flops: int = 0
-    view: Callable[[Any], Tensor] = field(default=lambda t: t)
-    peers: Mapping[str, Call] = field(default_factory=dict)
-
 
 ATTENTION = (  # images, heads, queries, keys, width
     (2, 8, 4096, 4096, 40),
@@ -81,14 +55,28 @@ GROUP_NORM = (
 )
 TOKENS = ((2, 4096, 320), (2, 1024, 640), (2, 256, 1280), (2, 4096, 640), (2, 1024, 1280))
 LATENTS = ((1, 4, 64, 64), (2, 4, 128, 128), (8, 3, 512, 512))
-OPS = ("attention", "group_norm_silu", "layer_norm", "geglu", "linear", "bias_residual", "scheduler_step")
+OPS = (
+    "attention",
+    "attention_gradients",
+    "group_norm_silu",
+    "group_norm_silu_backward",
+    "layer_norm",
+    "geglu",
+    "linear",
+    "bias_residual",
+    "scheduler_step",
+    "attention_wgmma",  # last: no GPU has run it, and a fault ends the run
+)
 
 
 def cases(op: str, dtype: torch.dtype, device: torch.device, quick: bool = False) -> Iterator[Case]:
     """The cases of an op, made one after the other; quick: the first two shapes."""
     of = {
         "attention": (attention, ATTENTION),
+        "attention_gradients": (attention_gradients, [s for s in ATTENTION if s[4] <= _WIDEST_GRADIENT]),
+        "attention_wgmma": (attention_wgmma, [s for s in ATTENTION if s[4] in _WGMMA_HEADS]),
         "group_norm_silu": (group_norm_silu, GROUP_NORM),
+        "group_norm_silu_backward": (group_norm_silu_backward, GROUP_NORM),
         "layer_norm": (layer_norm, TOKENS),
         "geglu": (geglu, TOKENS),
         "linear": (linear, TOKENS),
@@ -100,110 +88,103 @@ def cases(op: str, dtype: torch.dtype, device: torch.device, quick: bool = False
         yield from make(shape, dtype, device)
 
 
-def size(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def shape_of(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def attention(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    images, heads, queries, keys, width = shape
-    q, k, v = (
-        torch.randn(images, rows, heads, width, device=device, dtype=dtype).transpose(1, 2)
-        for rows in (queries, keys, keys)
-    )
-    rows = torch.linspace(0, queries - 1, min(queries, CHECKED), device=device).long()
-
-    def backend(which: SDPBackend) -> Call:
-        def call() -> Tensor:
-            with sdpa_kernel(which):
-                return F.scaled_dot_product_attention(q, k, v)
-
-        return call
-
-    def oracle() -> Tensor:
-        weights = torch.softmax(q[:, :, rows].double() @ k.double().transpose(-1, -2) * width**-0.5, dim=-1)
-        return weights @ v.double()
-
-    peers = {
-        "sdpa flash": backend(SDPBackend.FLASH_ATTENTION),
-        "sdpa cudnn": backend(SDPBackend.CUDNN_ATTENTION),
-        "sdpa efficient": backend(SDPBackend.EFFICIENT_ATTENTION),
-    }
-    if find_spec("xformers") is not None:
-        from xformers.ops import memory_efficient_attention
-
-        by_rows = [t.transpose(1, 2) for t in (q, k, v)]
-        peers["xformers"] = lambda: memory_efficient_attention(*by_rows).transpose(1, 2)
-    if find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_func
-
-        of_flash = [t.transpose(1, 2) for t in (q, k, v)]
-        peers["flash-attn"] = lambda: flash_attn_func(*of_flash).transpose(1, 2)
-    # DIFUSORES_BACKEND=wgmma: no GPU has run it, and a fault would end the run of all.
-    if wanted() == "wgmma":
-        peers["difusores wgmma"] = lambda: ops.attention(q, k, v)
-    yield Case(
-        "attention",
-        shape_of(shape),
-        eager=lambda: F.scaled_dot_product_attention(q, k, v),
-        ours=lambda: ops.attention(q, k, v),
-        oracle=oracle,
-        view=lambda t: t[:, :, rows],
-        peers=peers,
-        bytes=size(q, k, v, q),
-        flops=4 * images * heads * queries * keys * width,
-    )
-
-
 def group_norm_silu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """By itself, and with all that it takes: time embedding and residual before, scale and shift after."""
+    images, channels = shape[:2]
     for layout in (torch.contiguous_format, LAST):
-        x = torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=layout)
-        weight, bias = torch.randn(2, shape[1], device=device, dtype=dtype)
-        case = norm_case(x, weight, bias)
-        if layout is LAST:
-            case.label += " channels_last"
-            if find_spec("apex") is not None:
-                from apex.contrib.group_norm import GroupNorm
+        words = " channels_last" if layout is LAST else ""
+        x, residual = (
+            torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=layout) for _ in range(2)
+        )
+        weight, bias = (torch.randn(channels, device=device, dtype=dtype) for _ in range(2))
+        yield Case(
+            "group_norm_silu",
+            shape_of(x) + words,
+            plain_norm,
+            (x, weight, bias),
+            ours=partial(ops.group_norm_silu, x, 32, weight, bias),
+            peers=apex_group_norm(x, weight, bias) if layout is LAST else {},
+            bytes=size(x, x),
+        )
+        rows = tuple(torch.randn(images, channels, device=device, dtype=dtype) for _ in range(3))
+        yield norm_with_all(words, (x, weight, bias, residual, *rows))
 
-                norm = GroupNorm(32, shape[1], act="silu", device=device, dtype=dtype)
-                norm.load_state_dict({"weight": weight, "bias": bias})
-                case.peers = {"apex": partial(norm, x)}
-        yield case
+
+def plain_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.silu(F.group_norm(x, 32, weight, bias))
 
 
-def norm_case(x: Tensor, weight: Tensor, bias: Tensor) -> Case:
-    def eager(x: Tensor = x, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
-        return F.silu(F.group_norm(x, 32, weight, bias))
+def norm_with_all(words: str, operands: tuple[Tensor, ...]) -> Case:
+    def formula(
+        x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, add: Tensor, scale: Tensor, shift: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        h = x + add[:, :, None, None] + residual
+        y = F.group_norm(h, 32, weight, bias)
+        return F.silu(y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]), h
 
+    def ours() -> Any:
+        x, weight, bias, residual, add, scale, shift = operands
+        more: dict[str, Any] = {"scale": scale, "shift": shift, "add": add, "residual": residual}
+        return ops.group_norm_silu(x, 32, weight, bias, **more, return_sum=True)
+
+    x = operands[0]
     return Case(
         "group_norm_silu",
-        shape_of(tuple(x.shape)),
-        eager=eager,
-        ours=lambda: ops.group_norm_silu(x, 32, weight, bias),
-        oracle=lambda: eager(x.double(), weight.double(), bias.double()),
-        bytes=size(x, x),
+        f"{shape_of(x)}{words} + add + residual, scale-shift",
+        formula,
+        operands,
+        ours=ours,
+        bytes=size(x, x, x, x),
     )
+
+
+def group_norm_silu_backward(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Iterator[Case]:
+    """Forward and backward, which reads the gradients of its results and what the forward read."""
+    for case in group_norm_silu(shape, dtype, device):
+        x = case.operands[0]
+        grads = tuple(torch.randn_like(x) for _ in range(1 if case.formula is plain_norm else 2))
+        moved = size(x, x, x) if case.formula is plain_norm else size(x, x, x, x, x)
+        yield replace(case, op="group_norm_silu_backward", grads=grads, bytes=case.bytes + moved)
+
+
+def apex_group_norm(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Call]:
+    @cache
+    def norm() -> nn.Module:
+        from apex.contrib.group_norm import GroupNorm
+
+        made: nn.Module = GroupNorm(32, x.shape[1], act="silu", device=x.device, dtype=x.dtype)
+        return made
+
+    parameters = {"weight": weight, "bias": bias}
+    if find_spec("apex") is None:
+        return {}
+    return {"apex": lambda: functional_call(norm(), parameters, (x,))}
 
 
 def layer_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    """With a residual and the sum kept, as every transformer block has it; the sum is compared too."""
+    """With a residual and the sum kept, as every transformer block has it."""
     x, residual = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
     weight, bias = torch.randn(2, shape[-1], device=device, dtype=dtype)
 
-    def eager(x: Tensor = x, r: Tensor = residual, w: Tensor = weight, b: Tensor = bias) -> Any:
+    def formula(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         h = x + r
         return F.layer_norm(h, h.shape[-1:], w, b), h
 
+    def apex() -> tuple[Tensor, Tensor]:
+        from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+
+        h = x + residual
+        return fused_layer_norm_affine(h, weight, bias, h.shape[-1:], 1e-5), h
+
     yield Case(
         "layer_norm",
-        f"{shape_of(shape)} + residual",
-        eager=eager,
+        f"{shape_of(x)} + residual",
+        formula,
+        (x, residual, weight, bias),
         ours=lambda: ops.layer_norm(x, weight, bias, residual=residual, return_sum=True),
-        oracle=lambda: torch.stack(eager(*(t.double() for t in (x, residual, weight, bias)))),
-        view=lambda pair: torch.stack(tuple(pair)),
+        peers={} if find_spec("apex") is None else {"apex": apex},
         bytes=size(x, x, x, x),
     )
 
@@ -211,16 +192,16 @@ def layer_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 def geglu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     both = torch.randn(*shape[:-1], 8 * shape[-1], device=device, dtype=dtype)
 
-    def eager(both: Tensor = both) -> Tensor:
+    def formula(both: Tensor) -> Tensor:
         x, gate = both.chunk(2, dim=-1)
         return x * F.gelu(gate)
 
     yield Case(
         "geglu",
-        shape_of(tuple(both.shape)),
-        eager=eager,
+        shape_of(both),
+        formula,
+        (both,),
         ours=lambda: ops.geglu(both),
-        oracle=lambda: eager(both.double()),
         bytes=size(both) * 3 // 2,
     )
 
@@ -236,7 +217,7 @@ def linear(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def linear_case(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, geglu: bool) -> Case:
-    def eager(x: Tensor = x, w: Tensor = weight, b: Tensor = bias, r: Tensor = residual) -> Tensor:
+    def formula(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
         both = F.linear(x, w, b)
         if not geglu:
             return both + r
@@ -247,13 +228,14 @@ def linear_case(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, geglu
     two = {"F.linear, our geglu": lambda: ops.geglu(F.linear(x, weight, bias))} if geglu else {}
     return Case(
         "linear",
-        f"{shape_of(tuple(x.shape))} to {residual.shape[-1]} {'geglu' if geglu else '+ residual'}",
-        eager=eager,
+        f"{shape_of(x)} to {residual.shape[-1]} {'geglu' if geglu else '+ residual'}",
+        formula,
+        (x, weight, bias, residual),
         ours=lambda: ops.linear(x, weight, bias, residual=added, geglu=geglu),
-        oracle=lambda: eager(*(t.double() for t in (x, weight, bias, residual))),
         peers=two,
         bytes=size(x, weight, bias, residual) + (0 if geglu else size(residual)),
         flops=2 * x.numel() * len(weight),
+        kernels=("triton",),
     )
 
 
@@ -264,39 +246,68 @@ def bias_residual(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
     )
     bias = torch.randn(shape[1], device=device, dtype=dtype)
 
-    def eager(x: Tensor = x, r: Tensor = residual, b: Tensor = bias) -> Tensor:
+    def formula(x: Tensor, r: Tensor, b: Tensor) -> Tensor:
         return x + b[:, None, None] + r
 
     yield Case(
         "bias_residual",
-        f"{shape_of(shape)} channels_last",
-        eager=eager,
+        f"{shape_of(x)} channels_last",
+        formula,
+        (x, residual, bias),
         ours=lambda: ops.bias_residual(x, bias, residual=residual),
-        oracle=lambda: eager(x.double(), residual.double(), bias.double()),
         bytes=size(x, x, x),
     )
 
 
+ALPHA, SIGMA, GUIDANCE = 0.8, 0.6, 7.5
+DRAWN = 3  # the number of the step's draw
+
+
 def scheduler_step(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    """A guided step of DDIM: sample in fp32, both model outputs in `dtype`, row and counter on the device."""
+    """Guided steps: sample in fp32, both model outputs in `dtype`, row and counter on the device.
+
+    DDIM's; and an ancestral one, which draws its noise and writes the next input of the model twice too.
+    """
     x = torch.randn(shape, device=device)
     conditional, unconditional = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-    alpha, sigma, guidance = 0.8, 0.6, 7.5
-    row = list(make_row((1 / alpha, -sigma / alpha), {"x0": 0.9, "e": 0.4}, clip=(-1.0, 1.0)))
-    row[:2] = guidance, 1 - guidance
-    table = torch.tensor([row], dtype=torch.float64, device=device)
+    operands, both = (x, conditional, unconditional), [conditional, unconditional]
     counter = torch.zeros(1, dtype=torch.int64, device=device)
+    ddim, ancestral = (table({"x0": 0.9, "e": 0.4, "z": z}, device) for z in (0.0, 0.3))
+    yield Case(
+        "scheduler_step",
+        f"{shape_of(x)} guided",
+        guided,
+        operands,
+        ours=lambda: ops.scheduler_step(ddim, x, both, step=counter)[0],
+        bytes=size(*operands, x),
+    )
+    seeds = torch.arange(len(x), device=device)
+    more: dict[str, Any] = {"outputs": ("y", "m"), "model_dtype": dtype, "model_repeats": 2}
 
-    def eager(x: Tensor = x, c: Tensor = conditional, u: Tensor = unconditional) -> Tensor:
-        e = u + guidance * (c - u)
-        x0 = ((x - sigma * e) / alpha).clamp(-1, 1)
-        return 0.9 * x0 + 0.4 * e
+    def noisy(z: Tensor, x: Tensor, c: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        y = guided(x, c, u) + 0.3 * z
+        return y, torch.cat([y, y]).to(c.dtype)
 
     yield Case(
         "scheduler_step",
-        f"{shape_of(shape)} guided",
-        eager=eager,
-        ours=lambda: ops.scheduler_step(table, x, [conditional, unconditional], step=counter)[0],
-        oracle=lambda: eager(x.double(), conditional.double(), unconditional.double()),
-        bytes=size(x, conditional, unconditional, x),
+        f"{shape_of(x)} guided, noise, next input twice",
+        lambda x, c, u: noisy(torch.randn_like(x), x, c, u),
+        operands,
+        ours=lambda: ops.scheduler_step(ancestral, x, both, step=counter, seeds=seeds, **more),
+        numbers=lambda x, c, u: noisy(philox_normal(seeds, x.shape, DRAWN, x.dtype), x, c, u),
+        bytes=size(*operands, x, *both),
     )
+
+
+def table(weights: dict[str, float], device: torch.device) -> Tensor:
+    """One row, of the weights of the next sample."""
+    row = list(make_row((1 / ALPHA, -SIGMA / ALPHA), weights, clip=(-1.0, 1.0)))
+    row[:2] = GUIDANCE, 1 - GUIDANCE
+    row[DRAW] = DRAWN
+    return torch.tensor([row], dtype=torch.float64, device=device)
+
+
+def guided(x: Tensor, c: Tensor, u: Tensor) -> Tensor:
+    e = u + GUIDANCE * (c - u)
+    x0 = ((x - SIGMA * e) / ALPHA).clamp(-1, 1)
+    return 0.9 * x0 + 0.4 * e

@@ -2,6 +2,8 @@
 
 A result is compared with a float64 oracle before it is timed, by the rule of the tests: at most twice eager
 PyTorch's own error, plus four roundings of the largest number. A wrong result is reported and not timed.
+Ops named "gradients" or "backward" are a forward pass and its backward pass: less the row of the forward
+pass, the kernels of the gradients alone.
 
 Each way is captured in a CUDA graph, so that what the processor needs to launch it is not in the figure.
 `warm` is a tenth of a graph of ten calls, whose inputs lie in the L2 cache if they fit; `cold` is one call
@@ -20,7 +22,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,11 +32,11 @@ import torch
 from torch import Tensor
 
 from difusores import ops
-from difusores.bench.cases import OPS, Call, Case, cases
+from difusores.bench.case import KERNELS, Call, Case
+from difusores.bench.cases import OPS, cases
 from difusores.files import replacing
 from difusores.ops.dispatch import BackendUnavailable, status
 
-KERNELS = ("cuda", "triton")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PACKAGES = ("torch", "triton", "difusores", "xformers", "flash-attn", "apex")
 ROUNDS = 20
@@ -110,42 +113,55 @@ class GraphClock:
         return 1e6 * taken
 
 
-def error(result: Tensor, eager: Tensor, oracle: Tensor) -> tuple[float, float]:
-    """The largest error of a result, and the largest allowed."""
-    allowed = 2 * (eager.double() - oracle).abs().max()
-    allowed = allowed + 4 * torch.finfo(result.dtype).eps * oracle.abs().max()
-    return (result.double() - oracle).abs().max().item(), allowed.item()
+def error(result: Any, eager: Any, oracle: Any) -> tuple[float, float]:
+    """The largest error of a result, and the largest allowed; of several tensors, of the first wrong one."""
+
+    def of_one(result: Tensor, eager: Tensor, oracle: Tensor) -> tuple[float, float]:
+        allowed = 2 * (eager.double() - oracle).abs().max()
+        allowed = allowed + 4 * torch.finfo(result.dtype).eps * oracle.abs().max()
+        return (result.double() - oracle).abs().max().item(), allowed.item()
+
+    tensors = [(t,) if isinstance(t, Tensor) else t for t in (result, eager, oracle)]
+    errors = [of_one(*parts) for parts in zip(*tensors, strict=True)]
+    return next((pair for pair in errors if not pair[0] <= pair[1]), max(errors))
 
 
-def measure(case: Case, clock: Clock, compile_too: bool, ceilings: Mapping[str, float]) -> dict[str, Any]:
-    """A row of the table: every way's times, or why it has none."""
-    eager, oracle = case.view(case.eager()), case.oracle()
-    ways: dict[str, Call] = {"eager": case.eager, **case.peers}
-    if compile_too:
-        ways["compile"] = torch.compile(case.eager, dynamic=False)
+def checked(case: Case, ways: Mapping[str, Call], drawn: set[str]) -> dict[str, dict[str, Any]]:
+    """Of each way its error, or why it is not timed; nothing of those that draw numbers of their own."""
+    standard, oracle = case.view(case.whole(partial(case.standard, *case.operands))()), case.oracle()
     results: dict[str, dict[str, Any]] = {}
-    for kernel in KERNELS:
-        reason = ops.availability()[case.op][kernel]
-        if reason is not None:
-            results[f"difusores {kernel}"] = {"not timed": reason}
-        else:
-            ways[f"difusores {kernel}"] = under(kernel, case.ours)
-    runnable: dict[str, Call] = {}
     for name, way in ways.items():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter(
                     "ignore", UserWarning
                 )  # PyTorch's words on each attention it does not take
-                found, allowed = error(case.view(way()), eager, oracle)
+                result = case.view(way())
+                found, allowed = (0.0, 0.0) if name in drawn else error(result, standard, oracle)
         except Exception as refusal:  # Triton's, say, of a kernel that needs more than the card has
             results[name] = {"not timed": in_words(refusal)}
             continue
-        results[name] = {"error": found, "allowed": allowed}
+        results[name] = {} if name in drawn else {"error": found, "allowed": allowed}
         if wrong(results[name]):
             results[name]["not timed"] = f"wrong: error {found:.2e}, allowed {allowed:.2e}"
-            continue
-        runnable[name] = way
+    return results
+
+
+def measure(case: Case, clock: Clock, compile_too: bool, ceilings: Mapping[str, float]) -> dict[str, Any]:
+    """A row of the table: every way's times, or why it has none."""
+    ways: dict[str, Call] = {"eager": partial(case.formula, *case.operands), **case.peers}
+    if compile_too:
+        ways["compile"] = partial(torch.compile(case.formula, dynamic=False), *case.operands)
+    ways = {name: case.whole(way) for name, way in ways.items()}
+    refused: dict[str, dict[str, Any]] = {}
+    for kernel in case.kernels:
+        reason = ops.availability()[case.registered][kernel]
+        if reason is not None:
+            refused[f"difusores {kernel}"] = {"not timed": reason}
+        else:
+            ways[f"difusores {kernel}"] = under(kernel, case.whole(case.ours))
+    results = refused | checked(case, ways, {"eager", "compile"} if case.numbers else set())
+    runnable = {name: way for name, way in ways.items() if "not timed" not in results[name]}
     for name, times in clock.medians(runnable).items():
         if "not timed" in times:
             results[name] |= times
@@ -203,7 +219,7 @@ def lines(row: Mapping[str, Any]) -> list[str]:
     """A row for people: one line for each way, fastest first."""
     timed = [(way["warm"], name, way) for name, way in row["ways"].items() if "warm" in way]
     peers = [warm for warm, name, _ in timed if not name.startswith("difusores")]
-    text = [f"{row['op']} {row['case']}"]
+    text = [f"{row['op']} {row['dtype']} {row['case']}"]
     for warm, name, way in sorted(timed):
         over = f"{min(peers) / warm:6.2f}x" if name.startswith("difusores") and peers else " " * 7
         times = f"{warm:9.2f}{way['cold']:9.2f}{way['host']:9.1f}"
@@ -213,28 +229,31 @@ def lines(row: Mapping[str, Any]) -> list[str]:
 
 
 def run(
-    names: tuple[str, ...],
-    dtype: torch.dtype,
+    names: Sequence[str],
+    dtypes: Sequence[str],
     clock: Clock,
     device: torch.device,
     *,
     quick: bool = False,
     compile_too: bool = True,
+    keep: Callable[[dict[str, Any]], object] = lambda result: None,
 ) -> dict[str, Any]:
-    """All rows of the ops named, printed as they come."""
+    """All rows of the ops named, printed as they come; `keep` is given what there is after each of them."""
     torch.manual_seed(0)
     with torch.no_grad():
-        ceilings = measure_ceilings(clock, device, dtype)
+        ceilings = {dtype: measure_ceilings(clock, device, DTYPES[dtype]) for dtype in dtypes}
         print(
             f"ceilings: {ceilings}; warm, cold, host: us; x: of the fastest peer's speed; %: of the ceiling"
         )
-        rows = []
+        result: dict[str, Any] = {"ceilings": ceilings, "rows": []}
         for name in names:
-            for case in cases(name, dtype, device, quick):
-                row = measure(case, clock, compile_too, ceilings)
-                rows.append(row)
-                print("\n".join(lines(row)), flush=True)
-    return {"ceilings": ceilings, "rows": rows}
+            for dtype in dtypes:
+                for case in cases(name, DTYPES[dtype], device, quick):
+                    row = measure(case, clock, compile_too, ceilings[dtype]) | {"dtype": dtype}
+                    print("\n".join(lines(row)), flush=True)
+                    result["rows"].append(row)
+                    keep(result)
+    return result
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -242,12 +261,17 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("target", choices=["gpu"], help="what to time")
     parser.add_argument("--op", choices=OPS, action="append", help="only this op; may be given again")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="default: float16")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        action="append",
+        help="may be given again; default: float16 and float32, in which attention has kernels of its own",
+    )
     parser.add_argument("--quick", action="store_true", help="two shapes of each op")
     parser.add_argument(
         "--no-compile", action="store_true", help="without torch.compile, which takes a minute"
     )
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--json", type=Path, help="file for the figures, written after every row")
 
 
 def run_bench(args: argparse.Namespace) -> int:
@@ -257,23 +281,24 @@ def run_bench(args: argparse.Namespace) -> int:
     for kernel in KERNELS:
         if (reason := status(kernel)) is not None:
             print(f"{kernel}: {reason}", file=sys.stderr)
-    names = tuple(args.op or OPS)
     stamp = {
         "device": torch.cuda.get_device_name(device),
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
-        "dtype": args.dtype,
     }
     print(json.dumps(stamp))
+
+    def keep(result: Mapping[str, Any]) -> None:
+        with replacing(args.json) as unfinished:
+            Path(unfinished).write_text(json.dumps({**stamp, **result}, indent=1) + "\n", encoding="utf-8")
+
     result = run(
-        names,
-        DTYPES[args.dtype],
+        args.op or OPS,
+        args.dtype or ("float16", "float32"),
         GraphClock(device),
         device,
         quick=args.quick,
         compile_too=not args.no_compile,
+        **({} if args.json is None else {"keep": keep}),
     )
-    if args.json is not None:
-        with replacing(args.json) as unfinished:
-            Path(unfinished).write_text(json.dumps({**stamp, **result}, indent=1) + "\n", encoding="utf-8")
     return 1 if any(wrong(way) for row in result["rows"] for way in row["ways"].values()) else 0
