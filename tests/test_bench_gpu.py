@@ -8,12 +8,15 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from difusores import ops
 from difusores.bench import cases as bench_cases
@@ -69,6 +72,98 @@ def test_every_op_is_checked_and_timed(op: str, monkeypatch: pytest.MonkeyPatch)
             assert ("error" not in way) if drawn else way["error"] <= way["allowed"]
 
 
+def libraries() -> dict[str, dict[str, Any]]:
+    """What the peers' modules offer, with the signatures, layouts and defaults of their documentation."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        assert query.shape[1] in (20, 300) and query.shape[2] == key.shape[2] == 2, "[B, rows, H, D]"
+        scores = torch.einsum("blhd,bshd->bhls", query, key) / query.shape[3] ** 0.5
+        return torch.einsum("bhls,bshd->blhd", scores.softmax(-1), value)
+
+    def memory_efficient_attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None, p: float = 0.0
+    ) -> Tensor:
+        return attend(query, key, value)
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
+        return attend(q, k, v)
+
+    def fused_layer_norm_affine(
+        input: Tensor, weight: Tensor, bias: Tensor, normalized_shape: torch.Size, eps: float = 1e-6
+    ) -> Tensor:
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+    class GroupNorm(torch.nn.GroupNorm):
+        def __init__(
+            self,
+            num_groups: int,
+            num_channels: int,
+            eps: float = 1e-5,
+            affine: bool = True,
+            device: Any = None,
+            dtype: Any = None,
+            act: str = "",
+        ) -> None:
+            super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+            self.act = act
+
+        def forward(self, input: Tensor) -> Tensor:
+            assert input.is_contiguous(memory_format=torch.channels_last)
+            y = super().forward(input)
+            return F.silu(y) if self.act == "silu" else y
+
+    return {
+        "xformers.ops": {"memory_efficient_attention": memory_efficient_attention},
+        "flash_attn": {"flash_attn_func": flash_attn_func},
+        "apex.contrib.group_norm": {"GroupNorm": GroupNorm},
+        "apex.normalization.fused_layer_norm": {"fused_layer_norm_affine": fused_layer_norm_affine},
+    }
+
+
+def install(contents: Mapping[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    for path, content in contents.items():
+        parts = path.split(".")
+        for name in (".".join(parts[: k + 1]) for k in range(len(parts))):
+            module = ModuleType(name)
+            module.__spec__ = ModuleSpec(name, None, is_package=True)
+            monkeypatch.setitem(sys.modules, name, module)
+        for name, value in content.items():
+            setattr(sys.modules[path], name, value)
+
+
+PEERS = {
+    "attention": {"xformers", "flash-attn"},
+    "attention_gradients": {"xformers", "flash-attn"},
+    "group_norm_silu": {"apex"},
+    "group_norm_silu_backward": {"apex"},
+    "layer_norm": {"apex"},
+}
+
+
+@pytest.mark.parametrize("op", PEERS)
+def test_peers_of_other_libraries(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By modules of the same names: each is asked for what the row is about, checked and timed."""
+    install(libraries(), monkeypatch)
+    rows = measured(op, monkeypatch)
+    for row in rows:
+        # apex has its norm in channels_last, and nothing that is added to it or follows but SiLU
+        there = "norm_silu" not in op or row["case"].endswith("channels_last")
+        found = row["ways"].keys() & {"xformers", "flash-attn", "apex"}
+        assert found == (PEERS[op] if there else set())
+        for name in found:
+            assert "warm" in row["ways"][name] and not gpu.wrong(row["ways"][name])
+    assert any("apex" in row["ways"] or "xformers" in row["ways"] for row in rows)
+
+
+def test_a_peer_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an apex whose extensions were not built: it has its reason, and the others their times."""
+    install({"apex": {}, "xformers": {}}, monkeypatch)
+    way = next(row["ways"] for row in measured("layer_norm", monkeypatch))
+    assert "No module named 'apex.normalization" in way["apex"]["not timed"] and "warm" in way["eager"]
+    way = next(row["ways"] for row in measured("attention", monkeypatch))
+    assert "No module named 'xformers.ops" in way["xformers"]["not timed"] and "warm" in way["eager"]
+
+
 @pytest.mark.parametrize("op", ["attention", "attention_gradients"])
 def test_exact_results(op: str) -> None:
     """Those computed in parts, with what autograd finds of the formula in float64."""
@@ -112,7 +207,7 @@ def test_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of any operand, also where the forward pass and the larger gradients are right."""
     right = ops.group_norm_silu
 
-    def wrong(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, **more: Any) -> Any:
+    def wrong(x: Tensor, groups: int, weight: Tensor, bias: Tensor, **more: Any) -> Any:
         return right(x, groups, weight, bias + 1e-3 * (bias - bias.detach()), **more)
 
     monkeypatch.setattr(ops, "group_norm_silu", wrong)
@@ -134,11 +229,11 @@ def test_a_backward_pass_knows_its_backend(monkeypatch: pytest.MonkeyPatch) -> N
 
     class Noted(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        def forward(ctx: Any, x: Tensor) -> Tensor:
             return x.clone()
 
         @staticmethod
-        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
             asked.append((dispatch.wanted(), torch._C._is_multithreading_enabled()))
             return grad
 
