@@ -23,8 +23,6 @@ import gpu_model
 import difusores
 from difusores.ops import dispatch
 
-LEAST_OF_SD15 = 4.423e9  # what gpu_model counts of diffusers' modules
-
 
 def counted(monkeypatch: pytest.MonkeyPatch, module: nn.Module, *shape: int) -> gpu_model.Count:
     x = gpu_model.half(*shape)
@@ -64,6 +62,32 @@ def test_what_the_architecture_decides(arch: str, launches: int, monkeypatch: py
     assert count.bytes.total() == (1 + launches) * gpu_model.size(x) + 2 * 2 * 320
 
 
+def printed(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: str) -> tuple[list[str], set[str]]:
+    """Lines of a report of modules that move 300 bytes, of 200 or, accelerated, of 150; the architectures."""
+    asked = set()
+
+    def trace(library: Any, model: str, accelerated: bool = False, arch: str = "90") -> gpu_model.Count:
+        asked.add(arch)
+        count = gpu_model.Count(least_bytes=150 if accelerated else 200)
+        count.add("mm", 300, 600)
+        return count
+
+    monkeypatch.setattr(gpu_model, "trace", trace)
+    monkeypatch.setattr(sys, "argv", ["gpu_model.py", *arguments])
+    gpu_model.main()
+    return capsys.readouterr().out.splitlines(), asked
+
+
+def test_two_ratios(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    lines, _ = printed(monkeypatch, capsys)
+    for name, ratios in (
+        ("eager", "(1.500 x least, 1.500 x its own)"),
+        ("accelerated", "(1.500 x least, 2.000 x its own)"),
+        ("diffusers_accelerated", "(1.500 x least, 2.000 x its own)"),
+    ):
+        assert any(line.startswith(f"{name} ") and ratios in line for line in lines), name
+
+
 def test_attention_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     count = counted(monkeypatch, CrossAttention(80, None, 2), 1, 64, 80)
     assert count.launches == {"mm": 3, "attention": 1, "addmm": 1}
@@ -92,12 +116,20 @@ def test_a_whole_decoder() -> None:
     for name in ("accelerated", "diffusers_accelerated"):
         assert result[name]["launches"] < ours["launches"]
         assert 1 < result[f"{name}_over_least"] < result["ours_over_least"]
+        assert 1 < result[f"{name}_over_own_least"] < result["ours_over_own_least"]
+
+
+@pytest.fixture(scope="module")
+def least_of_sd15() -> int:
+    """What diffusers' modules read and write at least."""
+    return gpu_model.trace(diffusers, "sd15").least_bytes  # type: ignore[no-any-return]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("library", [difusores, diffusers], ids=lambda library: str(library.__name__))
-def test_an_accelerated_unet_within_its_budget(library: Any) -> None:
+def test_an_accelerated_unet_within_its_budget(library: Any, least_of_sd15: int) -> None:
     """A step of Stable Diffusion 1.5; on sm_80, which reads some groups twice that a cluster reads once."""
     count = gpu_model.trace(library, "sd15", accelerated=True, arch="80")
     assert count.launches.total() <= 420
-    assert count.bytes.total() <= 1.10 * LEAST_OF_SD15
+    assert count.bytes.total() <= 1.10 * least_of_sd15
+    assert count.least_bytes < least_of_sd15, "products that read the same are one"
