@@ -1,7 +1,7 @@
 """Launches, bytes and FLOPs of one forward pass on an NVIDIA GPU, counted from a trace; never a time.
 
-    python benchmarks/gpu_model.py --model sd15|sdxl|ddpm-cat-256|vae [--arch 80|90] [--gpu h100|a100|rtx4090]
-                                   [--json]
+    python benchmarks/gpu_model.py --model sd15|sdxl|ddpm-cat-256|vae [--gpu h100|a100|rtx4090]
+                                   [--arch 80|89|90] [--json]
 
 The real modules run on meta tensors, in fp16, under PyTorch's dispatch modes: diffusers' (eager, with
 `scaled_dot_product_attention` as one launch), ours, and both as `accelerate` leaves them. The package's own
@@ -53,9 +53,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "cuda_emulation"))
 import emulated
 
 # What choices rest on: generation, bytes of shared memory that a block may have, blocks of a cluster.
-ARCHITECTURES = {"80": (8, 163 << 10, 1), "90": (9, 227 << 10, 8)}
-# Dense fp16 with fp32 sums, TFLOP/s, and TB/s: data sheets of H100 SXM, A100 SXM 80 GB, GeForce RTX 4090.
-GPUS = {"h100": (989.0, 3.35), "a100": (312.0, 2.039), "rtx4090": (165.2, 1.008)}
+ARCHITECTURES = {"80": (8, 163 << 10, 1), "89": (8, 99 << 10, 1), "90": (9, 227 << 10, 8)}
+# Dense fp16 with fp32 sums, TFLOP/s, and TB/s: data sheets of H100 SXM, A100 SXM 80 GB, GeForce RTX 4090; and
+# their architectures.
+GPUS = {"h100": (989.0, 3.35, "90"), "a100": (312.0, 2.039, "80"), "rtx4090": (165.2, 1.008, "89")}
 SDXL = {
     "sample_size": 128,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
@@ -256,7 +257,9 @@ def summary(count: Count, gpu: str) -> dict[str, Any]:
     }
 
 
-def report(model: str, gpu: str, arch: str = "90") -> dict[str, Any]:
+def report(model: str, gpu: str, arch: str | None = None) -> dict[str, Any]:
+    """Of the GPU's own architecture, if no other is named."""
+    arch = arch or GPUS[gpu][2]
     counts = {
         "eager": trace(diffusers, model, arch=arch),
         "ours": trace(difusores, model, arch=arch),
@@ -283,8 +286,8 @@ def report(model: str, gpu: str, arch: str = "90") -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", choices=MODELS, default="sd15")
-    parser.add_argument("--arch", choices=ARCHITECTURES, default="90", help="default: 90")
     parser.add_argument("--gpu", choices=GPUS, default="h100", help="whose data sheet the floor is from")
+    parser.add_argument("--arch", choices=ARCHITECTURES, help="for which kernels are chosen; the GPU's own")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     result = report(arguments.model, arguments.gpu, arguments.arch)

@@ -50,7 +50,7 @@ def test_a_convolution_and_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(emulated.why_not() is not None, reason=emulated.why_not() or "")
-@pytest.mark.parametrize(("arch", "launches"), [("80", 2), ("90", 1)])
+@pytest.mark.parametrize(("arch", "launches"), [("80", 2), ("89", 2), ("90", 1)])
 def test_what_the_architecture_decides(arch: str, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A group that fits no block: a cluster of blocks reads it once, two launches twice."""
     monkeypatch.setitem(dispatch._OPS, "group_norm_silu", ("cuda", "reference"))
@@ -86,6 +86,22 @@ def test_two_ratios(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
         ("diffusers_accelerated", "(1.500 x least, 2.000 x its own)"),
     ):
         assert any(line.startswith(f"{name} ") and ratios in line for line in lines), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "arch"),
+    [
+        ([], "90"),
+        (["--gpu", "a100"], "80"),
+        (["--gpu", "rtx4090"], "89"),
+        (["--gpu", "h100", "--arch", "80"], "80"),
+    ],
+)
+def test_the_gpu_chooses_the_architecture(
+    arguments: list[str], arch: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    lines, asked = printed(monkeypatch, capsys, *arguments)
+    assert asked == {arch} and f", sm_{arch}, " in lines[0]
 
 
 def test_attention_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
