@@ -28,7 +28,7 @@ FLAGS = ("-std=c++20", "-O3", "--Werror=all-warnings")
 
 Usage = dict[str, Any]  # a spill or a stack has its "reason" beside it
 AT_MOST = ("registers", "stack", "spills", "shared")
-AT_LEAST = ("wide_loads", "wide_stores", "matrix", "wide_copies")
+AT_LEAST = ("wide_loads", "wide_stores", "matrix", "wide_copies", "box_loads", "box_stores")
 # A spill is a load or store of local memory; a wide access one of 128 bits of global memory; a wide copy
 # one of 128 bits from there to shared memory.
 INSTRUCTIONS = {

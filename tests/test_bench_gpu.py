@@ -50,7 +50,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def measured(op: str, monkeypatch: pytest.MonkeyPatch, dtype: str = "float32") -> list[dict[str, Any]]:
     """All kernels answered by the reference, so that their rows have times."""
     monkeypatch.setattr(gpu, "under", lambda kernel, call: call)
-    everything = dict.fromkeys((*gpu.KERNELS, "wgmma"))
+    everything = dict.fromkeys((*gpu.KERNELS, "wgmma", "triton_tma"))
     monkeypatch.setattr(ops, "availability", lambda: dict.fromkeys(OPS, everything))
     rows: list[dict[str, Any]] = gpu.run((op,), (dtype,), Invented(), CPU, compile_too=False)["rows"]
     return rows
@@ -60,9 +60,10 @@ def measured(op: str, monkeypatch: pytest.MonkeyPatch, dtype: str = "float32") -
 def test_every_op_is_checked_and_timed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = measured(op, monkeypatch, "bfloat16" if op == "attention_wgmma" else "float32")
     ours = {"linear": ["triton"], "attention_wgmma": ["wgmma"]}.get(op, gpu.KERNELS)
+    ours = ["triton_tma"] if op.endswith("triton_tma") else ours
     assert rows
     for row in rows:
-        multiplies = op.startswith("attention") or op == "linear"
+        multiplies = op.startswith(("attention", "linear"))
         assert row["op"] == op and row["bytes"] > 0 and (row["flops"] > 0) == multiplies
         assert [name for name in row["ways"] if "difusores" in name] == [f"difusores {name}" for name in ours]
         for name in ("eager", *(f"difusores {name}" for name in ours)):

@@ -32,6 +32,8 @@ PRODUCTS = {
     "attention_gradients": MATRIX,
     "linear": {**MATRIX, "wide_loads": r"LDG(?:STS)?\.\S*128"},
 }
+# Boxes that the engine of sm_90 and newer copies, named where a kernel reads and writes through descriptors.
+DESCRIPTORS = {"box_loads": r"UTMALDG\S*", "box_stores": r"UTMASTG\S*"}
 HALF = torch.float16
 
 
@@ -176,6 +178,30 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "attention_gradients 256 of 160": ("attention_gradients", heads_grads(256, 256, 8, 160)),
     "attention_gradients 1024 of 40 float32": ("attention_gradients", heads_grads(1024, 1024, 8, 40, F32)),
     "attention_gradients 1024 of 80 float32": ("attention_gradients", heads_grads(1024, 1024, 8, 80, F32)),
+    "linear 2x4096x320 residual descriptors": (
+        "linear",
+        (meta(2, 4096, 320), meta(320, 320), meta(320), meta(2, 4096, 320), False, None, True),
+    ),
+    "linear 2x4096x320 geglu descriptors": (
+        "linear",
+        (meta(2, 4096, 320), meta(2560, 320), meta(2560), None, True, None, True),
+    ),
+    "attention 4096 of 40 descriptors": ("attention", (*heads(4096, 4096, 8, 40), True)),
+    "attention 4096 of 64 bfloat16 descriptors": (
+        "attention",
+        (*heads(4096, 4096, 10, 64, torch.bfloat16), True),
+    ),
+    "attention 1024 of 80 descriptors": ("attention", (*heads(1024, 1024, 8, 80), True)),
+    "attention 256 of 160 descriptors": ("attention", (*heads(256, 256, 8, 160), True)),
+    "attention 4096 of 512 descriptors": ("attention", (*heads(4096, 4096, 1, 512), True)),
+    "attention_gradients 4096 of 40 descriptors": (
+        "attention_gradients",
+        (*heads_grads(4096, 4096, 8, 40), True),
+    ),
+    "attention_gradients 256 of 160 descriptors": (
+        "attention_gradients",
+        (*heads_grads(256, 256, 8, 160), True),
+    ),
 }
 
 
@@ -222,8 +248,14 @@ def usages(name: str, architecture: int) -> dict[str, Usage]:
                 cubin = Path(folder) / "kernel.cubin"
                 cubin.write_bytes(kernel.asm["cubin"])
                 instructions = INSTRUCTIONS | PRODUCTS.get(op, {})
+                if name.endswith("descriptors"):
+                    instructions |= DESCRIPTORS
                 (usage,) = inspected(cubin, instructions).values()
+            for rare in ("matrix", "wide_copies"):  # of which most kernels have none
+                if not usage[rare]:
+                    del usage[rare]
             usage["shared"] = kernel.metadata.shared  # dynamic, of which the file says nothing
+            assert kernel.metadata.global_scratch_size == 0, "the launch would ask for memory"
             found[name if k == 0 else f"{name}, launch {k + 1}"] = usage
     finally:
         triton.runtime.driver._active = before

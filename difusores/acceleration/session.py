@@ -320,7 +320,8 @@ class Forward:
             return "the module is in training mode"
         if transformed() or torch._C._is_tracing():
             return "a transform or a trace looks on"
-        if wanted() not in ((None, "cuda", "triton", "torch") if session.cuda else (None, "cpu")):
+        ours = (None, "cuda", "triton", "triton_tma", "torch") if session.cuda else (None, "cpu")
+        if wanted() not in ours:
             return "another backend was asked for"
         if session.device != "meta" and torch.is_autocast_enabled(session.device):
             return "autocast is on"

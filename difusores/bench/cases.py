@@ -6,7 +6,7 @@ their decoder. Inputs are normal random numbers, never zeros, which run faster t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -55,6 +55,7 @@ GROUP_NORM = (
 )
 TOKENS = ((2, 4096, 320), (2, 1024, 640), (2, 256, 1280), (2, 4096, 640), (2, 1024, 1280))
 LATENTS = ((1, 4, 64, 64), (2, 4, 128, 128), (8, 3, 512, 512))
+TMA = "triton_tma"
 OPS = (
     "attention",
     "attention_gradients",
@@ -65,7 +66,11 @@ OPS = (
     "linear",
     "bias_residual",
     "scheduler_step",
-    "attention_wgmma",  # last: no GPU has run it, and a fault ends the run
+    # Last: no GPU has run these, and a fault ends the run.
+    "attention_triton_tma",
+    "attention_gradients_triton_tma",
+    "linear_triton_tma",
+    "attention_wgmma",
 )
 
 
@@ -83,9 +88,19 @@ def cases(op: str, dtype: torch.dtype, device: torch.device, quick: bool = False
         "bias_residual": (bias_residual, GROUP_NORM),
         "scheduler_step": (scheduler_step, LATENTS),
     }
-    make, shapes = of[op]
+    make, shapes = of[op.removesuffix(f"_{TMA}")]
+    if op.endswith(TMA):
+        make = partial(of_descriptors, make)
     for shape in shapes[: 2 if quick else None]:
         yield from make(shape, dtype, device)
+
+
+def of_descriptors(
+    make: Callable[..., Iterator[Case]], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Iterator[Case]:
+    """The cases of an op, for its kernels with tensor descriptors, which answer by their name alone."""
+    for case in make(shape, dtype, device):
+        yield replace(case, op=f"{case.op}_{TMA}", registered=case.registered, kernels=(TMA,))
 
 
 def group_norm_silu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Case]:

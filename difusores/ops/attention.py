@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from difusores.ops.descriptors import DESCRIBED, refused
 from difusores.ops.dispatch import (
     LIBRARY,
     below_autograd,
@@ -26,8 +27,8 @@ LIBRARY.define("attention" + _SIGNATURE)
 _OP = torch.ops.difusores.attention.default
 for _suffix in ("", "_triton"):
     LIBRARY.define(
-        f"attention_with_sums{_suffix}(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale)"
-        " -> (Tensor, Tensor)"
+        f"attention_with_sums{_suffix}(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale"
+        f"{DESCRIBED if _suffix else ''}) -> (Tensor, Tensor)"
     )
 LIBRARY.define(
     "attention_gradients(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor sums,"
@@ -36,17 +37,18 @@ LIBRARY.define(
 _WITH_SUMS = {
     "cuda": torch.ops.difusores.attention_with_sums.default,
     "triton": torch.ops.difusores.attention_with_sums_triton.default,
+    "triton_tma": torch.ops.difusores.attention_with_sums_triton.default,
 }
 _GRADIENTS = torch.ops.difusores.attention_gradients.default
 _GRADIENTS_TRITON = register_triton(
     "attention_gradients",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor sums, float scale)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor sums, float scale"
+    f"{DESCRIBED}) -> (Tensor, Tensor, Tensor)",
 )
 LIBRARY.define("attention_wgmma(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
 _WGMMA_OP = torch.ops.difusores.attention_wgmma.default
-_TRITON_OP = register_triton("attention", _SIGNATURE)
-register("attention", "cuda", "torch", "triton", "wgmma", "cpu")
+_TRITON_OP = register_triton("attention", _SIGNATURE.replace(")", f"{DESCRIBED})", 1))
+register("attention", "cuda", "torch", "triton", "triton_tma", "wgmma", "cpu")
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKWARD_WEIGHTS = 1 << 20  # weights that the backward pass holds at a time
@@ -87,7 +89,9 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
 
 
 @torch.library.register_fake("difusores::attention_triton", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _fake_triton(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _fake_triton(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, described: bool = False
+) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
 
 
@@ -133,11 +137,11 @@ def reference_gradients(
 
 
 def _triton_with_sums(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, described: bool = False
 ) -> tuple[Tensor, Tensor]:
     from difusores.ops.triton.attention import launch_with_sums
 
-    return launch_with_sums(q, k, v, mask, scale)
+    return launch_with_sums(q, k, v, mask, scale, described)
 
 
 LIBRARY.impl("attention_with_sums", reference_with_sums, "CompositeExplicitAutograd")
@@ -146,7 +150,7 @@ LIBRARY.impl("attention_gradients", reference_gradients, "CompositeExplicitAutog
 
 
 def _fake_with_sums(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, described: bool = False
 ) -> tuple[Tensor, Tensor]:
     sums = q.new_empty((*q.shape[:2], _padded(q.shape[2])), dtype=torch.float32)
     return _fake(q, k, v, None, scale), sums
@@ -159,7 +163,7 @@ def _fake_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> t
 
 
 def _setup_sums(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, ctx.scale = inputs
+    q, k, v, mask, ctx.scale, *ctx.described = inputs
     ctx.save_for_backward(q, k, v, mask, *output)
     ctx.mark_non_differentiable(output[1])
 
@@ -171,7 +175,7 @@ def _backward_with_sums(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tenso
 
 
 def _backward_with_sums_triton(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (*_GRADIENTS_TRITON(grad, *ctx.saved_tensors, ctx.scale), None, None)
+    return (*_GRADIENTS_TRITON(grad, *ctx.saved_tensors, ctx.scale, *ctx.described), None, None, None)
 
 
 for _suffix, _rule in (("", _backward_with_sums), ("_triton", _backward_with_sums_triton)):
@@ -183,7 +187,7 @@ for _suffix, _rule in (("", _backward_with_sums), ("_triton", _backward_with_sum
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, mask, ctx.scale = inputs
+    q, k, v, mask, ctx.scale, *_ = inputs
     ctx.save_for_backward(q, k, v, mask)
 
 
@@ -216,9 +220,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_mask, None
 
 
-for _name in ("attention", "attention_triton"):
+def _backward_triton(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_backward(ctx, grad), None)
+
+
+for _name, _formula in (("attention", _backward), ("attention_triton", _backward_triton)):
     torch.library.register_autograd(
-        f"difusores::{_name}", _backward, setup_context=_setup_context, lib=LIBRARY
+        f"difusores::{_name}", _formula, setup_context=_setup_context, lib=LIBRARY
     )
 
 
@@ -272,12 +280,14 @@ def supports(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None)
     depth, width = q.shape[3], v.shape[3]
     if backend != "cpu" and (depth > _WIDEST or width > _WIDEST):
         return f"the kernel takes heads of at most {_WIDEST} elements, not {max(depth, width)}"
-    if backend == "triton":
-        return None
-    if mask is not None and mask.dtype not in (torch.bool, *KERNEL_DTYPES):
-        return f"the kernel takes a mask of bool, float32, bfloat16 or float16, not {mask.dtype}"
     if depth == 0:
         return "the kernel needs D of at least 1"
+    if backend in ("triton", "triton_tma"):
+        if backend == "triton_tma" and width * v.element_size() % 16:
+            return f"tensor descriptors need rows of v of a multiple of 16 bytes, not {width} elements"
+        return None if backend == "triton" else refused(q=q, k=k, v=v)
+    if mask is not None and mask.dtype not in (torch.bool, *KERNEL_DTYPES):
+        return f"the kernel takes a mask of bool, float32, bfloat16 or float16, not {mask.dtype}"
     if backend == "wgmma" and (reason := _refused_by_wgmma(q, k, v, mask)) is not None:
         return reason
     return _refused_by_cuda(q, k, v, depth, width) if backend in ("cuda", "wgmma") else None
@@ -349,7 +359,7 @@ def _has_gradients(backend: str, q: Tensor, v: Tensor, mask: Tensor | None) -> b
     widest = max(q.shape[3], v.shape[3])
     if widest > _WIDEST_GRADIENT or (mask is not None and mask.requires_grad):
         return False
-    if backend == "triton":
+    if backend in ("triton", "triton_tma"):
         return q.dtype is not torch.float32 or widest <= _WIDEST_FP32_GRADIENT
     if backend != "cuda" or q.dtype is torch.float32:
         return backend == "cuda"
@@ -404,13 +414,14 @@ def attention(
         if recorded or (backend == "cuda" and _torch_is_faster(q, k)):
             backend = "torch"
     elif recorded and _has_gradients(backend, q, v, mask):
-        result: Tensor = _WITH_SUMS[backend](q, k, v, mask, scale)[0]
+        more = (True,) if backend == "triton_tma" else ()
+        result: Tensor = _WITH_SUMS[backend](q, k, v, mask, scale, *more)[0]
         return result
     if backend == "wgmma":
         return below_autograd(_WGMMA_OP, q, k, v, scale)  # type: ignore[no-any-return]
-    if backend in ("cpu", "triton", "cuda"):
-        op = _TRITON_OP if backend == "triton" else _OP
-        call = (q, k, v, mask, scale)
+    if backend in ("cpu", "triton", "triton_tma", "cuda"):
+        op = _OP if backend in ("cpu", "cuda") else _TRITON_OP
+        call = (q, k, v, mask, scale, *((True,) if backend == "triton_tma" else ()))
         out: Tensor = op(*call) if recorded else below_autograd(op, *call)
         return out
     if backend == "torch":

@@ -23,11 +23,12 @@ from difusores import native
 
 LIBRARY = torch.library.Library("difusores", "DEF")
 
-BACKENDS = ("cuda", "cpu", "torch", "triton", "wgmma", "reference")
+BACKENDS = ("cuda", "cpu", "torch", "triton", "triton_tma", "wgmma", "reference")
 """Every backend name, in order of preference; `torch` is an op of PyTorch's own for the same thing.
 
 It stands before `triton` because PyTorch's fused attention is faster than our Triton kernel at most shapes.
-`wgmma` is attention with the matrix products of sm_90, which answers only when asked for: no GPU has run it.
+`wgmma`, attention with the matrix products of sm_90, and `triton_tma`, the Triton kernels of attention and
+`linear` with tensor descriptors, answer only when asked for: no GPU has run them.
 """
 
 
@@ -53,10 +54,14 @@ and hence the same kernels.
 _DEVICES: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda",),
     "triton": ("cuda",),
+    "triton_tma": ("cuda",),
     "wgmma": ("cuda",),
     "cpu": ("cpu",),
 }
-_TRITON = (3, 3)  # the oldest version that the kernels are written for
+_TRITON = {
+    "triton": (3, 3),
+    "triton_tma": (3, 5),
+}  # the oldest versions; 3.4 cannot compile all of the latter
 _OPS: dict[str, tuple[str, ...]] = {}
 _LAUNCHES: dict[Any, Callable[..., Any]] = {}  # op -> the Python function that implements it
 _wanted: ContextVar[str | None] = ContextVar("difusores_backend", default=None)
@@ -99,13 +104,14 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _triton_status() -> str | None:
+def _triton_status(backend: str = "triton") -> str | None:
     if os.environ.get("DIFUSORES_DISABLE") == "1":
         return "switched off by DIFUSORES_DISABLE=1"
     if find_spec("triton") is None:
         return "triton is not installed"
-    if tuple(map(int, version("triton").split(".")[:2])) < _TRITON:
-        return f"triton {version('triton')} is older than {'.'.join(map(str, _TRITON))}"
+    oldest = _TRITON[backend]
+    if tuple(map(int, version("triton").split(".")[:2])) < oldest:
+        return f"triton {version('triton')} is older than {'.'.join(map(str, oldest))}"
     if not interpreted() and not torch.cuda.is_available():
         return "no CUDA device was found"
     return None
@@ -117,7 +123,7 @@ def status(backend: str) -> str | None:
         raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(sorted(BACKENDS))}")
     if backend in ("cpu", "cuda", "wgmma"):
         return native.status("cpu" if backend == "cpu" else "cuda")
-    return _triton_status() if backend == "triton" else None
+    return _triton_status(backend) if backend in _TRITON else None
 
 
 def availability() -> dict[str, dict[str, str | None]]:
@@ -139,7 +145,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: "reference", "cpu", "triton", "cuda", "torch" (attention through
-            `scaled_dot_product_attention`), or "wgmma" (attention on sm_90, which no GPU has run yet).
+            `scaled_dot_product_attention`), or what no GPU has run yet: "wgmma" (attention on sm_90) and
+            "triton_tma" (attention and `linear` with tensor descriptors, from sm_90 on).
 
     An op that has this backend uses it and raises `BackendUnavailable` for a call that it does not take; an
     op that has no such kernel at all keeps its default. The environment variable DIFUSORES_BACKEND does the
@@ -203,7 +210,7 @@ def choose(op: str, device: str, supports: Callable[..., str | None], *call: Any
     name = wanted()
     backends = _OPS[op]
     if name is not None and name in backends:
-        by_name = "cuda" if name == "triton" and interpreted() else device
+        by_name = "cuda" if name in _TRITON and interpreted() else device
         reason = _refusal(name, by_name) or _left_out(op, name)
         if reason is None and name != "reference":
             reason = supports(name, *call)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from difusores.ops.descriptors import DESCRIBED, refused
 from difusores.ops.dispatch import LIBRARY, below_autograd, choose, needs_grad, register, register_triton
 from difusores.ops.geglu import geglu as geglu_op
 from difusores.ops.geglu import reference as geglu_reference
@@ -24,8 +25,8 @@ _SIGNATURE = (
     " -> Tensor"
 )
 LIBRARY.define("linear" + _SIGNATURE)
-_TRITON_OP = register_triton("linear", _SIGNATURE)
-register("linear", "triton")
+_TRITON_OP = register_triton("linear", _SIGNATURE.replace(")", f"{DESCRIBED})", 1))
+register("linear", "triton", "triton_tma")
 
 
 def reference(
@@ -57,12 +58,13 @@ def _fake(
     residual: Tensor | None,
     geglu: bool,
     residual_bias: Tensor | None = None,
+    described: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0] // (2 if geglu else 1)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, residual, ctx.geglu, residual_bias = inputs
+    x, weight, bias, residual, ctx.geglu, residual_bias, *_ = inputs
     ctx.has_residual, ctx.has_residual_bias = residual is not None, residual_bias is not None
     ctx.save_for_backward(x, weight, bias)
 
@@ -82,9 +84,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return inner @ weight, grad_weight, grad_bias, grad_residual, None, grad_residual_bias
 
 
-for _name in ("linear", "linear_triton"):
+def _backward_triton(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_backward(ctx, grad), None)
+
+
+for _name, _formula in (("linear", _backward), ("linear_triton", _backward_triton)):
     torch.library.register_autograd(
-        f"difusores::{_name}", _backward, setup_context=_setup_context, lib=LIBRARY
+        f"difusores::{_name}", _formula, setup_context=_setup_context, lib=LIBRARY
     )
 
 
@@ -140,7 +146,7 @@ def supports(
     rows = x.shape[:-1].numel()
     if tile(rows, out, geglu)[1] < LEAST:
         return f"{rows} rows of {out} are too few for the kernel: PyTorch's product is faster"
-    return None
+    return refused(x=x, weight=weight) if backend == "triton_tma" else None
 
 
 def fused(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geglu: bool) -> bool:
@@ -176,8 +182,10 @@ def linear(
     _check(x, weight, bias, residual, geglu, residual_bias)
     call = (x, weight, bias, residual, geglu, residual_bias)
     records = needs_grad(x, weight, bias, residual, residual_bias)
-    if choose("linear", x.device.type, supports, *call) != "reference":
-        out: Tensor = _TRITON_OP(*call) if records else below_autograd(_TRITON_OP, *call)
+    backend = choose("linear", x.device.type, supports, *call)
+    if backend != "reference":
+        more = (backend == "triton_tma",)
+        out: Tensor = _TRITON_OP(*call, *more) if records else below_autograd(_TRITON_OP, *call, *more)
         return out
     if records:
         return reference(*call)

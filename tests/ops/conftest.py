@@ -52,7 +52,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "OP"):
         cases = []
         for name in _OPS[metafunc.module.OP]:
-            if name == "wgmma":  # in a process of its own: test_attention.py
+            if name in (
+                "wgmma",
+                "triton_tma",
+            ):  # in processes of their own: test_attention.py, test_triton.py
                 continue
             reason = status(name)
             marks = () if reason is None else pytest.mark.skip(reason=reason)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from difusores import ops
-from difusores.ops import dispatch
+from difusores.ops import descriptors, dispatch
 from difusores.ops.attention import _backward, reference, supports
 
 OP = "attention"
@@ -491,6 +491,26 @@ def test_wgmma_says_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> No
         assert words in str(supports("wgmma", *call))
     monkeypatch.setattr(module, "_device", lambda device: (10, 232448))
     assert "a GPU of sm_90" in str(supports("wgmma", q, q, q, None))
+
+
+def test_descriptors_say_what_they_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descriptors, "interpreted", lambda: False)
+    q = torch.empty(1, 2, 8, 40, dtype=torch.float16)
+    cases: dict[str, tuple[Any, ...]] = {
+        "rows of v of a multiple of 16 bytes, not 12 elements": (q, q, q[..., :12], None),
+        "expanded in no dimension, not k": (q, q[:, :1].expand(-1, 2, -1, -1), q, None),
+        "side by side, expanded in no dimension, not q": (q.transpose(2, 3)[..., :8], q, q, None),
+        "at most 512 elements": (q, q, torch.empty(1, 2, 8, 520, dtype=q.dtype), None),
+        "D of at least 1": (q[..., :0], q[..., :0], q, None),
+    }
+    monkeypatch.setattr(descriptors, "_generation", lambda device: 9)
+    assert supports("triton_tma", q, q, q, torch.zeros(8, 8)) is None
+    for words, call in cases.items():
+        assert words in str(supports("triton_tma", *call))
+    monkeypatch.setattr(descriptors, "_generation", lambda device: 8)
+    refused = "tensor descriptors need a GPU of sm_90 or newer, this is of sm_8x"
+    assert supports("triton_tma", q, q, q, None) == refused
+    assert supports("triton", q, q, q, None) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")

@@ -14,6 +14,7 @@ from difusores.ops import dispatch
 
 FOLDER = Path(__file__).parent
 KERNELS = FOLDER / "triton_kernels.py"
+DESCRIPTORS = FOLDER / "triton_descriptors.py"
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -35,6 +36,7 @@ def test_in_the_interpreter() -> None:
     # Of the scheduler step's own tests what is not tested there, with the fullest row at the small shapes.
     ops = {
         "triton_kernels": "",
+        "triton_descriptors": "",
         "test_scheduler_step": "and triton and (everything and not 64 or not (oracle or philox or compiles))",
         "test_bias_residual": "and triton and not (33 or compiles)",
         "test_group_norm_silu": "and gradients_of_backends and triton and channels_last",
@@ -52,6 +54,13 @@ def test_on_the_gpu() -> None:
     passes(str(KERNELS))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
+def test_descriptors_on_the_gpu() -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no CUDA device was found that has tensor descriptors")
+    passes(str(DESCRIPTORS))
+
+
 def test_status(monkeypatch: pytest.MonkeyPatch) -> None:
     status = dispatch._triton_status.__wrapped__
     monkeypatch.delenv("DIFUSORES_DISABLE", raising=False)
@@ -59,6 +68,8 @@ def test_status(monkeypatch: pytest.MonkeyPatch) -> None:
     assert status() == (None if torch.cuda.is_available() else "no CUDA device was found")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert status() is None
+    monkeypatch.setattr(dispatch, "version", lambda _: "3.4.0")
+    assert status() is None and status("triton_tma") == "triton 3.4.0 is older than 3.5"
     monkeypatch.setattr(dispatch, "version", lambda _: "3.1.0")
     assert status() == "triton 3.1.0 is older than 3.3"
     monkeypatch.setattr(dispatch, "find_spec", lambda _: None)

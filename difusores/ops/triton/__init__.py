@@ -32,6 +32,20 @@ def run(kernel: Any, programs: int, like: Tensor, *args: Any, **constants: Any) 
         kernel[(programs,)](*args, **constants, enable_fp_fusion=True)
 
 
+def descriptor(t: Tensor, *box: int) -> Any:
+    """A tensor descriptor: t as it lies in memory, and the size of the boxes in which a kernel copies it.
+
+    From sm_90 on an engine of its own copies a box, at the word of one thread; it reads zeros outside the
+    tensor and writes nothing there. For older GPUs Triton makes loads and stores of it. It goes to the kernel
+    by value, 128 bytes with the tensor's address in them, which a CUDA graph keeps as it keeps any address.
+    Made by the kernel, it would take memory from `triton.set_allocator`, the process's, at every launch.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor  # not in triton 3.3
+
+    steps = [step if size > 1 else 16 for step, size in zip(t.stride(), t.shape, strict=True)]
+    return TensorDescriptor(t, [*t.shape], [*steps[:-1], 1], [*box])
+
+
 def power_of_2(n: int) -> int:
     """The least power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()

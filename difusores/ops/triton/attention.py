@@ -5,33 +5,35 @@ and sum of each query's softmax (Milakov & Gimelshein 2018; Dao et al. 2022). By
 and v once from memory and then from L2 for every block of queries. Layout: any strides, elements of a head
 side by side; the result is [B, L, H, D] in memory, as the projection that follows reads it.
 
-Tiles are powers of two, so a head is cut into two: 40 = 32 + 8, 80 = 64 + 16, 96 = 64 + 32, 160 = 128 + 32.
-The second part is 8 wide in p v but 16 in q kᵀ, the least that `tl.dot` sums over: at 40 a tenth more
-products than needed, at the other widths none (with a tile of 64: 0.6 more at 40). Products of 16-bit tensors
-run on matrix units with fp32 sums. Those of fp32 tensors do not: three products of TF32 in the place of one
-are further from the exact result, on an H200, than the tolerance rule allows.
+A head is cut into two parts (heads.py). The second is 8 wide in p v but 16 in q kᵀ, the least that `tl.dot`
+sums over: at 40 a tenth more products than needed, at the other widths none (with a tile of 64: 0.6 more at
+40). Products of 16-bit tensors run on matrix units with fp32 sums. Those of fp32 tensors do not: three
+products of TF32 in the place of one are further from the exact result, on an H200, than the tolerance rule
+allows. With descriptors the kernel reads q, k, v and writes the result through them; the sums are the same.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from difusores.ops.descriptors import fit
 from difusores.ops.triton import INTERPRETED, alignment, power_of_2, run
-
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _dot(a, b, total, WIDEN: tl.constexpr):
-    if WIDEN:  # the interpreter multiplies the bits of bf16
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
+from difusores.ops.triton.heads import (
+    FEWEST,
+    LOG2E,
+    Blocks,
+    boxes_of,
+    dot,
+    mask_arguments,
+    put_rows,
+    rows_of,
+    split,
+)
 
 
 @triton.jit
@@ -41,6 +43,14 @@ def attention(
     v,
     mask,
     out,
+    q1_box,
+    q2_box,
+    k1_box,
+    k2_box,
+    v1_box,
+    v2_box,
+    out1_box,
+    out2_box,
     sums,
     heads,
     queries,
@@ -75,36 +85,32 @@ def attention(
     blocks = tl.cdiv(queries, BLOCK_Q)
     of = tl.program_id(0) // blocks
     batch, head = (of // heads).to(tl.int64), (of % heads).to(tl.int64)
-    row = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    row0 = tl.program_id(0) % blocks * BLOCK_Q
+    row = row0 + tl.arange(0, BLOCK_Q)
     q += (batch * q_batch + head * q_head) * ALIGN
     k += (batch * k_batch + head * k_head) * ALIGN
     v += (batch * v_batch + head * v_head) * ALIGN
     real = (row < queries)[:, None]
-    wide = row.to(tl.int64)[:, None]
-    d1, d2 = tl.arange(0, D1)[None, :], D1 + tl.arange(0, D2)[None, :]
-    c1, c2 = tl.arange(0, V1)[None, :], V1 + tl.arange(0, V2)[None, :]
-    q1 = tl.load(q + wide * q_row * ALIGN + d1, real & (d1 < D), other=0.0)
+    q1 = rows_of(q, q1_box, batch, head, row0, queries, q_row, ALIGN, BLOCK_Q, 0, D1, D)
     if D > D1:
-        q2 = tl.load(q + wide * q_row * ALIGN + d2, real & (d2 < D), other=0.0)
+        q2 = rows_of(q, q2_box, batch, head, row0, queries, q_row, ALIGN, BLOCK_Q, D1, D2, D)
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     sum1 = tl.zeros([BLOCK_Q, V1], tl.float32)
     sum2 = tl.zeros([BLOCK_Q, V2], tl.float32)
     for key0 in range(0, keys, BLOCK_K):
         key = key0 + tl.arange(0, BLOCK_K)
-        known = (key < keys)[:, None]
-        at = key.to(tl.int64)[:, None]
         s = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-        k1 = tl.load(k + at * k_row * ALIGN + d1, known & (d1 < D), other=0.0)
-        s = _dot(q1, tl.trans(k1), s, WIDEN)
+        k1 = rows_of(k, k1_box, batch, head, key0, keys, k_row, ALIGN, BLOCK_K, 0, D1, D)
+        s = dot(q1, tl.trans(k1), s, WIDEN)
         if D > D1:
-            k2 = tl.load(k + at * k_row * ALIGN + d2, known & (d2 < D), other=0.0)
-            s = _dot(q2, tl.trans(k2), s, WIDEN)
+            k2 = rows_of(k, k2_box, batch, head, key0, keys, k_row, ALIGN, BLOCK_K, D1, D2, D)
+            s = dot(q2, tl.trans(k2), s, WIDEN)
         s *= scale * LOG2E
         inside = real & (key < keys)[None, :]
         if mask is not None:
             place = mask + batch * mask_batch + head * mask_head
-            place += wide * mask_row + key.to(tl.int64)[None, :] * mask_key
+            place += row.to(tl.int64)[:, None] * mask_row + key.to(tl.int64)[None, :] * mask_key
             if BOOL:
                 inside &= tl.load(place, inside, other=0) != 0
             else:
@@ -116,34 +122,19 @@ def attention(
         fade = tl.exp2(top - finite)
         total = total * fade + tl.sum(p, axis=1)
         top = higher
-        v1 = tl.load(v + at * v_row * ALIGN + c1, known & (c1 < DV), other=0.0)
+        v1 = rows_of(v, v1_box, batch, head, key0, keys, v_row, ALIGN, BLOCK_K, 0, V1, DV)
         p = p.to(v1.dtype)
-        sum1 = _dot(p, v1, sum1 * fade[:, None], WIDEN)
+        sum1 = dot(p, v1, sum1 * fade[:, None], WIDEN)
         if DV > V1:
-            v2 = tl.load(v + at * v_row * ALIGN + c2, known & (c2 < DV), other=0.0)
-            sum2 = _dot(p, v2, sum2 * fade[:, None], WIDEN)
+            v2 = rows_of(v, v2_box, batch, head, key0, keys, v_row, ALIGN, BLOCK_K, V1, V2, DV)
+            sum2 = dot(p, v2, sum2 * fade[:, None], WIDEN)
     if sums is not None:
         tl.store(sums + of.to(tl.int64) * padded + row, top + tl.log2(total), row < queries)
-    total = tl.where(total == 0.0, 1.0, total)  # all keys are masked: the result is zero
-    out += ((batch * queries + wide) * heads + head) * DV
-    tl.store(out + c1, (sum1 / total[:, None]).to(out.dtype.element_ty), real & (c1 < DV))
+    total = tl.where(total == 0.0, 1.0, total)[:, None]  # all keys are masked: the result is zero
+    out += (batch * queries * heads + head) * DV
+    put_rows(out, out1_box, batch, head, row0, queries, heads, DV, sum1 / total, BLOCK_Q, 0, V1, DV)
     if DV > V1:
-        tl.store(out + c2, (sum2 / total[:, None]).to(out.dtype.element_ty), real & (c2 < DV))
-
-
-def split(width: int, least: int) -> tuple[int, int]:
-    """Two powers of two that cover a head's width: (32, 16) for 40 and 16; the second may be idle."""
-    first = 1 << (width.bit_length() - 1)
-    if first < 16 or width == first:
-        return max(16, power_of_2(width)), least
-    return first, max(least, power_of_2(width - first))
-
-
-class Blocks(NamedTuple):
-    queries: int
-    keys: int
-    warps: int
-    stages: int
+        put_rows(out, out2_box, batch, head, row0, queries, heads, DV, sum2 / total, BLOCK_Q, V1, V2, DV)
 
 
 def blocks(queries: int, keys: int, width: int, itemsize: int) -> Blocks:
@@ -165,16 +156,14 @@ def blocks(queries: int, keys: int, width: int, itemsize: int) -> Blocks:
     return most._replace(queries=max(16, min(most.queries, power_of_2(queries))), keys=step)
 
 
-def mask_arguments(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, list[int]]:
-    """A mask as kernels take it, bools as bytes, and its strides as if it had this shape."""
-    if mask is None:
-        return None, [0, 0, 0, 0]
-    mask = mask.expand(shape)
-    return mask.view(torch.uint8) if mask.dtype is torch.bool else mask, list(mask.stride())
-
-
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, sums: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    described: bool = False,
+    sums: Tensor | None = None,
 ) -> Tensor:
     batch, heads, queries, width = q.shape
     keys, out_width = k.shape[2], v.shape[3]
@@ -186,8 +175,16 @@ def launch(
     mask, grid = mask_arguments(mask, (batch, heads, queries, keys))
     align = min(16 // q.element_size(), alignment(*strides))
     d1, d2 = split(width, 16)
-    v1, v2 = split(out_width, 8)
+    v1, v2 = split(out_width, FEWEST)
     cut = blocks(queries, keys, max(width, out_width), q.element_size())
+    heads_inside = out.transpose(1, 2)
+    boxes: list[Any] = [None] * 8
+    if described and fit(q, k, v, heads_inside):
+        sides = (
+            *((q, cut.queries, (d1, d2)), (k, cut.keys, (d1, d2))),
+            *((v, cut.keys, (v1, v2)), (heads_inside, cut.queries, (v1, v2))),
+        )
+        boxes = [box for side in sides for box in boxes_of(*side)]
     padded = 0 if sums is None else sums.shape[2]
     run(
         attention,
@@ -199,6 +196,7 @@ def launch(
             v,
             mask,
             out,
+            *boxes,
             sums,
             heads,
             queries,
@@ -222,12 +220,12 @@ def launch(
         num_warps=cut.warps,
         num_stages=cut.stages,
     )
-    return out.transpose(1, 2)
+    return heads_inside
 
 
 def launch_with_sums(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, described: bool = False
 ) -> tuple[Tensor, Tensor]:
     """What the gradients need beside the result: [B, H, L rounded up to 64], log2 of the sums of weights."""
     sums = q.new_empty((*q.shape[:2], -(-q.shape[2] // 64) * 64), dtype=torch.float32)
-    return launch(q, k, v, mask, scale, sums), sums
+    return launch(q, k, v, mask, scale, described, sums), sums

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from difusores.ops.descriptors import fit
 from difusores.ops.linear import tile
-from difusores.ops.triton import INTERPRETED, run
+from difusores.ops.triton import INTERPRETED, descriptor, run
 
 BLOCK_K = 64
 GROUP = 8
@@ -30,13 +31,17 @@ def _dot(a, b, total, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def _tile_of(p, row, stride, k, depth, EVEN: tl.constexpr):
-    """[rows, BLOCK_K], zeros beyond the depth."""
-    at = p + row[:, None] * stride + k[None, :]
-    if EVEN:
-        return tl.load(at)
+def _tile_of(p, box, first, row, stride, start, depth, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[rows, BLOCK_K] from `start` on, zeros beyond the depth: by the descriptor `box`, or from p."""
+    if box is not None:
+        return box.load([first, start])
     else:
-        return tl.load(at, (k < depth)[None, :], other=0.0)
+        k = start + tl.arange(0, BLOCK_K)
+        at = p + row[:, None] * stride + k[None, :]
+        if EVEN:
+            return tl.load(at)
+        else:
+            return tl.load(at, (k < depth)[None, :], other=0.0)
 
 
 @triton.jit
@@ -47,6 +52,9 @@ def linear(
     residual,
     residual_bias,
     y,
+    x_box,
+    weight_box,
+    y_box,
     rows,
     columns,
     depth,
@@ -72,13 +80,14 @@ def linear(
     of_x, of_weight = (row % rows).to(tl.int64), (column % columns).to(tl.int64)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    of_gate = of_weight + columns
+    row0, value0, gate0 = m * BLOCK_M, n * BLOCK_N, columns + n * BLOCK_N
     for start in range(0, depth, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        a = _tile_of(x, of_x, x_stride, k, depth, EVEN)
-        b = _tile_of(weight, of_weight, weight_stride, k, depth, EVEN)
+        a = _tile_of(x, x_box, row0, of_x, x_stride, start, depth, EVEN, BLOCK_K)
+        b = _tile_of(weight, weight_box, value0, of_weight, weight_stride, start, depth, EVEN, BLOCK_K)
         total = _dot(a, tl.trans(b), total, WIDEN)
         if GEGLU:
-            c = _tile_of(weight, of_weight + columns, weight_stride, k, depth, EVEN)
+            c = _tile_of(weight, weight_box, gate0, of_gate, weight_stride, start, depth, EVEN, BLOCK_K)
             gate = _dot(a, tl.trans(c), gate, WIDEN)
     inside = column < columns
     if bias is not None:
@@ -94,7 +103,11 @@ def linear(
     if residual is not None:
         at = residual + wide * residual_stride + column[None, :]
         total += tl.load(at, real, other=0.0).to(tl.float32)
-    tl.store(y + wide * columns + column[None, :], total.to(y.dtype.element_ty), real)
+    total = total.to(y.dtype.element_ty)
+    if y_box is not None:
+        y_box.store([row0, value0], total)
+    else:
+        tl.store(y + wide * columns + column[None, :], total, real)
 
 
 def launch(
@@ -104,6 +117,7 @@ def launch(
     residual: Tensor | None,
     geglu: bool,
     residual_bias: Tensor | None = None,
+    described: bool = False,
 ) -> Tensor:
     columns, depth = weight.shape[0] // (2 if geglu else 1), weight.shape[1]
     y = x.new_empty((*x.shape[:-1], columns))
@@ -117,11 +131,17 @@ def launch(
         added = added.contiguous()
     rows = len(flat)
     cut, programs = tile(rows, columns, geglu)
+    boxes = [None] * 3
+    if described and fit(flat, weight, y):
+        sizes = ((cut.rows, BLOCK_K), (cut.columns, BLOCK_K), (cut.rows, cut.columns))
+        boxes = [
+            descriptor(t, *box) for t, box in zip((flat, weight, y.view(rows, columns)), sizes, strict=True)
+        ]
     run(
         linear,
         programs,
         x,
-        *(flat, weight, bias, added, residual_bias, y, rows, columns, depth),
+        *(flat, weight, bias, added, residual_bias, y, *boxes, rows, columns, depth),
         *(flat.stride(0), weight.stride(0), 0 if added is None else added.stride(0)),
         GEGLU=geglu,
         EVEN=depth % BLOCK_K == 0,
