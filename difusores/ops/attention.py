@@ -14,6 +14,7 @@ from torch import Tensor
 from difusores.ops.descriptors import DESCRIBED, refused
 from difusores.ops.dispatch import (
     LIBRARY,
+    _refusal,
     below_autograd,
     choose,
     needs_grad,
@@ -354,6 +355,24 @@ def _torch_is_faster(q: Tensor, k: Tensor) -> bool:
     return not fits or (_device(q.device)[0] >= 9 and k.shape[2] > FEW_KEYS)
 
 
+TRITON_FLOPS = 1 << 33  # of a call that keeps a GPU before sm_90 busy for longer than its launch the host
+
+
+def _triton_is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether Triton's kernel answers where our CUDA kernel is absent or refuses.
+
+    By the rule for that one, but before sm_90 alone, since from then on cuDNN is faster at most shapes, and
+    for large calls alone, because a launch through Triton takes the host 60 to 100 us more (docs/gpu.md).
+    """
+    return (
+        4 * q.numel() * k.shape[2] >= TRITON_FLOPS
+        and _refusal("triton", q.device.type) is None
+        and supports("triton", q, k, v, mask) is None
+        and _device(q.device)[0] < 9
+        and not _torch_is_faster(q, k)
+    )
+
+
 def _has_gradients(backend: str, q: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Whether `backend` has kernels of the gradients for this call."""
     widest = max(q.shape[3], v.shape[3])
@@ -413,6 +432,8 @@ def attention(
         # Whose backward pass is fused: several times as fast as the formula above.
         if recorded or (backend == "cuda" and _torch_is_faster(q, k)):
             backend = "torch"
+    elif backend == "torch" and wanted() is None and not recorded and _triton_is_faster(q, k, v, mask):
+        backend = "triton"
     elif recorded and _has_gradients(backend, q, v, mask):
         more = (True,) if backend == "triton_tma" else ()
         result: Tensor = _WITH_SUMS[backend](q, k, v, mask, scale, *more)[0]

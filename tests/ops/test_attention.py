@@ -471,6 +471,33 @@ def test_who_is_faster(generation: int, keys: int, width: int, ours: bool, monke
         assert isinstance(got, str) is (ours and dtype is torch.float16)
 
 
+@pytest.mark.parametrize(
+    ("generation", "sizes", "dtype", "ours"),  # sizes: queries, keys, width
+    [
+        *((8, (4096, 4096, 40), torch.float16, True), (8, (4096, 4096, 160), torch.bfloat16, True)),
+        *((9, (4096, 4096, 40), torch.float16, False), (8, (4096, 4096, 64), torch.float16, False)),
+        *((8, (512, 512, 40), torch.float16, False), (8, (4096, 4096, 40), torch.float32, False)),
+        *((8, (1 << 16, 77, 160), torch.float16, True), (9, (1 << 16, 77, 160), torch.float16, False)),
+    ],
+)
+def test_triton_where_the_compiled_module_is_absent(
+    generation: int, sizes: tuple[int, int, int], dtype: torch.dtype, ours: bool, monkeypatch: Any
+) -> None:
+    length, keys, width = sizes
+    module = importlib.import_module("difusores.ops.attention")
+    monkeypatch.setattr(module, "_device", lambda device: (generation, 166912))
+    monkeypatch.setattr(module, "wanted", lambda: None)
+    monkeypatch.setattr(module, "choose", lambda *call: "torch")
+    monkeypatch.setattr(module, "_refusal", lambda backend, device: None)
+    monkeypatch.setattr(module, "below_autograd", lambda op, *call: op)
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", lambda *call, **more: "PyTorch's")
+    q, k = (torch.empty(1, 1, rows, width, dtype=dtype).expand(2, 8, -1, -1) for rows in (length, keys))
+    got: Any = ops.attention(q, k, k)
+    assert got is (module._TRITON_OP if ours else "PyTorch's")
+    monkeypatch.setattr(module, "_refusal", lambda backend, device: "triton is not installed")
+    assert ops.attention(q, k, k) == "PyTorch's"
+
+
 def test_wgmma_says_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("difusores.ops.attention")
     q = torch.empty(1, 2, 8, 64, dtype=torch.float16)
