@@ -9,6 +9,7 @@ and shift as in Dhariwal & Nichol 2021, "Diffusion Models Beat GANs", section 3;
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from difusores.ops.dispatch import (
     register,
     register_triton,
     straight_to_cpu,
+    use_backend,
+    wanted,
 )
 
 _SIGNATURE = (
@@ -116,6 +119,7 @@ def _fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, ctx.num_groups, weight, bias, ctx.eps, ctx.silu, scale, shift, add, residual, ctx.return_sum = inputs
     ctx.save_for_backward(x, weight, bias, scale, shift, add, residual)
+    ctx.wanted = wanted()  # autograd goes backward in a thread of the device, where nobody has asked
 
 
 def _differentiable_backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
@@ -125,8 +129,8 @@ def _differentiable_backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tupl
     x, weight, bias, scale, shift, add, residual = inputs
     options = (ctx.num_groups, weight, bias, ctx.eps, ctx.silu, scale, shift, add, residual, ctx.return_sum)
     outputs = reference(x, *options)[: 1 + ctx.return_sum]
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(outputs, wanted, (grad_y, grad_sum)[: len(outputs)], create_graph=True))
+    leaves = [t for t in inputs if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(outputs, leaves, (grad_y, grad_sum)[: len(outputs)], create_graph=True))
     dx, dw, db, dscale, dshift, dadd, dresidual = (
         next(found) if t is not None and t.requires_grad else None for t in inputs
     )
@@ -231,7 +235,8 @@ def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None
     grad_y = grad_y.contiguous(memory_format=layout)
     of_sum = grad_sum.contiguous(memory_format=layout) if ctx.return_sum else None
     call = (grad_y, of_sum, x, ctx.num_groups, weight, bias, ctx.eps, ctx.silu, scale, shift, add, residual)
-    backend = choose("group_norm_silu_backward", x.device.type, supports, x, *params, residual)
+    with use_backend(ctx.wanted) if ctx.wanted else nullcontext():
+        backend = choose("group_norm_silu_backward", x.device.type, supports, x, *params, residual)
     op = {"reference": backward_reference, "triton": _TRITON_BACKWARD_OP}.get(backend, _BACKWARD_OP)
     grad_x, *found = op(*call)
     dw, db, dscale, dshift, dadd = (None if p is None else g for p, g in zip(params, found, strict=True))

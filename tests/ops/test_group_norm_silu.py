@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -286,6 +288,7 @@ def test_gradients(options: str, check: Any) -> None:
         eps=1e-5,
         silu=True,
         return_sum="return_sum" in call,
+        wanted=None,
     )
     places = {"x": 0, "weight": 2, "bias": 3, "scale": 6, "shift": 7, "add": 8, "residual": 9}
     with torch.no_grad():
@@ -319,6 +322,25 @@ def test_gradients_of_backends(backend: str, options: str, layout: str, check: A
         for name, got, same, theirs, exact in zip(names, ours, again, eager, oracle, strict=True):
             assert torch.equal(got, same), name
             check(got.to(dtype), theirs.to(dtype), exact)
+
+
+@pytest.mark.skipif(dispatch.status("cpu") is not None, reason=dispatch.status("cpu") or "")
+def test_the_gradient_has_the_backend_of_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU autograd goes backward in a thread of its own, where nobody asked for one."""
+    module, seen = importlib.import_module("difusores.ops.group_norm_silu"), []
+
+    def choose(op: str, *call: Any) -> str:
+        seen.append((op, dispatch.wanted()))
+        return dispatch.choose(op, *call)
+
+    monkeypatch.setattr(module, "choose", choose)
+    x = torch.randn(1, 4, 3, 3, requires_grad=True)
+    with ops.use_backend("cpu"):
+        y = ops.group_norm_silu(x, 2).sum()
+    thread = threading.Thread(target=y.backward)
+    thread.start()
+    thread.join()
+    assert seen[-1] == ("group_norm_silu_backward", "cpu") and x.grad is not None
 
 
 @pytest.mark.parametrize("of_grad", ["contiguous", "channels_last"])
