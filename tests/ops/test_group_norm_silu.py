@@ -336,7 +336,7 @@ def test_the_gradient_has_the_backend_of_the_forward_pass(monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "choose", choose)
     x = torch.randn(1, 4, 3, 3, requires_grad=True)
     with ops.use_backend("cpu"):
-        y = ops.group_norm_silu(x, 2).sum()
+        y = ops.group_norm_silu(x, 2, None, None).sum()
     thread = threading.Thread(target=y.backward)
     thread.start()
     thread.join()
