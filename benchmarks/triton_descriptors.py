@@ -1,9 +1,9 @@
 """What the compiler makes of a kernel by pointers and by tensor descriptors, side by side: counts, not times.
 
 `python benchmarks/triton_descriptors.py` compiles launches of tests/triton_budget.py with descriptors, their
-twins by pointers, and one elementwise kernel both ways, for sm_90 or `--architecture 100`, without a GPU. It
-counts registers of a thread, bytes of shared memory of a block, and instructions, in all and in the loop with
-matrix products: those that compute addresses and predicates, loads and stores, those of 128 bits ("wide"),
+twins by pointers, and two kernels without products both ways, for sm_90 or `--architecture 100`; no GPU is
+needed. It counts registers of a thread, bytes of shared memory of a block, and instructions, in all and in
+the loop with products: those that compute addresses and predicates, loads and stores, those of 128 bits ("wide"),
 copies (`LDGSTS`), boxes (`UTMALDG`, `UTMASTG`) and accesses of shared memory.
 """
 
@@ -27,6 +27,7 @@ from triton_budget import CASES, Target, launches, meta
 
 from difusores.ops.triton import descriptor
 from difusores.ops.triton.geglu import geglu
+from difusores.ops.triton.layer_norm import layer_norm
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+ )?([A-Z]\S*).*?);")
 KINDS = {
@@ -52,11 +53,34 @@ def geglu_by_boxes(x_box, y_box, columns, ROWS: tl.constexpr, COLUMNS: tl.conste
     y_box.store([row, column], (value * gelu).to(y_box.dtype))
 
 
+@triton.jit
+def layer_norm_by_boxes(x_box, y_box, rows, columns, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """difusores/ops/triton/layer_norm.py by itself with descriptors, likewise."""
+    row = tl.program_id(0) * ROWS
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = (row + tl.arange(0, ROWS) < rows)[:, None] & (column < columns)
+    h = x_box.load([row, 0]).to(tl.float32)
+    pivot = tl.sum(tl.where(column == 0, h, 0.0), axis=1)
+    h = tl.where(inside, h - pivot[:, None], 0.0)
+    mean = tl.sum(h, axis=1) / columns
+    h = tl.where(inside, h - mean[:, None], 0.0)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(h * h, axis=1) / columns + eps))
+    y_box.store([row, 0], (h * rstd[:, None]).to(y_box.dtype))
+
+
 def elementwise() -> dict[str, Callable[[], Any]]:
     x, y = meta(8192, 2560), meta(8192, 1280)
     tile: dict[str, Any] = {"ROWS": 4, "COLUMNS": 256, "num_warps": 4, "grid": (1,), "enable_fp_fusion": True}
     boxes = (descriptor(x, 4, 256), descriptor(y, 4, 256))
+    z = meta(8192, 320)
+    row: dict[str, Any] = {**tile, "COLUMNS": 512}
+    rows = (descriptor(z, 4, 512), descriptor(z, 4, 512))
+    plain = (z, None, None, None, None, z, None, 8192, 320, 320, 0, 1e-5)
     return {
+        "layer_norm 2x4096x320": lambda: layer_norm.warmup(*plain, **row),
+        "layer_norm 2x4096x320 descriptors": lambda: layer_norm_by_boxes.warmup(
+            *rows, 8192, 320, 1e-5, **row
+        ),
         "geglu 2x4096x2560": lambda: geglu.warmup(x, y, 8192, 1280, 2560, TANH=False, **tile),
         "geglu 2x4096x2560 descriptors": lambda: geglu_by_boxes.warmup(*boxes, 1280, **tile),
     }
