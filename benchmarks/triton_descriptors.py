@@ -3,7 +3,7 @@
 `python benchmarks/triton_descriptors.py` compiles launches of tests/triton_budget.py with descriptors, their
 twins by pointers, and two kernels without products both ways, for sm_90 or `--architecture 100`; no GPU is
 needed. It counts registers of a thread, bytes of shared memory of a block, and instructions, in all and in
-the loop with products: those that compute addresses and predicates, loads and stores, those of 128 bits ("wide"),
+the loop with products: those that compute addresses and predicates, loads and stores, wide ones of 128 bits,
 copies (`LDGSTS`), boxes (`UTMALDG`, `UTMASTG`) and accesses of shared memory.
 """
 
