@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difusores.acceleration.layers import (
+    BY_LIBRARY,
     CHANNELS_LAST,
     POINTWISE,
     ConvForward,
     LinearForward,
     Surroundings,
+    Way,
     normalize,
     why_not_weight,
 )
@@ -83,8 +85,8 @@ class CudaConvForward(ConvForward):
     def rows(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return linear(x, self.module, residual)
 
-    def winograd_plan(self, x: Tensor) -> None:
-        return None
+    def way(self, x: Tensor) -> Way:
+        return BY_LIBRARY
 
     def apply(self, x: Tensor, around: Surroundings) -> Tensor:
         m = self.module

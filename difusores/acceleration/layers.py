@@ -217,8 +217,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed) -> T
 
 def form_for_gemm(weight: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor | None:
     """The packed weight, made at first use; None where memory is short, and the call makes it."""
-    size = dtype.itemsize * packed_numbers(weight, dtype)
-    return packed.get((weight,), lambda: pack_for_gemm(as_kernel(weight), dtype), size, PACKED_GAIN)
+
+    def pack() -> Tensor:
+        return pack_for_gemm(as_kernel(weight), dtype)
+
+    return packed.get((weight,), pack, lambda: dtype.itemsize * packed_numbers(weight, dtype), PACKED_GAIN)
 
 
 def as_kernel(weight: Tensor) -> Tensor:
@@ -250,6 +253,25 @@ class Surroundings(NamedTuple):
 NOTHING = Surroundings()
 
 
+class Way(NamedTuple):
+    """How a convolution computes images of one size.
+
+    Attributes:
+        winograd: by Winograd's algorithm, as this says; or None.
+        own: by the package's own product where not.
+        fuses: that in bfloat16, with what surrounds it.
+        invariant: whether an image's bits are its own.
+    """
+
+    winograd: LayerPlan | None
+    own: bool
+    fuses: bool
+    invariant: bool
+
+
+BY_LIBRARY = Way(None, own=False, fuses=False, invariant=False)
+
+
 class ConvForward(LayerForward):
     """A convolution in channels_last: a GEMM, Winograd's F(4x4, 3x3), or oneDNN with packed weights.
 
@@ -270,6 +292,7 @@ class ConvForward(LayerForward):
         self.products = Packed(session)
         self.transformed = Packed(session)
         self.invariant = session.invariant
+        self._ways: dict[tuple[Any, ...], Way] = {}
 
     @classmethod
     def refuses(cls, module: Any) -> str | None:
@@ -297,11 +320,11 @@ class ConvForward(LayerForward):
         """The convolution and what surrounds it; channels_last."""
         x = cast(x, self.dtype or self.module._parameters["weight"].dtype)
         x = x.contiguous(memory_format=CHANNELS_LAST)
-        layer = self.winograd_plan(x)
-        self.invariant = layer is not None or self.by_gemm_conv(x)
-        if layer is not None:
-            return self._winograd(x, around, layer)
-        if self.fuses(x):
+        way = self.way(x)
+        self.invariant = way.invariant
+        if way.winograd is not None:
+            return self._winograd(x, around, way.winograd)
+        if way.fuses:
             if "add" in around.modulation:  # the convolution before this one was of another kind
                 x = normalize(around.norm, x, silu=True, **around.modulation)
                 around = around._replace(norm=None)
@@ -321,8 +344,20 @@ class ConvForward(LayerForward):
             out.add_(around.add[:, :, None, None])
         return out if around.scale == 1 else out.mul_(around.scale)
 
-    def by_gemm_conv(self, x: Tensor) -> bool:
-        """Whether the package's own product takes this image, where Winograd's algorithm does not."""
+    def way(self, x: Tensor) -> Way:
+        """How an image of this size is computed; found once for each size and dtype."""
+        weight = self.module._parameters["weight"]
+        active = self.quantized is not None and self.quantized.active
+        key = (x.shape[2:], x.dtype, weight.dtype, active)
+        way = self._ways.get(key)
+        if way is None:
+            layer = None if active else self._winograd_plan(x)
+            own = self._by_gemm_conv(x)
+            fuses = own and not active and (self.dtype or weight.dtype) is torch.bfloat16
+            way = self._ways[key] = Way(layer, own, fuses, layer is not None or own)
+        return way
+
+    def _by_gemm_conv(self, x: Tensor) -> bool:
         if self.module.dilation != (1, 1):
             return False
         if self.session.invariant or x.dtype is torch.float32 or self.shape == POINTWISE:
@@ -330,20 +365,10 @@ class ConvForward(LayerForward):
         pixels = x.shape[2] * x.shape[3]
         return pixels <= OWN_PRODUCT and fast_bfloat16_convolution() and multiplies_pairs()
 
-    def fuses(self, x: Tensor) -> bool:
-        """Whether it is the package's own product in bfloat16, with what surrounds it."""
-        dtype = self.dtype or self.module._parameters["weight"].dtype
-        if dtype is not torch.bfloat16 or (self.quantized is not None and self.quantized.active):
-            return False
-        return self.by_gemm_conv(x)
-
-    def winograd_plan(self, x: Tensor) -> LayerPlan | None:
-        """How Winograd's algorithm is used for this image; None where it is not."""
+    def _winograd_plan(self, x: Tensor) -> LayerPlan | None:
         m = self.module
-        if self.shape != WINOGRAD or (self.quantized is not None and self.quantized.active):
-            return None
         dtype = m._parameters["weight"].dtype
-        if dtype is not torch.float32 or (self.dtype or dtype) is not torch.float32:
+        if self.shape != WINOGRAD or dtype is not torch.float32 or (self.dtype or dtype) is not torch.float32:
             return None
         layer = winograd_plan(m.in_channels, m.out_channels, x.shape[2], x.shape[3])
         return layer if layer.winograd else None
@@ -397,7 +422,7 @@ class ConvForward(LayerForward):
         if self.quantized is not None and (result := self.quantized.convolution(x, m)) is not None:
             return result if residual is None else result.add_(residual)
         weight, bias = m._parameters["weight"], m._parameters["bias"]
-        if self.by_gemm_conv(x):
+        if self.way(x).own:
             if residual is not None:
                 residual = residual.contiguous(memory_format=CHANNELS_LAST)
             form = form_for_gemm(weight, self.products, x.dtype)
@@ -542,7 +567,8 @@ def adds_for_free(layer: nn.Module, x: Tensor) -> bool:
     forward = layer.__dict__.get("forward")
     if not isinstance(forward, ConvForward) or hooked(layer):
         return False
-    return forward.winograd_plan(x) is not None or forward.fuses(x)
+    way = forward.way(x)
+    return way.winograd is not None or way.fuses
 
 
 def direct(layer: nn.Module) -> bool:

@@ -140,7 +140,7 @@ class Packed:
         self,
         sources: tuple[Tensor, ...],
         make: Callable[[], Form],
-        size: int,
+        size: int | Callable[[], int],
         gain: float,
         purpose: object = None,
     ) -> Form | None:
@@ -163,6 +163,7 @@ class Packed:
             if self.bytes:
                 self.drop()
             result = None
+            size = size if isinstance(size, int) else size()
             if self.session.make_room(size, gain):
                 self.bytes, self.gain = size, gain
                 self.session.forms.append(self)
