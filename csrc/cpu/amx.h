@@ -32,25 +32,27 @@ class Tiles {
 // The intrinsics do not tell the compiler that a tile load reads memory.
 DIFUSORES_INLINE void settle_memory() { asm volatile("" ::: "memory"); }
 
-// Of the operands of c += a b: a's tiles of 16 rows by 32 bf16, b's of 16 pairs of rows by 16 columns.
+// Of the operands of c += a b: a's tiles of 16 rows by 32 bf16, b's of 16 pairs of rows by 16 columns, c's of 16 rows
+// by 16 fp32, 64 bytes.
 struct TileProduct {
     const char* a;
     int64_t a_row, a_tile, a_step;  // bytes from row to row, from one tile of rows to the next, from one step in depth
     const char* b;                  // [depth / 2, columns] of pairs
+    int64_t b_row, b_tile;          // bytes from row to row, from one tile of columns to the next
     char* c;                        // [rows, columns] of fp32
-    int64_t row;                    // bytes from row to row of b and c
+    int64_t c_row;                  // bytes from row to row
     int64_t depth;                  // in steps of 32
 };
 
 // kDown x kAcross tiles of c, at most 2 x 2.
 template <int kDown, int kAcross>
 void tile_product(const TileProduct& p, bool accumulate) {
-    char* const c1 = p.c + 16 * p.row;
+    char* const c1 = p.c + 16 * p.c_row;
     if (accumulate) {
-        _tile_loadd(0, p.c, p.row);
-        if constexpr (kAcross == 2) _tile_loadd(1, p.c + 64, p.row);
-        if constexpr (kDown == 2) _tile_loadd(2, c1, p.row);
-        if constexpr (kDown == 2 && kAcross == 2) _tile_loadd(3, c1 + 64, p.row);
+        _tile_loadd(0, p.c, p.c_row);
+        if constexpr (kAcross == 2) _tile_loadd(1, p.c + 64, p.c_row);
+        if constexpr (kDown == 2) _tile_loadd(2, c1, p.c_row);
+        if constexpr (kDown == 2 && kAcross == 2) _tile_loadd(3, c1 + 64, p.c_row);
     } else {
         _tile_zero(0);
         if constexpr (kAcross == 2) _tile_zero(1);
@@ -58,12 +60,12 @@ void tile_product(const TileProduct& p, bool accumulate) {
         if constexpr (kDown == 2 && kAcross == 2) _tile_zero(3);
     }
     const char *a = p.a, *b = p.b;
-    for (int64_t step = 0; step < p.depth; ++step, a += p.a_step, b += 16 * p.row) {
+    for (int64_t step = 0; step < p.depth; ++step, a += p.a_step, b += 16 * p.b_row) {
         _tile_loadd(4, a, p.a_row);
-        _tile_loadd(6, b, p.row);
+        _tile_loadd(6, b, p.b_row);
         _tile_dpbf16ps(0, 4, 6);
         if constexpr (kAcross == 2) {
-            _tile_loadd(7, b + 64, p.row);
+            _tile_loadd(7, b + p.b_tile, p.b_row);
             _tile_dpbf16ps(1, 4, 7);
         }
         if constexpr (kDown == 2) {
@@ -72,19 +74,19 @@ void tile_product(const TileProduct& p, bool accumulate) {
             if constexpr (kAcross == 2) _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_stored(0, p.c, p.row);
-    if constexpr (kAcross == 2) _tile_stored(1, p.c + 64, p.row);
-    if constexpr (kDown == 2) _tile_stored(2, c1, p.row);
-    if constexpr (kDown == 2 && kAcross == 2) _tile_stored(3, c1 + 64, p.row);
+    _tile_stored(0, p.c, p.c_row);
+    if constexpr (kAcross == 2) _tile_stored(1, p.c + 64, p.c_row);
+    if constexpr (kDown == 2) _tile_stored(2, c1, p.c_row);
+    if constexpr (kDown == 2 && kAcross == 2) _tile_stored(3, c1 + 64, p.c_row);
 }
 
 // c (+)= a b: `down` by kAcross tiles.
 template <int kAcross>
 void tiled_product(TileProduct p, int64_t down, bool accumulate) {
     settle_memory();
-    for (int64_t i = 0; i < down; i += 2, p.a += 2 * p.a_tile, p.c += 32 * p.row) {
+    for (int64_t i = 0; i < down; i += 2, p.a += 2 * p.a_tile, p.c += 32 * p.c_row) {
         TileProduct q = p;
-        for (int j = 0; j < kAcross; j += 2, q.b += 128, q.c += 128) {
+        for (int j = 0; j < kAcross; j += 2, q.b += 2 * q.b_tile, q.c += 128) {
             if (down - i >= 2 && kAcross - j >= 2) tile_product<2, 2>(q, accumulate);
             else if (down - i >= 2) tile_product<2, 1>(q, accumulate);
             else if (kAcross - j >= 2) tile_product<1, 2>(q, accumulate);

@@ -47,75 +47,99 @@ void pack(const AttentionArgs& a, int64_t task) {
     widen<D>(a.v, v, first, last, a.dv, to + p.k_size);
 }
 
-// Where the rows of scratch lie, each kQueries floats: transposed queries, scores, weights in pairs, out^T.
+// A thread's scratch in rows of kQueries floats: for each block of queries of a group its queries, transposed, out^T,
+// maxima and sums; then what the blocks use in turn, scores and weights in pairs.
 struct Scratch {
-    int64_t scores, pairs, out, sums, rows;
+    int64_t out, sums, rows;  // of a block of queries
+    int64_t keys, shared;     // of a block of keys
+    int64_t tasks;            // of a group: it reads a block of keys from beyond L2 once
     template <bool kPairs>
     static DIFUSORES_INLINE Scratch of(const AttentionArgs& a) {
         Scratch s{};
-        s.scores = kPairs ? round_up(a.d, kChunk) / 2 : a.d;
-        s.pairs = s.scores + kAttentionKeys;
-        s.out = s.pairs + (kPairs ? kAttentionKeys / 2 : 0);
+        s.out = kPairs ? round_up(a.d, kChunk) / 2 : a.d;
         s.sums = s.out + round_up(a.dv, kWidth);
         s.rows = s.sums + 2;
+        s.keys = kPairs ? keys_of_pairs(a.dv) : kKeysOfFloats;
+        s.shared = s.keys + (kPairs ? s.keys / 2 : 0);
+        s.tasks = a.d + a.dv > kWideHeads ? kGroup : 1;
         return s;
     }
+    DIFUSORES_INLINE int64_t blocks() const { return tasks * (kAttentionQueries / kQueries); }
+    DIFUSORES_INLINE int64_t bytes() const { return (blocks() * rows + shared) * kQueries * 4; }
 };
 
-// V vectors of queries from query l on.
-template <DType D, int V>
-void attend(const AttentionArgs& a, const Place& place, int64_t l, int64_t queries, float* scratch) {
-    constexpr bool kPairs = kInPairs<D>, kShort = D == DType::bf16;
-    const Scratch rows = Scratch::of<kPairs>(a);
-    float* const scores = scratch + rows.scores * kQueries;
+// Queries [l, l + count) of a head, at most kQueries.
+struct Block {
+    int64_t l, count;
+    float* queries;
+    State state;
+};
+
+template <DType D>
+Block begin(const AttentionArgs& a, const Place& place, const Scratch& rows, int64_t l, int64_t count, float* to) {
     const float scale = a.scale == 0.0f ? 0.0f : __builtin_fabsf(a.scale);
     const bool scaled = a.mask.ptr && !a.mask_is_bool;  // together with the mask
-    const float c = (scaled ? 1.0f : scale) * kLog2E, low = -125.0f / c;
-    const State state{scratch + rows.sums * kQueries, scratch + (rows.sums + 1) * kQueries,
-                      scratch + rows.out * kQueries, c, low < kLowest ? kLowest : low};
-    for (int64_t i = rows.out * kQueries; i < rows.rows * kQueries; ++i) scratch[i] = 0.0f;
-    for (int64_t i = a.d / (kPairs ? 2 : 1) * kQueries; i < rows.scores * kQueries; ++i) scratch[i] = 0.0f;
-    for (int k = 0; k < kQueries; ++k) state.max[k] = kLowest;
+    const float c = (scaled ? 1.0f : scale) * kLog2E, low = -125.0f / c, reach = kReach / c;
+    float *const max = to + rows.sums * kQueries, *const out = to + rows.out * kQueries;
+    const State state{max, max + kQueries, out, c, low < kLowest ? kLowest : low, reach > kFar ? kFar : reach};
+    for (int k = 0; k < kQueries; ++k) state.max[k] = kLowest, state.sum[k] = 0.0f;
+    for (float* f = out; a.s == 0 && f < max; ++f) *f = 0.0f;
     const void* q = at<D>(head<D>(a.q, place), l * a.q.stride[2]);
-    take_queries<D, kPairs>(a.q, q, queries, a.d, a.scale < 0.0f, scratch);
-    const int64_t mask = place.b * a.mask.stride[0] + place.h * a.mask.stride[1] + l * a.mask.stride[2];
+    take_queries<D, kInPairs<D>>(a.q, q, count, a.d, a.scale < 0.0f, to);
+    return {l, count, to, state};
+}
+
+// A block of queries, V vectors of them, meets keys [first, first + keys).
+template <DType D, int V>
+void attend(const AttentionArgs& a, const Place& place, const Block& block, int64_t first, int64_t keys,
+            float* scores) {
+    constexpr bool kPairs = kInPairs<D>, kShort = D == DType::bf16;
     const Packed p = packed<kPairs>(a);
     const int64_t index = (place.b * a.h + place.h) * (p.k_size + p.v_size);
-    const auto finish_scores = [&](int64_t first, int64_t keys) __attribute__((always_inline)) {
-        if (a.mask.ptr) apply_mask(a, mask + first * a.mask.stride[3], queries, keys, scale, scores);
-        move_maxima<V, kShort>(state, scores, keys, a.dv);
+    const State& state = block.state;
+    const auto finish_scores = [&]() __attribute__((always_inline)) {
+        if (a.mask.ptr) {
+            const int64_t mask = place.b * a.mask.stride[0] + place.h * a.mask.stride[1] +
+                                 block.l * a.mask.stride[2] + first * a.mask.stride[3];
+            const float scale = a.scale == 0.0f ? 0.0f : __builtin_fabsf(a.scale);
+            apply_mask(a, mask, block.count, keys, scale, scores);
+        }
+        move_maxima<V>(state, scores, keys, a.dv, first == 0);
     };
 #if defined(__AVX512BF16__)
     if constexpr (kPairs) {
-        float* const pairs = scratch + rows.pairs * kQueries;
-        const uint16_t* k = static_cast<const uint16_t*>(a.packed) + index;
-        const uint16_t* v = k + p.k_size;
-        for (int64_t first = 0; first < a.s; first += Pairs::kKeys) {
-            const int64_t keys = least(Pairs::kKeys, a.s - first), chunks = round_up(keys, kChunk) / kChunk;
+        float* const pairs = scores + keys_of_pairs(a.dv) * kQueries;
+        const uint16_t *k = static_cast<const uint16_t*>(a.packed) + index, *v = k + p.k_size;
+        const int64_t chunks = round_up(keys, kChunk) / kChunk;
 #if defined(__AMX_BF16__)
-            constexpr int64_t kLine = kQueries * 4;
-            const char* rows_of_k = reinterpret_cast<const char*>(k + first * p.d);
-            const char* rows_of_v = reinterpret_cast<const char*>(v + first * p.dv);
-            tiled_product<V>({rows_of_k, 2 * p.d, 32 * p.d, 64, reinterpret_cast<const char*>(scratch),
-                              reinterpret_cast<char*>(scores), kLine, p.d / 32},
-                             2 * chunks, false);
-            finish_scores(first, keys);
-            exponentials_in_pairs<V, kShort>(state, scores, pairs, keys);
-            tiled_product<V>({rows_of_v, 64, 1024, p.dv * 64, reinterpret_cast<const char*>(pairs),
-                              reinterpret_cast<char*>(state.out), kLine, chunks},
-                             p.dv / 16, true);
-#else
-            const auto* rows_of_k = reinterpret_cast<const uint32_t*>(k + first * p.d);
-            product<Pairs, V>({rows_of_k, p.d / 2, 1}, scratch, scores, keys, (a.d + 1) / 2, false);
-            finish_scores(first, keys);
-            exponentials_in_pairs<V, kShort>(state, scores, pairs, keys);
-            for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-                const auto* rows_of_v = reinterpret_cast<const uint32_t*>(v + (first + chunk * kChunk) * p.dv);
-                product<Pairs, V>({rows_of_v, kChunk / 2, 1}, pairs + chunk * kChunk / 2 * kQueries, state.out, a.dv,
-                                  kChunk / 2, true);
-            }
+#ifndef STEPS
+#define STEPS 8
 #endif
+        constexpr int64_t kLine = kQueries * 4, kTile = 1024, kSteps = STEPS;
+        const int64_t steps = p.d / kChunk;
+        const char *const tiles_of_k = reinterpret_cast<const char*>(k + first * p.d),
+                          *const tiles_of_v = reinterpret_cast<const char*>(v + first * p.dv);
+        for (int64_t step = 0; step < steps; step += kSteps)
+            tiled_product<V>({tiles_of_k + step * kTile, 64, steps * kTile, kTile,
+                              reinterpret_cast<const char*>(block.queries) + step * kTile, 64, steps * kTile,
+                              reinterpret_cast<char*>(scores), kLine, least(kSteps, steps - step)},
+                             2 * chunks, step > 0);
+        finish_scores();
+        exponentials_in_pairs<V, kShort>(state, scores, pairs, keys);
+        tiled_product<V>({tiles_of_v, 64, kTile, p.dv * 64, reinterpret_cast<const char*>(pairs), kLine, 64,
+                          reinterpret_cast<char*>(state.out), kLine, chunks},
+                         p.dv / 16, first > 0);
+#else
+        const auto* rows_of_k = reinterpret_cast<const uint32_t*>(k + first * p.d);
+        product<Pairs, V>({rows_of_k, p.d / 2, 1}, block.queries, scores, keys, (a.d + 1) / 2, false);
+        finish_scores();
+        exponentials_in_pairs<V, kShort>(state, scores, pairs, keys);
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            const auto* rows_of_v = reinterpret_cast<const uint32_t*>(v + (first + chunk * kChunk) * p.dv);
+            product<Pairs, V>({rows_of_v, kChunk / 2, 1}, pairs + chunk * kChunk / 2 * kQueries, state.out, a.dv,
+                              kChunk / 2, first + chunk > 0);
         }
+#endif
     } else
 #endif
     {
@@ -127,30 +151,51 @@ void attend(const AttentionArgs& a, const Place& place, int64_t l, int64_t queri
             const float* all = static_cast<const float*>(a.packed) + index;
             k = {all, a.d, 1}, v = {all + p.k_size, 1, a.dv};
         }
-        for (int64_t first = 0; first < a.s; first += Floats::kKeys) {
-            const int64_t keys = least(Floats::kKeys, a.s - first);
-            product<Floats, V>({k.ptr + first * k.row, k.row, k.step}, scratch, scores, keys, a.d, false);
-            finish_scores(first, keys);
-            exponentials<V, kShort>(state, scores, keys);
-            product<Floats, V>({v.ptr + first * v.step, v.row, v.step}, scores, state.out, a.dv, keys, true);
+        product<Floats, V>({k.ptr + first * k.row, k.row, k.step}, block.queries, scores, keys, a.d, false);
+        finish_scores();
+        exponentials<V, kShort>(state, scores, keys);
+        product<Floats, V>({v.ptr + first * v.step, v.row, v.step}, scores, state.out, a.dv, keys, first > 0);
+    }
+}
+
+// `tasks` tasks of one head.
+template <DType D>
+void attend_group(const AttentionArgs& a, int64_t task, int64_t tasks, const Scratch& rows, float* scratch) {
+    const Place place(a, task, (a.l + kAttentionQueries - 1) / kAttentionQueries);
+    const int64_t begins = place.rest * kAttentionQueries, end = least(a.l, begins + tasks * kAttentionQueries);
+    Block blocks[kGroup * (kAttentionQueries / kQueries)];
+    int64_t count = 0;
+    for (int64_t l = begins; l < end; l += kQueries, ++count)
+        blocks[count] =
+            begin<D>(a, place, rows, l, least(kQueries, end - l), scratch + count * rows.rows * kQueries);
+    float* const scores = scratch + rows.blocks() * rows.rows * kQueries;
+    for (int64_t first = 0; first < a.s; first += rows.keys) {
+        const int64_t keys = least(rows.keys, a.s - first);
+        for (int64_t i = 0; i < count; ++i) {
+            const Block& block = blocks[i];
+            const int64_t vectors = (block.count + kWidth - 1) / kWidth;
+            if (vectors == 1) attend<D, 1>(a, place, block, first, keys, scores);
+            else if (vectors == 2) attend<D, 2>(a, place, block, first, keys, scores);
+            else if (kVecs == 4 && vectors == 3)
+                attend<D, kVecs == 4 ? 3 : 1>(a, place, block, first, keys, scores);
+            else attend<D, kVecs>(a, place, block, first, keys, scores);
         }
     }
-    void* out = static_cast<char*>(a.out) +
-                kBytes<D> * (place.b * a.out_stride[0] + place.h * a.out_stride[1] + l * a.out_stride[2]);
-    write<D>(state, out, a.out_stride[2], queries, a.dv);
+    for (int64_t i = 0; i < count; ++i) {
+        void* out = static_cast<char*>(a.out) + kBytes<D> * (place.b * a.out_stride[0] + place.h * a.out_stride[1] +
+                                                             blocks[i].l * a.out_stride[2]);
+        write<D>(blocks[i].state, out, a.out_stride[2], blocks[i].count, a.dv);
+    }
 }
 
 template <DType D>
-void attend_task(const AttentionArgs& a, int64_t task, float* scratch) {
-    const Place place(a, task, (a.l + kAttentionQueries - 1) / kAttentionQueries);
-    const int64_t end = least(a.l, (place.rest + 1) * kAttentionQueries);
-    for (int64_t l = place.rest * kAttentionQueries; l < end; l += kQueries) {
-        const int64_t queries = least(kQueries, end - l);
-        const int64_t vectors = (queries + kWidth - 1) / kWidth;
-        if (vectors == 1) attend<D, 1>(a, place, l, queries, scratch);
-        else if (vectors == 2) attend<D, 2>(a, place, l, queries, scratch);
-        else if (kVecs == 4 && vectors == 3) attend<D, kVecs == 4 ? 3 : 1>(a, place, l, queries, scratch);
-        else attend<D, kVecs>(a, place, l, queries, scratch);
+void attend_tasks(const AttentionArgs& a, int64_t begin, int64_t end, float* scratch) {
+    const Scratch rows = Scratch::of<kInPairs<D>>(a);
+    const int64_t of_head = (a.l + kAttentionQueries - 1) / kAttentionQueries;
+    while (begin < end) {
+        const int64_t tasks = least(least(rows.tasks, of_head - begin % of_head), end - begin);
+        attend_group<D>(a, begin, tasks, rows, scratch);
+        begin += tasks;
     }
 }
 
@@ -165,7 +210,7 @@ int64_t attention_packed_bytes(const AttentionArgs& a) {
 
 int64_t attention_scratch_bytes(const AttentionArgs& a) {
     const bool pairs = kInPairs<DType::bf16> && a.dtype == DType::bf16;
-    return (pairs ? Scratch::of<true>(a) : Scratch::of<false>(a)).rows * kQueries * 4;
+    return (pairs ? Scratch::of<true>(a) : Scratch::of<false>(a)).bytes();
 }
 
 void attention_pack(const AttentionArgs& a, int64_t begin, int64_t end) {
@@ -179,10 +224,9 @@ void attention(const AttentionArgs& a, void* scratch, int64_t begin, int64_t end
 #if defined(__AMX_BF16__)
     const Tiles tiles;
 #endif
-    for (int64_t task = begin; task < end; ++task)
-        if (a.dtype == DType::f32) attend_task<DType::f32>(a, task, floats);
-        else if (a.dtype == DType::bf16) attend_task<DType::bf16>(a, task, floats);
-        else attend_task<DType::f16>(a, task, floats);
+    if (a.dtype == DType::f32) attend_tasks<DType::f32>(a, begin, end, floats);
+    else if (a.dtype == DType::bf16) attend_tasks<DType::bf16>(a, begin, end, floats);
+    else attend_tasks<DType::f16>(a, begin, end, floats);
 }
 
 }  // namespace DIFUSORES_ISA_NAME

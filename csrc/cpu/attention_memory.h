@@ -55,10 +55,13 @@ DIFUSORES_INLINE f32v load_pairs(const void* p, int64_t stride, int count) {
 #endif
 
 // to[t][query] from rows of memory: `queries` rows of `columns` elements; the queries that are missing are zero.
-// In pairs, t counts two columns. The sign of the scale goes in here, so that the largest score is the largest weight.
+// In pairs, t counts two columns, padded with zeros to kChunk; for tiles the vectors of queries follow each other,
+// each with all t. The sign of the scale goes in here, so that the largest score is the largest weight.
 template <DType D, bool kPairs>
 void take_queries(const Heads& x, const void* from, int64_t queries, int64_t columns, bool negate, float* to) {
     constexpr int kTake = kPairs ? 2 * kWidth : kWidth;
+    const bool apart = kPairs && kTiles;
+    const int64_t line = apart ? kWidth : kQueries, vector = apart ? round_up(columns, kChunk) / 2 * kWidth : kWidth;
     const uint32_t sign = negate ? kPairs ? 0x80008000u : 0x80000000u : 0;
     for (int v = 0; v * kWidth < queries; ++v)
         for (int64_t d = 0; d < columns; d += kTake) {
@@ -73,10 +76,8 @@ void take_queries(const Heads& x, const void* from, int64_t queries, int64_t col
                     block[k] = load_apart<D>(row, x.stride[3], count);
             }
             transpose(block);
-            const int steps = kPairs ? (count + 1) / 2 : count;
-            for (int t = 0; t < steps; ++t)
-                store<DType::f32>(to, (d / (kPairs ? 2 : 1) + t) * kQueries + v * kWidth,
-                                  (f32v)((u32v)block[t] ^ sign));
+            for (int t = 0; t < (kPairs ? kWidth : count); ++t)
+                store<DType::f32>(to, (d / (kPairs ? 2 : 1) + t) * line + v * vector, (f32v)((u32v)block[t] ^ sign));
         }
 }
 
@@ -168,14 +169,15 @@ void widen(const Heads& x, const void* from, int64_t first, int64_t last, int64_
 }
 
 #if defined(__AVX512BF16__)
-// [keys][d], both padded with zeros
+// [keys][d], both padded with zeros; for tiles [keys / 16][d / kChunk][16][kChunk]
 void pad_keys(const AttentionArgs& a, const void* from, const Packed& p, int64_t first, int64_t last, uint16_t* to) {
     for (int64_t n = first; n < last; ++n)
         for (int64_t d = 0; d < p.d; d += kChunk) {
             const int count = static_cast<int>(least(kChunk, a.d - d));
             const void* row = at<DType::bf16>(from, n * a.k.stride[2] + d * a.k.stride[3]);
             const f32v v = n < a.s && count > 0 ? load_pairs(row, a.k.stride[3], count) : f32v{};
-            *reinterpret_cast<f32v_mem*>(to + n * p.d + d) = v;
+            const int64_t i = kTiles ? n / 16 * 16 * p.d + d * 16 + n % 16 * kChunk : n * p.d + d;
+            *reinterpret_cast<f32v_mem*>(to + i) = v;
         }
 }
 

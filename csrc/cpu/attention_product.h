@@ -10,7 +10,22 @@ namespace {
 constexpr int kVecs = kWidth == 16 ? 4 : 2;  // vectors of queries, and
 constexpr int kRows = 6;                     // rows of a product that stay in registers together
 constexpr int kQueries = kVecs * kWidth;     // queries that go through a task together
-constexpr int64_t kDepth = 128;              // depth of a product whose part of b stays in L1
+#ifndef DEPTH
+#define DEPTH 128
+#endif
+constexpr int64_t kDepth = DEPTH;              // depth of a product whose part of b stays in L1
+#ifndef WIDEV
+#define WIDEV 160
+#endif
+#ifndef WIDEH
+#define WIDEH 256
+#endif
+#ifndef GROUP
+#define GROUP 4
+#endif
+constexpr int64_t kWideValues = WIDEV;       // columns of v above which
+constexpr int64_t kWideHeads = WIDEH;       // columns of k and v together above which tasks go in groups,
+constexpr int64_t kGroup = GROUP;             // at most so many together
 constexpr float kLowest = -3.402823466e38f;
 constexpr float kLog2E = 1.44269504088896341f;
 
@@ -21,16 +36,12 @@ DIFUSORES_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct Floats {
     typedef float Element;
-    static constexpr int64_t kKeys = 96;  // keys of a block: their scores stay in L1
-    static constexpr int64_t kDeep = 1;   // elements of memory in one step of depth
     static DIFUSORES_INLINE void add(f32v& c, float a, f32v b) { c += splat(a) * b; }
 };
 
 #if defined(__AVX512BF16__)
 struct Pairs {
     typedef uint32_t Element;  // two bf16
-    static constexpr int64_t kKeys = 128;
-    static constexpr int64_t kDeep = 2;
     static DIFUSORES_INLINE void add(f32v& c, uint32_t a, f32v b) {
         c = (f32v)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
     }
@@ -42,7 +53,17 @@ template <DType D>
 constexpr bool kInPairs = false;
 #endif
 
+#if defined(__AMX_BF16__)
+constexpr bool kTiles = true;
+#else
+constexpr bool kTiles = false;
+#endif
+
 constexpr int64_t kChunk = 32;  // packed keys of v, and the unit to which packed k and v are padded
+
+// Keys of a block: their scores stay in L1; but in pairs, where a head is wide, the sums' way to L2 and back decides.
+constexpr int64_t kKeysOfFloats = 96;
+DIFUSORES_INLINE int64_t keys_of_pairs(int64_t dv) { return dv > kWideValues ? 256 : 128; }
 
 // --- c[row][query] (+)= sum_t a[row][t] b[t][query]; rows of b and c are kQueries long ---
 
@@ -87,8 +108,9 @@ void product_tail(const Rows<typename Dot::Element>& a, const float* b, float* c
 template <class Dot, int V>
 void product(const Rows<typename Dot::Element>& a, const float* b, float* c, int64_t rows, int64_t depth,
              bool accumulate) {
-    for (int64_t t = 0; t < depth; t += kDepth, accumulate = true) {
-        const int64_t deep = least(kDepth, depth - t);
+    const int64_t parts = (depth + kDepth - 1) / kDepth, part_depth = (depth + parts - 1) / parts;
+    for (int64_t t = 0; t < depth; t += part_depth, accumulate = true) {
+        const int64_t deep = least(part_depth, depth - t);
         Rows<typename Dot::Element> part{a.ptr + t * a.step, a.row, a.step};
         int64_t r = 0;
         for (; r + kRows <= rows; r += kRows, part.ptr += kRows * a.row)

@@ -6,9 +6,33 @@ namespace difusores {
 namespace DIFUSORES_ISA_NAME {
 namespace {
 
-// d[k] = 2^(d[k] c), 0 where d[k] < low = -125 / c; NaN stays. The exponent is taken apart as in exp_f32; `short`:
-// a polynomial of degree 3 (relative error 1.0e-4) for weights that are rounded to bf16, else 5 (1.1e-7). 2^0 is 1
-// exactly: what a query has summed must not change when another query's maximum moves.
+// d[k] = 2^(d[k] c), 0 where d[k] < low = -125 / c; NaN stays. `short`: a polynomial of degree 3 (relative error 1e-4)
+// for weights that are rounded to bf16, else 5 (1.4e-7). 2^0 is 1 exactly: what a query has summed must not change when
+// another query's maximum moves. With AVX-512 2^x is 2^(x - floor x) times 2^(floor x), an instruction each for the
+// difference and the product; else the exponent is taken apart as in exp_f32.
+#if defined(__AVX512F__)
+template <int kCount, bool kShort>
+DIFUSORES_INLINE void exp2_of(f32v (&d)[kCount], float c, float low) {
+    constexpr int kFloor = 9;  // round down, raise nothing
+    f32v x[kCount], r[kCount], p[kCount];
+    for (int k = 0; k < kCount; ++k) x[k] = d[k] * c;
+    for (int k = 0; k < kCount; ++k) r[k] = (f32v)_mm512_reduce_ps((__m512)x[k], kFloor);
+    if constexpr (kShort) {
+        for (int k = 0; k < kCount; ++k) p[k] = r[k] * 0.0770669878f + 0.227645054f;
+        for (int k = 0; k < kCount; ++k) p[k] = p[k] * r[k] + 0.695116758f;
+    } else {
+        for (int k = 0; k < kCount; ++k) p[k] = r[k] * 0.00186713168f + 0.00901702698f;
+        for (int k = 0; k < kCount; ++k) p[k] = p[k] * r[k] + 0.0557999164f;
+        for (int k = 0; k < kCount; ++k) p[k] = p[k] * r[k] + 0.240164444f;
+        for (int k = 0; k < kCount; ++k) p[k] = p[k] * r[k] + 0.693151295f;
+    }
+    for (int k = 0; k < kCount; ++k) p[k] = p[k] * r[k] + 1.0f;
+    for (int k = 0; k < kCount; ++k) {
+        const __mmask16 counts = _mm512_cmp_ps_mask((__m512)d[k], _mm512_set1_ps(low), _CMP_NLT_UQ);
+        d[k] = (f32v)_mm512_maskz_scalef_ps(counts, (__m512)p[k], (__m512)x[k]);
+    }
+}
+#else
 template <int kCount, bool kShort>
 DIFUSORES_INLINE void exp2_of(f32v (&d)[kCount], float c, float low) {
     constexpr float kMagic = 12582912.0f;
@@ -31,28 +55,37 @@ DIFUSORES_INLINE void exp2_of(f32v (&d)[kCount], float c, float low) {
         d[k] = (f32v)((d[k] < low) ? i32v{} : bits);
     }
 }
+#endif
 
-// What a task carries from block to block of keys.
+// What a block of queries carries from block to block of keys.
 struct State {
-    float *max, *sum;  // [kQueries]
-    float* out;        // [Dv rounded up to kWidth, kQueries]
-    float c, low;      // exponents are c (score - max)
+    float *max, *sum;     // [kQueries]
+    float* out;           // [Dv rounded up to kWidth, kQueries]
+    float c, low, reach;  // exponents are c (score - max)
 };
 
-// The new maxima of the block's scores; where one moved, what was summed so far is brought to it.
-template <int V, bool kShort>
-void move_maxima(const State& state, const float* scores, int64_t keys, int64_t dv) {
+// A query's weights are relative to 2^(c max), and max moves only to a score above max + reach, an exponent of kReach:
+// so hardly ever after the first block. What was summed so far is then brought to it.
+constexpr float kReach = 8.0f, kFar = 1e30f;
+
+template <int V>
+void move_maxima(const State& state, const float* scores, int64_t keys, int64_t dv, bool first) {
     f32v max[V], old[V];
-    for (int v = 0; v < V; ++v) max[v] = old[v] = load<DType::f32>(state.max, v * kWidth);
+    for (int v = 0; v < V; ++v) max[v] = splat(kLowest);
     for (int64_t n = 0; n < keys; ++n)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) max[v] = larger(max[v], load<DType::f32>(scores, n * kQueries + v * kWidth));
-    bool moved = false;
+    i32v any = {};
     for (int v = 0; v < V; ++v) {
+        old[v] = load<DType::f32>(state.max, v * kWidth);
+        const i32v moves = max[v] > (first ? old[v] : old[v] + state.reach);
+        max[v] = moves ? max[v] : old[v];
         store<DType::f32>(state.max, v * kWidth, max[v]);
-        const i32v same = max[v] == old[v];
-        for (int k = 0; k < kWidth; ++k) moved |= !same[k];
+        any |= moves;
     }
+    if (first) return;
+    int moved = 0;
+    for (int k = 0; k < kWidth; ++k) moved |= any[k];
     if (!moved) return;
     for (int v = 0; v < V; ++v) old[v] -= max[v];
     exp2_of<V, false>(old, state.c, state.low);

@@ -29,6 +29,22 @@ inline __m512i mask_add_epi32(__m512i otherwise, __mmask16 mask, __m512i a, __m5
         if (mask >> k & 1) out[k] = static_cast<int>(static_cast<unsigned>(((i32x16)a)[k]) + ((i32x16)b)[k]);
     return (__m512i)out;
 }
+inline __mmask16 not_less(__m512 a, __m512 b) { return mask_of(~((f32x16)a < (f32x16)b)); }
+inline __mmask16 compare(__m512 a, __m512 b, int predicate) {  // these two are in use
+    return predicate == _CMP_ORD_Q ? ordered(a, b) : not_less(a, b);
+}
+// a - floor(a), 0 for infinity: vreduceps as exp2_of asks for it
+inline __m512 reduce_ps(__m512 a, int) {
+    f32x16 out = (f32x16)a;
+    for (int k = 0; k < 16; ++k) out[k] = __builtin_isinf(out[k]) ? 0.0f : out[k] - __builtin_floorf(out[k]);
+    return (__m512)out;
+}
+inline __m512 maskz_scalef_ps(__mmask16 mask, __m512 a, __m512 b) {
+    f32x16 out{};
+    for (int k = 0; k < 16; ++k)
+        if (mask >> k & 1) out[k] = ((f32x16)a)[k] * __builtin_exp2f(__builtin_floorf(((f32x16)b)[k]));
+    return (__m512)out;
+}
 inline __m512i set1_epi32(int a) { return (__m512i)(a - i32x16{}); }
 inline __m512i permutex2var_epi16(__m512i a, __m512i index, __m512i b) {
     unsigned short words[64], where[32], out[32];
@@ -75,6 +91,8 @@ inline __m256i cvtps_ph(__m512 v) {
 
 #undef _mm512_cvtps_ph
 #undef _mm512_cmp_ps_mask
+#undef _mm512_reduce_ps
+#undef _mm512_maskz_scalef_ps
 #define _mm512_max_ps emulation::max_ps
 #define _mm512_min_ps emulation::min_ps
 #define _mm512_set1_ps emulation::set1_ps
@@ -82,7 +100,9 @@ inline __m256i cvtps_ph(__m512 v) {
 #define _mm512_cvtepi32_epi16 emulation::cvtepi32_epi16
 #define _mm512_cvtph_ps emulation::cvtph_ps
 #define _mm512_cvtps_ph(v, rounding) emulation::cvtps_ph(v)
-#define _mm512_cmp_ps_mask(a, b, predicate) emulation::ordered(a, b)  // _CMP_ORD_Q is the only one in use
+#define _mm512_cmp_ps_mask emulation::compare
+#define _mm512_reduce_ps emulation::reduce_ps
+#define _mm512_maskz_scalef_ps emulation::maskz_scalef_ps
 #define _mm512_mask_test_epi32_mask emulation::mask_test_epi32
 #define _mm512_mask_add_epi32 emulation::mask_add_epi32
 #define _mm512_set1_epi32 emulation::set1_epi32
