@@ -80,12 +80,13 @@ void tile_product(const TileProduct& p, bool accumulate) {
     if constexpr (kDown == 2 && kAcross == 2) _tile_stored(3, c1 + 64, p.c_row);
 }
 
-// c (+)= a b: `down` by kAcross tiles.
-template <int kAcross>
-void tiled_product(TileProduct p, int64_t down, bool accumulate) {
+// c (+)= a b: `down` by kAcross tiles. `meanwhile` is called for every two of them down.
+template <int kAcross, class F>
+void tiled_product(TileProduct p, int64_t down, bool accumulate, const F& meanwhile) {
     settle_memory();
     for (int64_t i = 0; i < down; i += 2, p.a += 2 * p.a_tile, p.c += 32 * p.c_row) {
         TileProduct q = p;
+        meanwhile();
         for (int j = 0; j < kAcross; j += 2, q.b += 2 * q.b_tile, q.c += 128) {
             if (down - i >= 2 && kAcross - j >= 2) tile_product<2, 2>(q, accumulate);
             else if (down - i >= 2) tile_product<2, 1>(q, accumulate);

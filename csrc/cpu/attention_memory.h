@@ -6,6 +6,22 @@ namespace difusores {
 namespace DIFUSORES_ISA_NAME {
 namespace {
 
+template <DType D>
+DIFUSORES_INLINE const char* at(const void* p, int64_t i) {
+    return static_cast<const char*>(p) + i * kBytes<D>;
+}
+
+// Of a task: image, head, and which of the head's `per_head` tasks it is.
+struct Place {
+    int64_t b, h, rest;
+    Place(const AttentionArgs& a, int64_t task, int64_t per_head)
+        : b(task / per_head / a.h), h(task / per_head % a.h), rest(task % per_head) {}
+};
+template <DType D>
+DIFUSORES_INLINE const char* head(const Heads& x, const Place& p) {
+    return at<D>(x.ptr, p.b * x.stride[0] + p.h * x.stride[1]);
+}
+
 // --- [row][query], a row of scratch for each column of memory ---
 
 // v[i][j] becomes v[j][i]: pairs of vectors kHalf apart exchange their lanes kHalf apart, for 1, 2, 4 …
@@ -25,11 +41,6 @@ DIFUSORES_INLINE void transpose(f32v (&v)[kWidth]) {
         v[i + kHalf] = __builtin_shuffle(a, b, high);
     }
     if constexpr (2 * kHalf < kWidth) transpose<2 * kHalf>(v);
-}
-
-template <DType D>
-DIFUSORES_INLINE const char* at(const void* p, int64_t i) {
-    return static_cast<const char*>(p) + i * kBytes<D>;
 }
 
 // `count` <= kWidth elements, `stride` apart; the other lanes are zero.
@@ -181,10 +192,13 @@ void pad_keys(const AttentionArgs& a, const void* from, const Packed& p, int64_t
         }
 }
 
-// [keys / kChunk][dv][kChunk], both padded with zeros
+// [keys / kChunk][dv][kChunk], both padded with zeros; for tiles, of each block of keys, [dv / 16][keys /
+// kChunk][16][kChunk]
 void transpose_values(const AttentionArgs& a, const void* from, const Packed& p, int64_t first, int64_t last,
                       uint16_t* to) {
-    for (int64_t n = first; n < last; n += kChunk)
+    const int64_t keys = keys_of_pairs(a.dv);
+    for (int64_t n = first; n < last; n += kChunk) {
+        const int64_t block_begin = n / keys * keys, block_keys = least(keys, p.keys - block_begin);
         for (int64_t d = 0; d < p.dv; d += kWidth) {
             const int count = static_cast<int>(least(kWidth, a.dv - d));
             f32v block[kWidth];
@@ -199,11 +213,35 @@ void transpose_values(const AttentionArgs& a, const void* from, const Packed& p,
                 block[k] = (f32v)(bits[0] >> 16 | bits[1]);
             }
             transpose(block);
-            for (int k = 0; k < kWidth; ++k)
-                *reinterpret_cast<f32v_mem*>(to + (n / kChunk * p.dv + d + k) * kChunk) = block[k];
+            const int64_t i =
+                kTiles ? block_begin * p.dv + d * block_keys + (n - block_begin) * kWidth : n * p.dv + d * kChunk;
+            for (int k = 0; k < kWidth; ++k) *reinterpret_cast<f32v_mem*>(to + i + k * kChunk) = block[k];
         }
+    }
 }
 #endif
+
+// --- what comes next, brought nearer ---
+
+template <DType D>
+void ask_for_rows(const Heads& x, const Place& place, int64_t first, int64_t count, int64_t columns, Ahead& ahead) {
+    if (x.stride[3] == 1)
+        ahead.add(at<D>(head<D>(x, place), first * x.stride[2]), kBytes<D> * x.stride[2], kBytes<D> * columns, count);
+}
+
+// Keys [first, first + count). Packed pairs need no asking: the processor sees itself what comes next.
+template <DType D>
+void ask_for_keys(const AttentionArgs& a, const Place& place, int64_t first, int64_t count, Ahead& ahead) {
+    if constexpr (D == DType::f32) {
+        ask_for_rows<D>(a.v, place, first, count, a.dv, ahead);
+        ask_for_rows<D>(a.k, place, first, count, a.d, ahead);
+    } else if constexpr (!kInPairs<D>) {
+        const Packed p = packed<false>(a);
+        const float* k = static_cast<const float*>(a.packed) + (place.b * a.h + place.h) * (p.k_size + p.v_size);
+        ahead.add(k + p.k_size + first * a.dv, 4 * a.dv, 4 * a.dv, count);
+        ahead.add(k + first * a.d, 4 * a.d, 4 * a.d, count);
+    }
+}
 
 }  // namespace
 }  // namespace DIFUSORES_ISA_NAME

@@ -10,25 +10,11 @@ namespace {
 constexpr int kVecs = kWidth == 16 ? 4 : 2;  // vectors of queries, and
 constexpr int kRows = 6;                     // rows of a product that stay in registers together
 constexpr int kQueries = kVecs * kWidth;     // queries that go through a task together
-#ifndef DEPTH
-#define DEPTH 128
-#endif
-constexpr int64_t kDepth = DEPTH;              // depth of a product whose part of b stays in L1
-#ifndef WIDEV
-#define WIDEV 160
-#endif
-#ifndef WIDEH
-#define WIDEH 256
-#endif
-#ifndef GROUP
-#define GROUP 4
-#endif
-constexpr int64_t kWideValues = WIDEV;       // columns of v above which
-constexpr int64_t kWideHeads = WIDEH;       // columns of k and v together above which tasks go in groups,
-constexpr int64_t kGroup = GROUP;             // at most so many together
+constexpr int64_t kDepth = 128;              // depth of a product whose part of b stays in L1
 constexpr float kLowest = -3.402823466e38f;
 constexpr float kLog2E = 1.44269504088896341f;
 
+DIFUSORES_INLINE int64_t parts_of(int64_t depth) { return (depth + kDepth - 1) / kDepth; }
 DIFUSORES_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 DIFUSORES_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -63,7 +49,37 @@ constexpr int64_t kChunk = 32;  // packed keys of v, and the unit to which packe
 
 // Keys of a block: their scores stay in L1; but in pairs, where a head is wide, the sums' way to L2 and back decides.
 constexpr int64_t kKeysOfFloats = 96;
-DIFUSORES_INLINE int64_t keys_of_pairs(int64_t dv) { return dv > kWideValues ? 256 : 128; }
+DIFUSORES_INLINE int64_t keys_of_pairs(int64_t dv) { return dv > 160 ? 256 : 128; }
+
+// --- what comes next, brought nearer meanwhile ---
+
+// Rows of memory that will be read or written. A product asks for some lines of them at each of its tiles: the
+// multiply-adds leave time for it, while a line from beyond L2 costs more than a tile can look ahead.
+struct Ahead {
+    struct Region {
+        const char* row;
+        int64_t stride, bytes, rows;  // from row to row, and of a row
+    } regions[4];
+    int count = 0;
+    int64_t column = 0, lines = 0, step = 0;  // where in the row; in all; at each call of ask
+
+    DIFUSORES_INLINE void add(const void* row, int64_t stride, int64_t bytes, int64_t rows) {
+        if (rows <= 0) return;
+        regions[count++] = {static_cast<const char*>(row), stride, bytes, rows};
+        lines += rows * ((bytes + 63) / 64);
+    }
+    DIFUSORES_INLINE void spread(int64_t calls) { step = (lines + calls - 1) / calls; }
+    DIFUSORES_INLINE void ask() {
+        for (int64_t k = step; k > 0 && count > 0; --k) {
+            Region& r = regions[count - 1];
+            __builtin_prefetch(r.row + column, 0, 2);
+            column += 64;
+            if (column < r.bytes) continue;
+            column = 0, r.row += r.stride;
+            if (--r.rows == 0) --count;
+        }
+    }
+};
 
 // --- c[row][query] (+)= sum_t a[row][t] b[t][query]; rows of b and c are kQueries long ---
 
@@ -107,14 +123,16 @@ void product_tail(const Rows<typename Dot::Element>& a, const float* b, float* c
 
 template <class Dot, int V>
 void product(const Rows<typename Dot::Element>& a, const float* b, float* c, int64_t rows, int64_t depth,
-             bool accumulate) {
-    const int64_t parts = (depth + kDepth - 1) / kDepth, part_depth = (depth + parts - 1) / parts;
+             bool accumulate, Ahead& ahead) {
+    const int64_t parts = parts_of(depth), part_depth = (depth + parts - 1) / parts;
     for (int64_t t = 0; t < depth; t += part_depth, accumulate = true) {
         const int64_t deep = least(part_depth, depth - t);
         Rows<typename Dot::Element> part{a.ptr + t * a.step, a.row, a.step};
         int64_t r = 0;
-        for (; r + kRows <= rows; r += kRows, part.ptr += kRows * a.row)
+        for (; r + kRows <= rows; r += kRows, part.ptr += kRows * a.row) {
+            ahead.ask();
             product_tile<Dot, kRows, V>(part, b + t * kQueries, c + r * kQueries, deep, accumulate);
+        }
         if (r < rows) product_tail<Dot, kRows, V>(part, b + t * kQueries, c + r * kQueries, rows - r, deep, accumulate);
     }
 }
