@@ -7,8 +7,9 @@
 //
 // Elements are fp32, or where the processor has products of bf16, pairs of bf16 along the depth (two d, or two keys):
 // then k is padded and v transposed once per call, for all queries. Other half-precision k and v are widened once.
-// FLOPs: 2 L S (D + Dv) per head in the products, about 14 vector operations per kWidth scores in the softmax.
-// Memory beside the tensors: k and v again (not for fp32), and kKeys + D + Dv rows of kQueries floats per thread.
+// FLOPs: 2 L S (D + Dv) per head in the products, about 12 vector operations per kWidth scores in the softmax.
+// Memory beside the tensors: k and v again (not for fp32), and per thread kQueries floats for each key of a block (half
+// as many again for pairs), and for each of D + Dv in each block of queries of a group (D / 2 for pairs).
 #include "attention_memory.h"
 #if defined(__AMX_BF16__)
 #include "amx.h"

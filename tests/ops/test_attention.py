@@ -24,7 +24,8 @@ from difusores.ops.attention import _backward, reference, supports
 
 OP = "attention"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# B, H, L, S, D, Dv: sizes of 1, odd ones, around the kernel's blocks of queries (64) and keys (96, 128, 256)
+# B, H, L, S, D, Dv: sizes of 1, odd ones, around the kernel's blocks of queries (64) and keys (96, 128, 256);
+# k and v of more than a megabyte, which blocks of queries share
 CASES = [
     (2, 3, 16, 16, 8, 8),
     (1, 8, 33, 77, 40, 40),
@@ -39,6 +40,7 @@ CASES = [
     (1, 2, 100, 4096, 40, 40),
     (1, 1, 130, 97, 80, 80),
     (1, 2, 40, 200, 96, 128),
+    (1, 1, 70, 520, 512, 512),
 ]
 
 
@@ -182,6 +184,21 @@ def test_scale(backend: str, scale: float, check: Any) -> None:
             wide = m.double() if m is mask else m
             oracle = reference(q.double(), k.double(), v.double(), wide, scale)
             check(got, reference(q, k, v, m, scale), oracle)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rise", [0.1, 2.0], ids=["within reach", "beyond"])
+def test_scores_that_rise_from_block_to_block(
+    backend: str, rise: float, dtype: torch.dtype, check: Any
+) -> None:
+    """What is summed is brought to a new maximum only where that is far away; in half of the queries here."""
+    q, k, v = heads(1, 2, 70, 24, dtype), heads(1, 2, 600, 24, dtype), heads(1, 2, 600, 24, dtype)
+    q[..., 0], k[..., 0] = 4.0, rise * torch.linspace(-40, 40, 600)
+    q[:, :, ::2, 0] = 0.0
+    got = compare(backend, check, q, k, v, None)
+    if backend == "cpu":
+        with ops.use_backend("cpu"):
+            assert torch.equal(ops.attention(q[:, :, 5:8], k, v), got[:, :, 5:8])
 
 
 def strided(x: Tensor, how: str) -> Tensor:
