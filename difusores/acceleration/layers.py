@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from difusores import native
 from difusores.acceleration.quantized import Quantized
 from difusores.acceleration.session import DTYPES, GPU_DTYPES, Forward, Packed, Session, hooked
 from difusores.models.layers import GroupNormAct
 from difusores.ops import gemm_conv, group_norm_affine, group_norm_silu, winograd_conv
-from difusores.ops.gemm_conv import multiplies_pairs, packed_numbers
+from difusores.ops.gemm_conv import LANES, multiplies_pairs, packed_numbers
 from difusores.ops.gemm_conv import pack_weight as pack_for_gemm
 from difusores.ops.winograd_conv import LayerPlan, pack_weight, plan
 
@@ -77,9 +78,12 @@ class LayerForward(Forward):
 
 
 class LinearForward(LayerForward):
-    """A linear layer in the session's dtype, by oneDNN with packed weights where that is faster."""
+    """A linear layer in the session's dtype, by the package's own product or oneDNN where that is faster."""
 
-    how = "linear: one GEMM, weights packed by oneDNN where that is faster"
+    # `invariant` tells about the last call
+    how = (
+        "linear: one GEMM: the package's own where that is faster in float32, else MKL's or oneDNN's, packed"
+    )
 
     def __init__(self, module: nn.Module, session: Session, keep_dtype: bool = False) -> None:
         super().__init__(module, session)
@@ -100,7 +104,25 @@ class LinearForward(LayerForward):
 
     def rows(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The layer on rows, plus the residual."""
-        return plus(matmul(x, self.module, self.dtype, self.weights, self.quantized), residual)
+        return rows(self, x, residual)
+
+
+def rows(forward: LinearForward | ConvForward, x: Tensor, residual: Tensor | None) -> Tensor:
+    """x [..., in] times the layer's weight [out, in] or [out, in, 1, 1], plus its bias and the residual."""
+    parameters = forward.module._parameters  # a module's own lookup takes a microsecond
+    weight, bias, quantized = parameters["weight"], parameters["bias"], forward.quantized
+    x = cast(x, forward.dtype or weight.dtype)
+    forward.invariant = False
+    if quantized is not None and (result := quantized.linear(x, forward.module)) is not None:
+        return plus(result, residual)
+    later = None
+    if residual is not None and residual.dtype is not x.dtype:
+        residual, later = None, residual
+    out = product(x, weight, bias, forward.weights, residual)
+    if out is not None:
+        forward.invariant = True
+        return plus(out, later)
+    return plus(library_product(x, weight, bias, forward.weights), residual if later is None else later)
 
 
 def plus(out: Tensor, residual: Tensor | None) -> Tensor:
@@ -132,23 +154,9 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype is dtype else t.to(dtype)
 
 
-def matmul(
-    x: Tensor, layer: Any, dtype: torch.dtype | None, packed: Packed, quantized: Quantized | None = None
-) -> Tensor:
-    """x [..., in] times the layer's weight [out, in] or [out, in, 1, 1], plus its bias.
-
-    Args:
-        dtype: to compute in; None for the weight's.
-        quantized: where 8 bits are allowed.
-    """
-    parameters = layer._parameters  # a module's own lookup takes a microsecond
-    weight, bias = parameters["weight"], parameters["bias"]
-    dtype = dtype or weight.dtype
-    x = cast(x, dtype)
-    if quantized is not None and (result := quantized.linear(x, layer)) is not None:
-        return result
-    if packed.session.invariant:
-        return product(x, weight, bias, packed)
+def library_product(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
+    """x [..., in] times weight [out, in] or [out, in, 1, 1] plus bias, by MKL or oneDNN in x's dtype."""
+    dtype = x.dtype
     matrix = weight if weight.ndim == 2 else weight.flatten(1)
     if linear_wants_packing(dtype):
         form = packed.get(
@@ -180,7 +188,7 @@ def kept(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def packed_together(x: Tensor, layers: Sequence[Any], packed: Packed) -> Tensor | None:
     """x [..., in] times the weights of linear layers, one beside the other, plus their biases.
 
-    None where `matmul` would not have oneDNN pack them, or they do not fit together.
+    None where `library_product` would not have oneDNN pack them, or they do not fit together.
     """
     forwards = [layer.__dict__["forward"] for layer in layers]
     dtypes = {forward.dtype or layer.weight.dtype for forward, layer in zip(forwards, layers, strict=True)}
@@ -201,27 +209,62 @@ def packed_together(x: Tensor, layers: Sequence[Any], packed: Packed) -> Tensor 
 
     size = sum(w.numel() for w in weights) * dtype.itemsize
     given = weights if biases[0] is None else (*weights, *biases)
-    form = packed.get(given, pack, size, math.inf)  # as in `matmul`
+    form = packed.get(given, pack, size, math.inf)  # as in `library_product`
     if form is None:
         return None
     out: Tensor = _MKLDNN._linear_pointwise(cast(x, dtype).contiguous(), *form, "none", [], "")
     return out
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
-    """x [..., in] times weight [out, in] or [out, in, 1, 1] plus bias; a row's bits are its own."""
-    rows = x.reshape(-1, x.shape[-1]).t()[None, :, :, None]
-    out = gemm_conv(rows, as_kernel(weight), bias, packed=form_for_gemm(weight, packed, x.dtype))
+@cache
+def own_product_is_faster() -> bool:
+    """Whether the package's own product in float32 is faster than MKL's: so measured with AVX-512."""
+    level = native.build_info().get("isa_used", "") if native.status("cpu") is None else ""
+    return level.startswith(("avx512", "amx")) and "GenuineIntel" in _cpuinfo()
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    packed: Packed,
+    residual: Tensor | None = None,
+    geglu: bool = False,
+) -> Tensor | None:
+    """x [..., in] times weight [out, in] or [out, in, 1, 1] plus bias, or GEGLU of that, plus a residual.
+
+    By the package's own product, in which a row's bits are its own. None where that is not wanted, as it is
+    in an `invariant` session and for tokens and pixels in float32 where it is faster; or where it has no
+    GEGLU.
+    """
+    invariant, single = packed.session.invariant, x.dtype is torch.float32
+    if not invariant and not (single and x.ndim > 2 and own_product_is_faster()):
+        return None
+    if geglu and not (single and weight.shape[0] % (2 * LANES) == 0):
+        return None
+    form = form_for_gemm(weight, packed, x.dtype, PACKED_GAIN if invariant else math.inf, geglu)
+    if form is None and not invariant:  # memory is short
+        return None
+    if residual is not None:
+        residual = as_columns(residual)
+    out = gemm_conv(as_columns(x), as_kernel(weight), bias, residual=residual, packed=form, geglu=geglu)
     return out[0, :, :, 0].t().view(*x.shape[:-1], -1)
 
 
-def form_for_gemm(weight: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor | None:
+def as_columns(x: Tensor) -> Tensor:
+    """[..., C] as an image of one column, [1, C, rows, 1], channels_last."""
+    return x.reshape(-1, x.shape[-1]).contiguous().t()[None, :, :, None]
+
+
+def form_for_gemm(
+    weight: Tensor, packed: Packed, dtype: torch.dtype, gain: float = PACKED_GAIN, geglu: bool = False
+) -> Tensor | None:
     """The packed weight, made at first use; None where memory is short, and the call makes it."""
 
     def pack() -> Tensor:
-        return pack_for_gemm(as_kernel(weight), dtype)
+        return pack_for_gemm(as_kernel(weight), dtype, geglu)
 
-    return packed.get((weight,), pack, lambda: dtype.itemsize * packed_numbers(weight, dtype), PACKED_GAIN)
+    return packed.get((weight,), pack, lambda: dtype.itemsize * packed_numbers(weight, dtype), gain)
 
 
 def as_kernel(weight: Tensor) -> Tensor:
@@ -314,7 +357,7 @@ class ConvForward(LayerForward):
 
     def rows(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """A 1x1 convolution on the pixels of an image as rows, plus the residual."""
-        return plus(matmul(x, self.module, self.dtype, self.weights, self.quantized), residual)
+        return rows(self, x, residual)
 
     def apply(self, x: Tensor, around: Surroundings) -> Tensor:
         """The convolution and what surrounds it; channels_last."""

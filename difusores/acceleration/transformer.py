@@ -21,6 +21,7 @@ from difusores.acceleration.layers import (
     packed_together,
     plain_norm,
     plus,
+    product,
 )
 from difusores.acceleration.merged import Merged
 from difusores.acceleration.prompts import Prompts
@@ -244,10 +245,21 @@ class GEGLUForward(Forward):
     def declines(self, tokens: Tensor, *args: object, **kwargs: object) -> str | None:
         return "it is given more than tokens" if args or kwargs else None
 
+    def __init__(self, module: nn.Module, session: Session) -> None:
+        super().__init__(module, session)
+        self.packed = Packed(session)
+
     def run(self, tokens: Tensor) -> Tensor:
         layer = self.module.proj
         if self.session.cuda and direct(layer) and layer.weight.dtype is tokens.dtype:
             return linear(tokens, layer.weight, layer.bias, geglu=True)
+        if not self.session.cuda and direct(layer):
+            forward, parameters = layer.__dict__["forward"], layer._parameters
+            rows = cast(tokens, forward.dtype or parameters["weight"].dtype)
+            if forward.quantized is None:
+                out = product(rows, parameters["weight"], parameters["bias"], self.packed, geglu=True)
+                if out is not None:
+                    return out
         return geglu(apply_linear(layer, tokens))
 
 
