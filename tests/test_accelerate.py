@@ -589,6 +589,39 @@ def test_bits_of_layers_marked_invariant() -> None:
 
 
 @pytest.mark.skipif(native.status("cpu") is not None, reason=native.status("cpu") or "")
+def test_own_product_in_float32(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear layers, GEGLU at the end of one, a weight that changes, little memory, and back."""
+    model, case = make(library, "latents"), inputs("latents")
+    plain, wanted = run(model, *case), oracle(model, *case)
+    monkeypatch.setattr(layers, "own_product_is_faster", lambda: True)
+    report = difusores.accelerate(model)
+    assert distance(run(model, *case), wanted) <= BOUND
+    linears = [layer for layer in report.layers if layer.kind == "Linear"]
+    for layer in linears:  # those of the time embedding have a row for an image
+        assert layer.invariant == ("transformer_blocks" in layer.name), layer
+    gates = [layer for layer in report.layers if layer.kind == "GEGLU"]
+    assert gates and all(layer.packed_bytes > 0 for layer in gates)
+    assert not any(
+        layer.invariant for layer in report.layers if "time_embedding" in layer.name
+    )  # a row an image
+    assert report.packed_bytes <= 1.2 * sum(4 * p.numel() for p in model.parameters())
+    weight = model.get_submodule(gates[0].name + ".proj").weight
+    assert isinstance(weight, nn.Parameter)
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(1.5)
+    assert distance(run(model, *case), oracle(model, *case)) <= BOUND
+    assert distance(run(model, *case), wanted) > 10 * BOUND
+    with torch.no_grad():
+        weight.copy_(before)
+    report = difusores.accelerate(model, memory="lean")
+    assert distance(run(model, *case), wanted) <= BOUND  # nothing is packed: the products are the library's
+    assert report.packed_bytes == 0
+    difusores.restore(model)
+    assert torch.equal(run(model, *case), plain)
+
+
+@pytest.mark.skipif(native.status("cpu") is not None, reason=native.status("cpu") or "")
 @pytest.mark.parametrize("variant", ["resample", "latents", "vae"])
 def test_invariant(library: str, variant: str) -> None:
     """An image alone or in a batch, on one thread or two: the same bits, and as near to float64 as ever."""

@@ -233,9 +233,8 @@ def product(
 ) -> Tensor | None:
     """x [..., in] times weight [out, in] or [out, in, 1, 1] plus bias, or GEGLU of that, plus a residual.
 
-    By the package's own product, in which a row's bits are its own. None where that is not wanted, as it is
-    in an `invariant` session and for tokens and pixels in float32 where it is faster; or where it has no
-    GEGLU.
+    By the package's own product, in which a row's bits are its own: in an `invariant` session, and for tokens
+    and pixels in float32 where it is faster. Else None, and where it cannot end in GEGLU.
     """
     invariant, single = packed.session.invariant, x.dtype is torch.float32
     if not invariant and not (single and x.ndim > 2 and own_product_is_faster()):

@@ -259,6 +259,7 @@ class GEGLUForward(Forward):
             if forward.quantized is None:
                 out = product(rows, parameters["weight"], parameters["bias"], self.packed, geglu=True)
                 if out is not None:
+                    forward.invariant = True
                     return out
         return geglu(apply_linear(layer, tokens))
 
