@@ -137,6 +137,21 @@ class ConfigMixin:
             raise ValueError(message)
         logger.warning("%s: %s", type(self).__name__, message)
 
+    def _as_in_diffusers(self, *names: str) -> None:
+        """Options without effect that saved files hold: told of, where they are not the default.
+
+        A warning; what a file holds is no surprise, and told at the level of information.
+        """
+        defaults = inspect.signature(type(self).__init__).parameters
+        given = [
+            f"{name}={self.config[name]!r}" for name in names if self.config[name] != defaults[name].default
+        ]
+        if given:
+            level = logging.INFO if _loading.get() else logging.WARNING
+            logger.log(
+                level, "%s: without effect, as in diffusers: %s", type(self).__name__, ", ".join(given)
+            )
+
     @property
     def config(self) -> FrozenDict:
         """All constructor arguments, and the keys kept for compatible classes."""

@@ -73,6 +73,7 @@ class _DistilledScheduler(IndexedScheduler):
         self.final_alpha_cumprod = one if self.config["set_alpha_to_one"] else self.alphas_cumprod[0]
         self.init_noise_sigma = 1.0
         self.custom_timesteps = False
+        self._as_in_diffusers("set_alpha_to_one", "steps_offset", "timestep_spacing")
         self._restart()
 
     def _levels_table(self) -> Tensor:
@@ -260,7 +261,7 @@ class TCDScheduler(_DistilledScheduler):
     """Drop-in for the class of the same name in diffusers 0.42 (Zheng et al. 2024, trajectory consistency).
 
     Options as `LCMScheduler`, but that clip_sample, thresholding and timestep_scaling have no effect, as in
-    diffusers: a sample between noise and image is not limited. The first two are warned of.
+    diffusers: a sample between noise and image is not limited. What is without effect is logged.
     """
 
     @register_to_config
@@ -285,9 +286,8 @@ class TCDScheduler(_DistilledScheduler):
         rescale_betas_zero_snr: bool = False,
     ) -> None:
         self._initialize()
-        for name in ("clip_sample", "thresholding"):
-            if self.config[name]:
-                logger.warning("TCDScheduler limits no sample: %s=True has no effect", name)
+        self._as_in_diffusers("clip_sample", "clip_sample_range", "thresholding", "timestep_scaling")
+        self._as_in_diffusers("dynamic_thresholding_ratio", "sample_max_value")
 
     def _teacher_steps(self, original_inference_steps: int | None) -> int | None:
         given = original_inference_steps is not None

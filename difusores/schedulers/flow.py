@@ -249,21 +249,21 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
             model_output: [B, C, ...].
             timestep: where the run begins, at its first step; then not looked at.
             sample: [B, C, ...]; fp32, fp64, fp16 or bf16. Not changed.
-            s_churn: only 0, with which s_tmin, s_tmax and s_noise say nothing.
+            s_churn, s_tmin, s_tmax, s_noise: only these: diffusers takes others, and does nothing with them.
             generator: source of the noise of stochastic_sampling; a list draws one image each.
             per_token_timesteps: [B, L] for a sample [B, L, C], see `difusores.sampling.flow_step_by_token`.
             return_dict: False returns the tuple (prev_sample,).
 
         Raises:
-            ValueError: timestep is an integer, s_churn is not 0, or `set_timesteps` was not called.
+            ValueError: timestep is an integer, churn is asked for, or `set_timesteps` was not called.
         """
         refuse_integers(self, timestep)
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps is None: call set_timesteps before step")
-        if s_churn:
+        if s_churn or s_tmin or s_tmax != math.inf or s_noise != 1.0:
             raise ValueError(
-                f"{type(self).__name__} adds no churn, got s_churn={s_churn}: noise comes with "
-                "stochastic_sampling=True"
+                f"{type(self).__name__} adds no churn, got s_churn={s_churn}, s_tmin={s_tmin}, "
+                f"s_tmax={s_tmax}, s_noise={s_noise}: noise comes with stochastic_sampling=True"
             )
         if per_token_timesteps is None:
             result = self._take(model_output, timestep, sample, generator)

@@ -46,6 +46,8 @@ class LogSnrScheduler(IndexedScheduler):
     def _initialize(self) -> None:
         known = {name: self._common[name] for name in self._common if name in self.config}
         adopt_names(self, known | dict(self._choices), self._foreign)
+        if str(self.config.get("variance_type")).startswith("fixed"):
+            self._as_in_diffusers("variance_type")
         if self.config.get("use_dynamic_shifting") and not self.config["use_flow_sigmas"]:
             self._without_effect(
                 "use_dynamic_shifting=True needs use_flow_sigmas=True: no other levels are shifted"

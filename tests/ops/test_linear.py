@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from difusores import ops
+from difusores.ops import dispatch
+from difusores.ops.linear import fused
 
 
 def case(dtype: torch.dtype, geglu: bool) -> dict[str, Any]:
@@ -57,6 +59,17 @@ def test_gradients(geglu: bool) -> None:
 
     assert torch.autograd.gradcheck(public, tensors)
     torch.library.opcheck(op, (*tensors[:4], geglu, tensors[4]))
+
+
+def test_a_call_that_the_named_backend_does_not_take_is_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking is no call: an accelerated network then makes its product and what follows one by one."""
+    status = dispatch.status
+    monkeypatch.setattr(dispatch, "status", lambda name: None if name == "triton" else status(name))
+    x, weight = torch.randn(2, 5, 12), torch.randn(8, 12)
+    with ops.use_backend("triton"):
+        assert not fused(x, weight, None, None, False)
+        with pytest.raises(ops.BackendUnavailable, match="linear: backend 'triton' was asked for, but"):
+            ops.linear(x, weight)
 
 
 def test_bad_input_is_named() -> None:

@@ -535,9 +535,7 @@ def test_the_noise_of_distilled_models_has_the_dtype_of_the_result(name: str) ->
     torch.testing.assert_close(result, expected)
 
 
-def test_tcd_says_what_it_leaves_alone(caplog: pytest.LogCaptureFixture) -> None:
-    difusores.TCDScheduler(clip_sample=True)
-    assert "clip_sample=True has no effect" in caplog.text
+def test_tcd_takes_a_part_as_eta() -> None:
     scheduler = difusores.TCDScheduler()
     scheduler.set_timesteps(4)
     x = torch.zeros(1, 2, 3)

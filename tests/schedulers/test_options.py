@@ -201,6 +201,41 @@ def test_what_has_no_effect_in_a_configuration_is_told(
         cls(**options)
 
 
+TOLD = [
+    *(pair for pair, reason in LISTED.items() if reason == SAVED),
+    *((name, "variance_type") for name in NAMES if "DPMSolverM" in name or "SASolver" in name),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [pair for pair in TOLD if not pair[0].startswith(("EDM", "Cosine"))], ids=str
+)
+def test_what_is_taken_as_diffusers_does_and_has_no_effect_is_told(
+    name: str, option: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cls = getattr(difusores, name)
+    other = others(inspect.signature(cls.__init__).parameters[option])[0]
+    words = f"{name}: without effect, as in diffusers: {option}={other!r}"
+    caplog.set_level(logging.INFO, logger="difusores")
+    cls(**{option: other})
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [("WARNING", words)]
+    caplog.clear()
+    cls.from_config({**cls().config, "_use_default_values": [], option: other})
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [("INFO", words)]
+    caplog.clear()
+    cls()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("option", [{"s_churn": 0.1}, {"s_tmin": 0.1}, {"s_tmax": 1.0}, {"s_noise": 1.1}])
+def test_flow_matching_takes_no_churn(option: dict[str, float]) -> None:
+    scheduler = difusores.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(2)
+    x = torch.randn(SHAPE)
+    with pytest.raises(ValueError, match=f"adds no churn, got .*{next(iter(option))}=[01].1?"):
+        scheduler.step(x, scheduler.timesteps[0], x, **option)
+
+
 def test_the_list_of_classes_in_the_documents() -> None:
     """Each class's row names its options and what `set_timesteps` and `step` take besides the usual."""
     text = (Path(__file__).parents[2] / "docs" / "samplers.md").read_text(encoding="utf-8")
