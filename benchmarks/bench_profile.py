@@ -51,7 +51,7 @@ def operations(name: str, overload: str, args: Sequence[Any], out: Any) -> float
     if name in CONVOLUTIONS:
         tensors = [t for t in args if isinstance(t, Tensor) and t.ndim == 4]
         weight = tensors[2 if overload == "binary" else 1]
-        return 2.0 * out.numel() * math.prod(weight.shape[1:])
+        return 2.0 * out.numel() / out.shape[1] * weight.numel()  # with GEGLU there are fewer channels out
     if name in PRODUCTS:
         rows = args[1 if name in ("addmm", "baddbmm") else 0]
         return 2.0 * out.numel() * rows.shape[-1]
@@ -61,7 +61,7 @@ def operations(name: str, overload: str, args: Sequence[Any], out: Any) -> float
 def size(name: str, out: Any) -> str:
     """An image's, a matrix's or nothing."""
     if name in CONVOLUTIONS:
-        return f"{out.shape[2]}×{out.shape[3]}"
+        return f"{out.shape[2]} rows" if out.shape[3] == 1 else f"{out.shape[2]}×{out.shape[3]}"
     if name in PRODUCTS:
         return f"{out.numel() // out.shape[-1]} rows"
     return f"{out.shape[2]} tokens" if "attention" in name else ""
