@@ -80,6 +80,19 @@ def test_noise_is_drawn_as_diffusers_draws_it(name: str, kind: str, dtype: torch
     assert torch.equal(results[1], results[3])
 
 
+@pytest.mark.parametrize("steps", [14, 15, 16])
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler"])
+def test_it_ends_in_lower_orders_below_fifteen_steps(name: str, steps: int) -> None:
+    ours, theirs = pair(name, solver_order=3, final_sigmas_type="sigma_min")
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(steps)
+    ours.sigmas, theirs.sigmas = theirs.sigmas.clone(), theirs.sigmas.double()
+    for i, (t, told) in enumerate(zip(ours.timesteps, theirs.timesteps, strict=True)):
+        x, e = tensors(i, torch.float64)
+        mine, right = (s.step(e, at, x).prev_sample for s, at in ((ours, t), (theirs, told)))
+        torch.testing.assert_close(mine, right, rtol=0, atol=1e-6 * float(right.abs().max()))
+
+
 @pytest.mark.parametrize("begin", [0, 10])
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++", "dpmsolver"])
 def test_third_order_over_more_than_fifteen_steps(algorithm: str, begin: int) -> None:
