@@ -78,7 +78,7 @@ DISTILLED: dict[str, list[Any]] = {
         {"num_inference_steps": 7, "original_inference_steps": 20},
         {"num_inference_steps": 7, "original_inference_steps": 100, "strength": 0.5},
         {"timesteps": [979, 700, 259, 19]},
-        {"timesteps": [979, 700, 259, 19], "strength": 0.5},
+        {"timesteps": [979, 700, 259, 19], "strength": 0.45},
     ],
     "begin": [0, 0.5, 0.98],
 }
