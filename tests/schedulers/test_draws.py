@@ -6,6 +6,7 @@ place of both libraries' draws; here each draws its own.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from typing import Any
@@ -73,12 +74,12 @@ def run(
 def test_noise_has_the_dtype_and_the_numbers_of_diffusers(name: str) -> None:
     of_class, of_step = MORE.get(name, ({}, {}))
     learned = "variance_type" in of_class
+    made = [getattr(package, name)(**of_class) for package in (difusores, diffusers)]
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for of_x in {dtype, torch.float32}:
             for kind in ("one", "list"):
                 found = [
-                    run(getattr(package, name)(**of_class), kind, dtype, of_x, learned, **of_step)
-                    for package in (difusores, diffusers)
+                    run(copy.deepcopy(scheduler), kind, dtype, of_x, learned, **of_step) for scheduler in made
                 ]
                 (ours, after), (theirs, after_theirs) = found
                 assert all(map(torch.equal, after, after_theirs)), (dtype, of_x, kind)

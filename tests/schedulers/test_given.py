@@ -16,7 +16,7 @@ import pytest
 import torch
 from gate import check
 from pairs import Conflict, all_pairs, check_pairs
-from test_indexed import LOG_SNR, drawn, lift_tables, lifted, step, their_noise
+from test_indexed import LOG_SNR, constructed, drawn, lift_tables, lifted, step, their_noise
 
 import difusores
 
@@ -132,9 +132,7 @@ def test_each_step_on_a_given_grid(title: str) -> None:
     """A float64 oracle, diffusers and ours from the same samples, with our noise levels."""
     name = title.split(",")[0]
     for option in COMBINATIONS[title]:
-        known = inspect.signature(getattr(difusores, name).__init__).parameters
-        of_class = {key: value for key, value in option.items() if key in known}
-        ours, theirs = (getattr(package, name)(**of_class) for package in (difusores, diffusers))
+        ours, theirs = (constructed(package, name, option) for package in (difusores, diffusers))
         ours.set_timesteps(**option["given"])
         theirs.set_timesteps(
             **{
