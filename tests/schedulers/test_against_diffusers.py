@@ -62,6 +62,8 @@ COMMON: dict[str, list[Any]] = {
     "shape": [(3, 4), (2, 3, 5), (2, 3, 4, 5), (1, 2, 3, 4, 5)],
     "layout": ["contiguous", "strided", "transposed"],
 }
+PLACES = (0.99, 0.8, 0.42, 0.4, 0.06)
+"""Timesteps of a caller's own, as shares of the training steps: `set_timesteps` takes them for a number."""
 NOT_OPTIONS = {"self", "model_output", "timestep", "sample", "return_dict"}
 
 
@@ -71,7 +73,10 @@ def factors(name: str) -> dict[str, list[Any]]:
     step_options = [key for key in inspect.signature(cls.step).parameters if key not in NOT_OPTIONS]
     beta_schedules = EXTRA_BETA_SCHEDULES[name]
     chosen = {key: OPTIONS[key] for key in options} | {key: STEP_OPTIONS[key] for key in step_options}
-    return chosen | {"beta_schedule": OPTIONS["beta_schedule"] + beta_schedules} | COMMON
+    chosen |= {"beta_schedule": OPTIONS["beta_schedule"] + beta_schedules} | COMMON
+    if "timesteps" in inspect.signature(cls.set_timesteps).parameters:
+        chosen["steps"] = [*COMMON["steps"], PLACES]
+    return chosen
 
 
 EXTRA_BETA_SCHEDULES = {"DDPMScheduler": ["sigmoid", "laplace"], "DDIMScheduler": []}
@@ -244,6 +249,10 @@ def test_a_step_is_that_of_diffusers_and_of_the_papers(name: str, option: dict[s
     keys = [key for key in inspect.signature(getattr(difusores, name).__init__).parameters if key in OPTIONS]
     config = {key: option[key] for key in keys}
     total, steps = option["num_train_timesteps"], option["steps"]
+    given = {"num_inference_steps": steps}
+    if steps is PLACES:
+        given = {"timesteps": [int(place * total) for place in PLACES]}
+        steps = len(PLACES)
     if config["trained_betas"] is not None:
         config["trained_betas"] = TRAINED[:total]
     ours, theirs = getattr(difusores, name)(**config), getattr(diffusers, name)(**config)
@@ -253,7 +262,7 @@ def test_a_step_is_that_of_diffusers_and_of_the_papers(name: str, option: dict[s
                 scheduler.set_timesteps(steps)
         return
     for scheduler in (ours, theirs):
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(**given)
     assert len(ours.timesteps) == steps
     if option.items() >= LONGER.items():
         assert theirs.timesteps[steps:].tolist() == [-1]

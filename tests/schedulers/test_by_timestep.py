@@ -121,7 +121,19 @@ COMMON: dict[str, list[Any]] = {
 }
 # What is given by the test itself.
 GIVEN = ("model_output", "timestep", "sample", "prev_timestep", "variance_noise")
+GRIDS: dict[str, dict[str, Any]] = {
+    "DDPMParallelScheduler": {"timesteps": [990, 800, 420, 400, 60]},
+    "EDMEulerScheduler": {"num_inference_steps": 4, "sigmas": torch.tensor([0.0, 0.3, 0.6, 1.0])},
+}
+"""Grids of a caller's own, in place of a number of steps."""
 CONFLICTS = [
+    Conflict(
+        "sigma_schedule",
+        ["exponential"],
+        "steps",
+        [GRIDS["EDMEulerScheduler"]],
+        "diffusers does not read the places",
+    ),
     Conflict("trained_betas", [TRAINED], "num_train_timesteps", [997], "they are 1000 betas"),
     Conflict("thresholding", [True], "shape", SHAPES[:1], "diffusers limits x0 of three dimensions and more"),
 ]
@@ -150,6 +162,8 @@ def factors(name: str) -> dict[str, list[Any]]:
     cls = getattr(difusores, name)
     own = NARROWER.get(name, {})
     chosen = factors_of(cls, OPTIONS | STEP_OPTIONS, given=GIVEN) | COMMON
+    if name in GRIDS:
+        chosen["steps"] = [*COMMON["steps"], GRIDS[name]]
     if name in BATCHED:
         chosen["method"] = ["step", "batch_step_no_noise"]
     return chosen | own
@@ -164,7 +178,9 @@ def built(package: Any, name: str, option: dict[str, Any]) -> Any:
     known = inspect.signature(getattr(difusores, name).__init__).parameters
     arguments = {key: value for key, value in option.items() if key in known}
     scheduler = getattr(package, name)(**arguments)
-    given = dict(option.get("set", {"num_inference_steps": option["steps"]}))
+    steps = option["steps"]
+    number = steps if isinstance(steps, dict) else {"num_inference_steps": steps}
+    given = dict(option.get("set", number))
     if given.get("num_inference_steps", 0) > scheduler.config.num_train_timesteps:
         given["num_inference_steps"] = scheduler.config.num_train_timesteps
     scheduler.set_timesteps(**given)
