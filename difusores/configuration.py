@@ -127,30 +127,33 @@ class ConfigMixin:
         kwargs.pop("kwargs", None)
         self._internal_dict = FrozenDict({**self.__dict__.get("_internal_dict", {}), **kwargs})
 
-    def _without_effect(self, message: str) -> None:
+    def _without_effect(self, message: str, level: int = logging.WARNING) -> None:
         """Options that would count for nothing: refused, but where a configuration holds them only told.
+
+        Args:
+            level: at which that is logged.
 
         Raises:
             ValueError: the constructor was called with them.
         """
         if not _loading.get():
             raise ValueError(message)
-        logger.warning("%s: %s", type(self).__name__, message)
+        logger.log(level, "%s: %s", type(self).__name__, message)
 
     def _as_in_diffusers(self, *names: str) -> None:
-        """Options without effect that saved files hold: told of, where they are not the default.
+        """Options that diffusers takes and never reads, which its files hold: refused but for the defaults.
 
-        A warning; what a file holds is no surprise, and told at the level of information.
+        Where a file holds another value that is no surprise: told at the level of information.
         """
         defaults = inspect.signature(type(self).__init__).parameters
         given = [
             f"{name}={self.config[name]!r}" for name in names if self.config[name] != defaults[name].default
         ]
         if given:
-            level = logging.INFO if _loading.get() else logging.WARNING
-            logger.log(
-                level, "%s: without effect, as in diffusers: %s", type(self).__name__, ", ".join(given)
+            message = (
+                f"without effect, as in diffusers, and only for saved configurations: {', '.join(given)}"
             )
+            self._without_effect(message, logging.INFO)
 
     @property
     def config(self) -> FrozenDict:
@@ -301,7 +304,7 @@ class ConfigMixin:
 
         Args:
             config: a dictionary such as `other.config`. A path still works, with a FutureWarning. Options in
-                it that count for nothing, which the constructor refuses, are told by a warning of the log.
+                it that count for nothing, which the constructor refuses, are told in the log.
             kwargs: override the dictionary.
 
         Returns:

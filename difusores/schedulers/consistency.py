@@ -185,8 +185,9 @@ class LCMScheduler(_DistilledScheduler):
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding, in place of
             clipping.
         timestep_scaling: see `difusores.solvers.lcm_scalings`.
-        set_alpha_to_one, steps_offset, timestep_spacing: other schedulers' options, which configurations
-            hold; the timesteps of distillation leave no room for them.
+        set_alpha_to_one, steps_offset, timestep_spacing: other schedulers' options, for which the timesteps
+            of distillation leave no room: refused here but for their defaults, and told in the log where a
+            configuration holds others.
     """
 
     @register_to_config
@@ -261,7 +262,8 @@ class TCDScheduler(_DistilledScheduler):
     """Drop-in for the class of the same name in diffusers 0.42 (Zheng et al. 2024, trajectory consistency).
 
     Options as `LCMScheduler`, but that clip_sample, thresholding and timestep_scaling have no effect, as in
-    diffusers: a sample between noise and image is not limited. What is without effect is logged.
+    diffusers: a sample between noise and image is not limited. Other values than their defaults are refused;
+    a configuration may hold them (`from_config`, `from_pretrained`), and the log tells it.
     """
 
     @register_to_config

@@ -177,7 +177,10 @@ COMBINATIONS = [
 def built(package: Any, name: str, option: dict[str, Any]) -> Any:
     known = inspect.signature(getattr(difusores, name).__init__).parameters
     arguments = {key: value for key, value in option.items() if key in known}
-    scheduler = getattr(package, name)(**arguments)
+    cls = getattr(package, name)
+    # what they have no use for is taken from a configuration alone
+    saved = package is difusores and name in ("LCMScheduler", "TCDScheduler")
+    scheduler = cls.from_config(arguments) if saved else cls(**arguments)
     steps = option["steps"]
     number = steps if isinstance(steps, dict) else {"num_inference_steps": steps}
     given = dict(option.get("set", number))

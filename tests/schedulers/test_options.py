@@ -63,7 +63,6 @@ WITH: dict[str, dict[str, Any]] = {
 
 FOREIGN = "another class's name for it in saved configurations, which stands for the default"
 PIPELINES = "for pipelines, which read it: the scheduler itself has no use for it"
-SAVED = "in saved configurations, and as in diffusers without effect: the class's docstring says so"
 LEVELS = "how many levels there are before set_timesteps chooses some"
 COMMON = ("set_alpha_to_one", "steps_offset", "timestep_spacing")
 LIMITS = (
@@ -78,7 +77,6 @@ LAST = "the last step has no length, or leads to 0, where the order is 1 in any 
 LISTED = {
     **{(name, "solver_type"): FOREIGN for name in NAMES},
     **{(name, "algorithm_type"): FOREIGN for name in NAMES},
-    **{(name, "variance_type"): "another class's: here a learned one alone counts" for name in NAMES},
     **{("FlowMatchEulerDiscreteScheduler", option): PIPELINES for option in SHIFTS},
     ("FlowMatchEulerDiscreteScheduler", "time_shift_type"): "counts with mu",
     ("UniPCMultistepScheduler", "time_shift_type"): "counts with mu",
@@ -86,13 +84,17 @@ LISTED = {
     ("EDMDPMSolverMultistepScheduler", "euler_at_final"): LAST,
     ("CosineDPMSolverMultistepScheduler", "euler_at_final"): LAST,
     ("CosineDPMSolverMultistepScheduler", "lower_order_final"): LAST,
-    **{("LCMScheduler", option): SAVED for option in COMMON},
-    **{("TCDScheduler", option): SAVED for option in (*COMMON, *LIMITS, "timestep_scaling")},
     **{(f"{name}Scheduler", "num_train_timesteps"): LEVELS for name in (
         "EDMEuler", "EDMDPMSolverMultistep", "CosineDPMSolverMultistep", "IPNDM", "ScoreSdeVe",
         "ScoreSdeVp")},
 }  # fmt: skip
 """Options without effect in these runs, and why."""
+SAVED = [
+    *(("LCMScheduler", option) for option in COMMON),
+    *(("TCDScheduler", option) for option in (*COMMON, *LIMITS, "timestep_scaling")),
+    *((name, "variance_type") for name in NAMES if "DPMSolverM" in name or "SASolver" in name),
+]
+"""In files of diffusers, which takes them and never reads them."""
 
 
 def run(name: str, options: dict[str, Any]) -> list[Tensor]:
@@ -136,7 +138,7 @@ def test_no_option_is_ignored(name: str) -> None:
     try:
         for parameter in list(parameters.values())[1:]:
             option = parameter.name
-            if parameter.kind is parameter.VAR_KEYWORD:
+            if parameter.kind is parameter.VAR_KEYWORD or (name, option) in SAVED:
                 continue
             context = {key: value for key, value in WITH.get(option, {}).items() if key in parameters}
             if (name, option) == ("EDMDPMSolverMultistepScheduler", "lower_order_final"):
@@ -201,30 +203,24 @@ def test_what_has_no_effect_in_a_configuration_is_told(
         cls(**options)
 
 
-TOLD = [
-    *(pair for pair, reason in LISTED.items() if reason == SAVED),
-    *((name, "variance_type") for name in NAMES if "DPMSolverM" in name or "SASolver" in name),
-]
-
-
 @pytest.mark.parametrize(
-    ("name", "option"), [pair for pair in TOLD if not pair[0].startswith(("EDM", "Cosine"))], ids=str
+    ("name", "option"), [pair for pair in SAVED if not pair[0].startswith(("EDM", "Cosine"))], ids=str
 )
-def test_what_is_taken_as_diffusers_does_and_has_no_effect_is_told(
+def test_what_diffusers_never_reads_is_refused_and_told_where_a_configuration_holds_it(
     name: str, option: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     cls = getattr(difusores, name)
     other = others(inspect.signature(cls.__init__).parameters[option])[0]
-    words = f"{name}: without effect, as in diffusers: {option}={other!r}"
+    words = f"without effect, as in diffusers, and only for saved configurations: {option}={other!r}"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        cls(**{option: other})
     caplog.set_level(logging.INFO, logger="difusores")
-    cls(**{option: other})
-    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [("WARNING", words)]
-    caplog.clear()
-    cls.from_config({**cls().config, "_use_default_values": [], option: other})
-    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [("INFO", words)]
-    caplog.clear()
-    cls()
-    assert not caplog.records
+    loaded = cls.from_config({**cls().config, "_use_default_values": [], option: other})
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [("INFO", f"{name}: {words}")]
+    assert loaded.config[option] == other
+    for each in (loaded, plain := cls()):
+        each.set_timesteps(4)
+    assert torch.equal(loaded.timesteps, plain.timesteps)
 
 
 @pytest.mark.parametrize("option", [{"s_churn": 0.1}, {"s_tmin": 0.1}, {"s_tmax": 1.0}, {"s_noise": 1.1}])

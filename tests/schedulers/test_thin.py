@@ -341,6 +341,8 @@ NOT_TAKEN = {
     "EulerAncestralDiscreteScheduler": {"prediction_type": "epsilon"},
     "PNDMScheduler": {"prediction_type": "epsilon", "skip_prk_steps": True},
     "DDIMInverseScheduler": {"timestep_spacing": "leading", "prediction_type": "epsilon"},
+    "LCMScheduler": {"timestep_spacing": "leading"},
+    "TCDScheduler": {"timestep_spacing": "leading", "clip_sample": False},
 }
 """What takes the place of values of `SETS` that a class does not take."""
 STEPS = 20

@@ -172,7 +172,14 @@ CASES = [
         None,
         "zero signal-to-noise ratio",
     ),
-    Case("no signal", "LCM TCD", ZERO_SNR, one_step(steps=4), NAN, "zero signal-to-noise ratio"),
+    Case(
+        "no signal",
+        "LCM TCD",
+        {"rescale_betas_zero_snr": True},
+        one_step(steps=4),
+        NAN,
+        "zero signal-to-noise ratio",
+    ),
     Case(
         "no noise",
         "DDIMInverse",
