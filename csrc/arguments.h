@@ -172,8 +172,8 @@ struct Shape {
 inline Operand operand_of(const OptionalTensor& t, const Shape& sample, const char* name) {
     if (!t) return {};
     const Shape shape(*t);
-    STD_TORCH_CHECK(shape.same_image(sample) && shape.sizes[0] == sample.sizes[0], "scheduler_step: ", name,
-                    " must have the sample's shape and per-image strides");
+    STD_TORCH_CHECK(shape.same_image(sample) && shape.sizes[0] == sample.sizes[0], "difusores: ", name,
+                    " must have the first operand's shape and per-image strides");
     return {t->data_ptr(), dtype_of(*t, name), shape.strides[0]};
 }
 
@@ -208,19 +208,40 @@ inline void check_row(const SchedulerStepArgs& a) {
                         ", which was not given");
 }
 
+inline void check_table(const Tensor& row, const OptionalTensor& step, const char* op) {
+    STD_TORCH_CHECK(row.scalar_type() == ScalarType::Double && row.is_contiguous() && row.dim() == (step ? 2 : 1) &&
+                        row.size(row.dim() - 1) == 40,
+                    op, ": row must be contiguous float64 [40], or [rows, 40] with step");
+    STD_TORCH_CHECK(!step || (step->scalar_type() == ScalarType::Long && step->numel() == 1), op,
+                    ": step must be one int64");
+}
+
+// The row, where it and step are on the host.
+inline const double* row_on_host(const Tensor& row, const OptionalTensor& step, const char* op) {
+    const int64_t index = step ? *static_cast<const int64_t*>(step->data_ptr()) : 0;
+    STD_TORCH_CHECK(index >= 0 && index < (step ? row.size(0) : 1), op, ": step ", index,
+                    " is outside the table of rows");
+    return static_cast<const double*>(row.data_ptr()) + index * 40;
+}
+
+// [B] float32, or nullptr.
+inline float* of_images(const OptionalTensor& t, int64_t batch, const char* name) {
+    if (!t) return nullptr;
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->numel() == batch,
+                    "difusores: ", name, " must be contiguous float32 [B]");
+    return static_cast<float*>(t->data_ptr());
+}
+
 // All but the row, which each device reads in its own way.
 inline SchedulerStepArgs scheduler_step_args(const Tensor& row, const OptionalTensor& step, const Tensor& sample,
                                              const std::array<const OptionalTensor*, 3>& e, const OptionalTensor& noise,
                                              const OptionalTensor& variance, const OptionalTensor& threshold,
+                                             const OptionalTensor& factor,
                                              const std::array<const OptionalTensor*, 5>& slots,
                                              const OptionalTensor& seeds,
                                              const std::array<const OptionalTensor*, 5>& outputs) {
     STD_TORCH_CHECK(sample.dim() >= 1, "scheduler_step: sample must have a batch dimension");
-    STD_TORCH_CHECK(row.scalar_type() == ScalarType::Double && row.is_contiguous() && row.dim() == (step ? 2 : 1) &&
-                        row.size(row.dim() - 1) == 40,
-                    "scheduler_step: row must be contiguous float64 [40], or [rows, 40] with step");
-    STD_TORCH_CHECK(!step || (step->scalar_type() == ScalarType::Long && step->numel() == 1),
-                    "scheduler_step: step must be one int64");
+    check_table(row, step, "scheduler_step");
     const Shape shape(sample);
     const int64_t batch = shape.sizes[0], inner = sample.numel() / batch;
     STD_TORCH_CHECK(shape.dense_image(inner), "scheduler_step: the images of sample must be dense");
@@ -231,12 +252,8 @@ inline SchedulerStepArgs scheduler_step_args(const Tensor& row, const OptionalTe
     a.noise = operand_of(noise, shape, "noise");
     a.variance = operand_of(variance, shape, "variance");
     for (int k = 0; k < 5; ++k) a.slots[k] = operand_of(*slots[k], shape, "slot");
-    if (threshold) {
-        STD_TORCH_CHECK(
-            threshold->scalar_type() == ScalarType::Float && threshold->is_contiguous() && threshold->numel() == batch,
-            "scheduler_step: threshold must be contiguous float32 [B]");
-        a.threshold = static_cast<const float*>(threshold->data_ptr());
-    }
+    a.threshold = of_images(threshold, batch, "threshold");
+    a.factor = of_images(factor, batch, "factor");
     if (seeds) {
         STD_TORCH_CHECK(seeds->scalar_type() == ScalarType::Long && seeds->is_contiguous() && seeds->numel() == batch &&
                             sample.is_contiguous(),
@@ -249,6 +266,29 @@ inline SchedulerStepArgs scheduler_step_args(const Tensor& row, const OptionalTe
     a.x0 = result_of(*outputs[3], shape, inner, "x0", false);
     a.m = result_of(*outputs[4], shape, inner, "m", true);
     a.batch = batch, a.inner = inner;
+    return a;
+}
+
+// --- guidance_rescale ---
+
+// All but the row, which each device reads in its own way.
+inline GuidanceRescaleArgs guidance_rescale_args(const Tensor& row, const OptionalTensor& step,
+                                                 const std::array<const OptionalTensor*, 3>& e, int64_t conditional,
+                                                 double share, const Tensor& factor) {
+    check_table(row, step, "guidance_rescale");
+    const Tensor& first = **e[0];
+    STD_TORCH_CHECK(first.dim() >= 1 && first.numel() > 0,
+                    "guidance_rescale: e1 must be a batch of images with elements");
+    const Shape shape(first);
+    GuidanceRescaleArgs a{};
+    a.batch = shape.sizes[0], a.inner = first.numel() / a.batch;
+    STD_TORCH_CHECK(shape.dense_image(a.inner), "guidance_rescale: the images of e1 must be dense");
+    const char* const names[3] = {"e1", "e2", "e3"};
+    for (int k = 0; k < 3; ++k) a.e[k] = operand_of(*e[k], shape, names[k]);
+    STD_TORCH_CHECK(conditional >= 0 && conditional < 3 && a.e[conditional].ptr,
+                    "guidance_rescale: conditional must be the number of an output that is given, got ", conditional);
+    a.conditional = conditional, a.share = share;
+    a.factor = of_images(factor, a.batch, "factor");
     return a;
 }
 

@@ -12,14 +12,14 @@ namespace difusores {
 namespace {
 
 // `products`: the level of the kernels that DIFUSORES_DECLARE_PRODUCTS lists; the rest: those of bf16 pairs.
-#define DIFUSORES_TABLE(isa, products, ...)                                                                          \
-    Kernels {                                                                                                        \
-        #products, isa::group_norm_silu, isa::group_norm_silu_prepare, isa::group_norm_silu_stats,                   \
-            isa::group_norm_silu_combine, isa::group_norm_silu_apply, isa::geglu, isa::layer_norm_scratch,           \
-            isa::layer_norm, isa::scheduler_step, isa::sum_of_squares, isa::group_norm_silu_floor,                   \
-            isa::winograd_conv_input, isa::winograd_conv_output, isa::winograd_conv_pack, isa::winograd_conv_gather, \
-            isa::gemm_conv, products::attention_packed_bytes, products::attention_scratch_bytes,                     \
-            products::attention_pack, products::attention, __VA_ARGS__                                               \
+#define DIFUSORES_TABLE(isa, products, ...)                                                                           \
+    Kernels {                                                                                                         \
+        #products, isa::group_norm_silu, isa::group_norm_silu_prepare, isa::group_norm_silu_stats,                    \
+            isa::group_norm_silu_combine, isa::group_norm_silu_apply, isa::geglu, isa::layer_norm_scratch,            \
+            isa::layer_norm, isa::scheduler_step, isa::guidance_rescale, isa::sum_of_squares,                         \
+            isa::group_norm_silu_floor, isa::winograd_conv_input, isa::winograd_conv_output, isa::winograd_conv_pack, \
+            isa::winograd_conv_gather, isa::gemm_conv, products::attention_packed_bytes,                              \
+            products::attention_scratch_bytes, products::attention_pack, products::attention, __VA_ARGS__             \
     }
 
 const Kernels kTables[] = {

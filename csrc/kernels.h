@@ -137,12 +137,28 @@ struct SchedulerStepArgs {
     Operand variance;        // v
     Operand slots[5];        // s0 .. s4
     const float* threshold;  // [B] or nullptr
+    const float* factor;     // [B] or nullptr: of e
     const int64_t* seeds;    // [B] or nullptr: in-kernel Philox noise
     Result y, d, u, x0, m;
     int64_t batch, inner;  // images, elements of an image
 };
 
 constexpr int64_t kStepBlock = 1024;
+
+// See cpu/guidance_rescale.cpp for the formula.
+struct GuidanceRescaleArgs {
+    const double* row;    // [40], of scheduler_step; CUDA has StepRow
+    Operand e[3];         // model outputs
+    int64_t conditional;  // which of them is the conditional one
+    double share;
+    float* factor;         // [B]
+    int64_t batch, inner;  // images, elements of an image
+};
+
+// Of a block of an image.
+struct RescaleMoments {
+    double mean, squares;  // squares: the sum of squared deviations from the mean
+};
 
 // CUDA: where a step's row comes from, for the host must not wait for the device to say.
 struct StepRow {
@@ -305,6 +321,9 @@ constexpr int64_t kAttentionKeys = 256;    // keys of a task of packing
     void layer_norm(const LayerNormArgs&, float* scratch, int64_t begin, int64_t end);                                \
     /* tasks: images * blocks of kStepBlock elements */                                                               \
     void scheduler_step(const SchedulerStepArgs&, int64_t begin, int64_t end);                                        \
+    /* tasks: images * blocks of kStepBlock elements; moments: [tasks, 2], of the conditional output and the mixture  \
+     */                                                                                                               \
+    void guidance_rescale(const GuidanceRescaleArgs&, RescaleMoments*, int64_t begin, int64_t end);                   \
     /* of at most kStepBlock elements */                                                                              \
     double sum_of_squares(const float*, int64_t count);                                                               \
     /* tasks: groups * blocks of C; scratch: (4 group_h + 2) (4 group_w + 2) * 64 floats */                           \
@@ -345,6 +364,7 @@ struct Kernels {
     decltype(&base::layer_norm_scratch) layer_norm_scratch;
     decltype(&base::layer_norm) layer_norm;
     decltype(&base::scheduler_step) scheduler_step;
+    decltype(&base::guidance_rescale) guidance_rescale;
     decltype(&base::sum_of_squares) sum_of_squares;
     decltype(&base::group_norm_silu_floor) group_norm_silu_floor;
     decltype(&base::winograd_conv_input) winograd_conv_input;

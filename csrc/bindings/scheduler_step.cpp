@@ -24,20 +24,15 @@ void run_step(const SchedulerStepArgs& a) {
 }
 
 void scheduler_step(Tensor row, OptionalTensor step, Tensor sample, Tensor e1, OptionalTensor e2, OptionalTensor e3,
-                    OptionalTensor noise, OptionalTensor variance, OptionalTensor threshold, OptionalTensor s0,
-                    OptionalTensor s1, OptionalTensor s2, OptionalTensor s3, OptionalTensor s4, OptionalTensor seeds,
-                    OptionalTensor y, OptionalTensor d, OptionalTensor u, OptionalTensor x0, OptionalTensor m) {
+                    OptionalTensor noise, OptionalTensor variance, OptionalTensor threshold, OptionalTensor factor,
+                    OptionalTensor s0, OptionalTensor s1, OptionalTensor s2, OptionalTensor s3, OptionalTensor s4,
+                    OptionalTensor seeds, OptionalTensor y, OptionalTensor d, OptionalTensor u, OptionalTensor x0,
+                    OptionalTensor m) {
     if (sample.numel() == 0) return;
     const OptionalTensor first = e1;
-    SchedulerStepArgs a = scheduler_step_args(row, step, sample, {&first, &e2, &e3}, noise, variance, threshold,
+    SchedulerStepArgs a = scheduler_step_args(row, step, sample, {&first, &e2, &e3}, noise, variance, threshold, factor,
                                               {&s0, &s1, &s2, &s3, &s4}, seeds, {&y, &d, &u, &x0, &m});
-    int64_t index = 0;
-    if (step) {
-        index = *static_cast<const int64_t*>(step->data_ptr());
-        STD_TORCH_CHECK(index >= 0 && index < row.size(0), "scheduler_step: step ", index,
-                        " is outside the table of rows");
-    }
-    a.row = static_cast<const double*>(row.data_ptr()) + index * 40;
+    a.row = row_on_host(row, step, "scheduler_step");
     for (const OptionalTensor* out : {&y, &d, &u, &x0, &m})
         if (*out) want_huge_pages(**out);
     check_row(a);

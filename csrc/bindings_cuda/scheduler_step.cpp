@@ -17,22 +17,21 @@ StepRow source_of(const Tensor& row, const OptionalTensor& step, SchedulerStepAr
         return source;
     }
     STD_TORCH_CHECK(!step || step->is_cpu(), "scheduler_step: step must be with row, on the CPU");
-    const int64_t index = step ? *static_cast<const int64_t*>(step->data_ptr()) : 0;
-    STD_TORCH_CHECK(index >= 0 && index < source.count, "scheduler_step: step ", index,
-                    " is outside the table of rows");
-    a.row = static_cast<const double*>(row.data_ptr()) + index * 40;
+    a.row = row_on_host(row, step, "scheduler_step");
     check_row(a);
     std::copy(a.row, a.row + 40, source.row);
     return source;
 }
 
 void scheduler_step(Tensor row, OptionalTensor step, Tensor sample, Tensor e1, OptionalTensor e2, OptionalTensor e3,
-                    OptionalTensor noise, OptionalTensor variance, OptionalTensor threshold, OptionalTensor s0,
-                    OptionalTensor s1, OptionalTensor s2, OptionalTensor s3, OptionalTensor s4, OptionalTensor seeds,
-                    OptionalTensor y, OptionalTensor d, OptionalTensor u, OptionalTensor x0, OptionalTensor m) {
+                    OptionalTensor noise, OptionalTensor variance, OptionalTensor threshold, OptionalTensor factor,
+                    OptionalTensor s0, OptionalTensor s1, OptionalTensor s2, OptionalTensor s3, OptionalTensor s4,
+                    OptionalTensor seeds, OptionalTensor y, OptionalTensor d, OptionalTensor u, OptionalTensor x0,
+                    OptionalTensor m) {
+    STD_TORCH_CHECK(!factor, "scheduler_step: the kernel takes no factor in this version");
     if (sample.numel() == 0) return;
     const OptionalTensor first = e1;
-    SchedulerStepArgs a = scheduler_step_args(row, step, sample, {&first, &e2, &e3}, noise, variance, threshold,
+    SchedulerStepArgs a = scheduler_step_args(row, step, sample, {&first, &e2, &e3}, noise, variance, threshold, factor,
                                               {&s0, &s1, &s2, &s3, &s4}, seeds, {&y, &d, &u, &x0, &m});
     const StepRow source = source_of(row, step, a);
     const OnDevice device(sample);

@@ -5,7 +5,7 @@
 // Layout: [B, inner] with any batch stride; blocks never cross images, so an image's bits do not depend on its batch.
 // Sums, as ops/scheduler_step.py orders them: p_x, p_e and W's weights of x are two fp32 numbers each, what rounding
 // leaves of them first; x comes last, or before the slots where one of them is what the step begins from.
-#include "simd.h"
+#include "step_block.h"
 
 namespace difusores {
 namespace DIFUSORES_ISA_NAME {
@@ -16,56 +16,6 @@ constexpr int kColumns = 9;  // x0, xh, e, z*, s0 .. s4
 constexpr int kOrders[2][kColumns] = {{0, 3, 2, 4, 5, 6, 7, 8, 1}, {0, 3, 2, 1, 4, 5, 6, 7, 8}};
 constexpr int kInFull[] = {kPX, kPE, kW + 1, kW + kColumns + 1, kW + 2 * kColumns + 1};
 
-struct alignas(64) Block {
-    float v[kStepBlock];
-};
-
-template <DType D>
-void widen(const void* p, int64_t first, int64_t count, float* out) {
-    const int64_t full = count / kWidth * kWidth;
-    const int tail = static_cast<int>(count - full);
-    for (int64_t k = 0; k < full; k += kWidth) store<DType::f32>(out, k, load<D>(p, first + k));
-    if (tail) store<DType::f32>(out, full, load_tail<D>(p, first + full, tail));
-}
-
-// out[first + k ...] = vector(k) for `count` elements: two vectors at a time, then one, then the tail.
-template <DType D, class Vector>
-DIFUSORES_INLINE void store_each(void* out, int64_t first, int64_t count, const Vector& vector) {
-    int64_t k = 0;
-    for (; k + 2 * kWidth <= count; k += 2 * kWidth) {
-        const f32v v[2] = {vector(k), vector(k + kWidth)};
-        store_all<D>(out, first + k, v);
-    }
-    for (; k + kWidth <= count; k += kWidth) store<D>(out, first + k, vector(k));
-    if (k < count) store_tail<D>(out, first + k, vector(k), static_cast<int>(count - k));
-}
-
-template <DType D>
-void narrow(void* p, int64_t first, int64_t count, const float* v) {
-    store_each<D>(p, first, count, [v](int64_t k) __attribute__((always_inline)) { return load<DType::f32>(v, k); });
-}
-
-// Asks for the next block of a 16-bit operand or output, whose conversion would keep memory waiting.
-template <bool kWrite = false>
-void fetch_next(const void* p, DType dtype, int64_t first) {
-    if (dtype != DType::f32) prefetch<2 * kStepBlock, kWrite>(static_cast<const char*>(p) + (first + kStepBlock) * 2);
-}
-
-// Operand elements [i, i + count) of image b as fp32, zero-padded to whole vectors; in place where they are fp32.
-const float* read(const Operand& o, int64_t b, int64_t i, int64_t count, Block& scratch) {
-    const int64_t first = b * o.batch_stride + i;
-    fetch_next(o.ptr, o.dtype, first);
-    switch (o.dtype) {
-        case DType::f32:
-            if (count % kWidth == 0) return static_cast<const float*>(o.ptr) + first;
-            widen<DType::f32>(o.ptr, first, count, scratch.v);
-            break;
-        case DType::bf16: widen<DType::bf16>(o.ptr, first, count, scratch.v); break;
-        case DType::f16: widen<DType::f16>(o.ptr, first, count, scratch.v); break;
-    }
-    return scratch.v;
-}
-
 void write(const Result& r, int64_t batch, int64_t inner, int64_t b, int64_t i, int64_t count, const float* v) {
     for (int64_t repeat = 0; repeat < r.repeats; ++repeat) {
         const int64_t first = (repeat * batch + b) * inner + i;
@@ -74,36 +24,6 @@ void write(const Result& r, int64_t batch, int64_t inner, int64_t b, int64_t i, 
             case DType::bf16: narrow<DType::bf16>(r.ptr, first, count, v); break;
             case DType::f16: narrow<DType::f16>(r.ptr, first, count, v); break;
         }
-    }
-}
-
-// out[first + k] = sum_j c[j] * p[j][k]. `out` may be one of the p.
-template <int kTerms, DType D>
-void combine(const float* const* p, const float* c, int64_t count, void* out, int64_t first) {
-    f32v weights[kTerms ? kTerms : 1];
-    for (int j = 0; j < kTerms; ++j) weights[j] = splat(c[j]);
-    store_each<D>(out, first, count, [&](int64_t k) __attribute__((always_inline)) {
-        f32v total = {};
-        if constexpr (kTerms > 0) total = weights[0] * load<DType::f32>(p[0], k);
-        for (int j = 1; j < kTerms; ++j) total += weights[j] * load<DType::f32>(p[j], k);
-        return total;
-    });
-}
-
-template <DType D>
-void combine(int terms, const float* const* p, const float* c, int64_t count, void* out, int64_t first = 0) {
-    switch (terms) {
-        case 0: return combine<0, D>(p, c, count, out, first);
-        case 1: return combine<1, D>(p, c, count, out, first);
-        case 2: return combine<2, D>(p, c, count, out, first);
-        case 3: return combine<3, D>(p, c, count, out, first);
-        case 4: return combine<4, D>(p, c, count, out, first);
-        case 5: return combine<5, D>(p, c, count, out, first);
-        case 6: return combine<6, D>(p, c, count, out, first);
-        case 7: return combine<7, D>(p, c, count, out, first);
-        case 8: return combine<8, D>(p, c, count, out, first);
-        case 9: return combine<9, D>(p, c, count, out, first);
-        default: return combine<10, D>(p, c, count, out, first);
     }
 }
 
@@ -216,18 +136,9 @@ void scheduler_step(const SchedulerStepArgs& args, int64_t begin, int64_t end) {
         const int64_t padded = (count + kWidth - 1) / kWidth * kWidth;
         const float* p[kColumns] = {};
         if (reads.column[2]) {
-            const float* model[3];
-            float g[3];
-            int terms = 0;
-            for (int k = 0; k < 3; ++k)
-                if (args.e[k].ptr && row[kG + k] != 0.0f) {
-                    Block& own = terms ? scratch[kColumns + 1 + terms] : scratch[2];
-                    g[terms] = row[kG + k];
-                    model[terms++] = read(args.e[k], b, i, count, own);
-                }
-            p[2] = model[0];
-            if (terms != 1 || g[0] != 1.0f) {
-                combine<DType::f32>(terms, model, g, padded, scratch[2].v);
+            p[2] = mix(args.e, row + kG, b, i, count, padded, scratch[2], scratch + kColumns + 2);
+            if (args.factor) {
+                combine<1, DType::f32>(p + 2, args.factor + b, padded, scratch[2].v, 0);
                 p[2] = scratch[2].v;
             }
         }

@@ -11,6 +11,7 @@ from difusores.ops.geglu import geglu
 from difusores.ops.gemm_conv import gemm_conv
 from difusores.ops.group_norm_affine import group_norm_affine
 from difusores.ops.group_norm_silu import group_norm_silu
+from difusores.ops.guidance_rescale import guidance_rescale
 from difusores.ops.layer_norm import layer_norm
 from difusores.ops.linear import linear
 from difusores.ops.scheduler_step import scheduler_step
@@ -27,6 +28,7 @@ __all__ = [
     "gemm_conv",
     "group_norm_affine",
     "group_norm_silu",
+    "guidance_rescale",
     "layer_norm",
     "linear",
     "scheduler_step",

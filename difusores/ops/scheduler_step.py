@@ -1,6 +1,6 @@
 """One stage of any sampler as one pass over memory, from a row of float64 coefficients.
 
-    e   = sum_k g_k * e_k                               guidance over up to three model outputs
+    e   = f[image] * sum_k g_k * e_k                    guidance over up to three outputs; f: 1, or given
     xh  = x + r * z                                     churn
     x0  = clamp(p_x * xh + p_e * e, lo, hi)             or clamp(., -s, s) / s with a threshold s[image]
     z*  = z  |  z * exp(nu0 + nu1 * v)  |  z * sqrt(v)  by mode 0, 1, 2 (v: learned variance)
@@ -56,8 +56,9 @@ OUTPUTS = ("y", "d", "u", "x0", "m")
 
 _SIGNATURE = (
     "(Tensor row, Tensor? step, Tensor sample, Tensor e1, Tensor? e2, Tensor? e3, Tensor? noise, "
-    "Tensor? variance, Tensor? threshold, Tensor? s0, Tensor? s1, Tensor? s2, Tensor? s3, Tensor? s4, "
-    "Tensor? seeds, Tensor(a!)? y, Tensor(b!)? d, Tensor(c!)? u, Tensor(d!)? x0, Tensor(e!)? m) -> ()"
+    "Tensor? variance, Tensor? threshold, Tensor? factor, Tensor? s0, Tensor? s1, Tensor? s2, Tensor? s3, "
+    "Tensor? s4, Tensor? seeds, "
+    "Tensor(a!)? y, Tensor(b!)? d, Tensor(c!)? u, Tensor(d!)? x0, Tensor(e!)? m) -> ()"
 )
 LIBRARY.define("scheduler_step" + _SIGNATURE)
 # The reference reads the row as Python numbers, which Dynamo cannot trace: a graph holds it as an op.
@@ -138,6 +139,7 @@ def reference(
     noise: Tensor | None,
     variance: Tensor | None,
     threshold: Tensor | None,
+    factor: Tensor | None,
     slots: Sequence[Tensor | None],
     seeds: Tensor | None,
 ) -> dict[str, Tensor]:
@@ -150,6 +152,8 @@ def reference(
             e = g * _wide(output) if e is None else e + g * _wide(output)
     if e is None:
         e = torch.zeros_like(x)
+    if factor is not None:
+        e = e * _of_images(factor, x)
     z = _wide(noise) if noise is not None else None
     if z is None and seeds is not None:
         z = philox_normal(seeds, sample.shape, int(coefficients[DRAW]), x.dtype)
@@ -159,7 +163,7 @@ def reference(
     prediction = [(coefficients[PX], xh), (coefficients[PE], e)]
     x0 = _combine([*_rests(prediction), *prediction], x)
     if threshold is not None:
-        s = _wide(threshold).to(x.dtype).reshape(-1, *([1] * (x.ndim - 1)))
+        s = _of_images(threshold, x)
         x0 = torch.maximum(torch.minimum(x0, s), -s) / s
     else:
         x0 = x0.clamp(coefficients[LO], coefficients[HI])
@@ -186,6 +190,11 @@ def reference(
         outputs[name] = _combine([*_rests([(w[1], xh)]), *terms], x)
     outputs["m"] = coefficients[CIN] * outputs["y"]
     return outputs
+
+
+def _of_images(t: Tensor, x: Tensor) -> Tensor:
+    """[B] numbers, one for each image of x, to be broadcast."""
+    return t.to(x.dtype).reshape(-1, *([1] * (x.ndim - 1)))
 
 
 def _rests(terms: Sequence[tuple[float, Tensor]]) -> list[tuple[float, Tensor]]:
@@ -220,6 +229,7 @@ def _registered(
     noise: Tensor | None,
     variance: Tensor | None,
     threshold: Tensor | None,
+    factor: Tensor | None,
     s0: Tensor | None,
     s1: Tensor | None,
     s2: Tensor | None,
@@ -233,7 +243,7 @@ def _registered(
     m: Tensor | None,
 ) -> None:
     results = reference(
-        row, step, sample, (e1, e2, e3), noise, variance, threshold, (s0, s1, s2, s3, s4), seeds
+        row, step, sample, (e1, e2, e3), noise, variance, threshold, factor, (s0, s1, s2, s3, s4), seeds
     )
     for name, out in zip(OUTPUTS, (y, d, u, x0, m), strict=True):
         if out is not None:
@@ -268,6 +278,7 @@ def supports(
     tensors: Sequence[Tensor | None],
     seeds: Tensor | None,
     model_dtype: torch.dtype | None,
+    factor: bool = False,
 ) -> str | None:
     """None if `backend` takes this call, else the reason in words."""
     if sample.dtype not in _KERNEL_DTYPES:
@@ -277,17 +288,22 @@ def supports(
             return f"the kernel takes float32, bfloat16 and float16, not {t.dtype}"
     if model_dtype is not None and model_dtype not in _KERNEL_DTYPES:
         return f"the kernel writes float32, bfloat16 and float16, not {model_dtype}"
+    if factor and backend != "cpu":
+        return "the kernel takes no factor in this version"
     if seeds is not None and not sample.is_contiguous():
         return "in-kernel noise needs a contiguous sample"
     return None
 
 
-def why_not_captured(sample: Tensor, seeds: Tensor | None, model_dtype: torch.dtype) -> str | None:
+def why_not_captured(
+    sample: Tensor, seeds: Tensor | None, model_dtype: torch.dtype, factor: bool = False
+) -> str | None:
     """Why a CUDA graph cannot hold steps of this sample, or None."""
-    if choose("scheduler_step", sample.device.type, supports, sample, (), seeds, model_dtype) != "reference":
+    call = (sample, (), seeds, model_dtype, factor)
+    if choose("scheduler_step", sample.device.type, supports, *call) != "reference":
         return None
     reasons = (
-        status(name) or supports(name, sample, (), seeds, model_dtype) or f"it takes no {sample.device.type}"
+        status(name) or supports(name, *call) or f"it takes no {sample.device.type}"
         for name in ("cuda", "triton")
     )
     return f"the step's reference reads its row on the host, and has to: {'; '.join(reasons)}"
@@ -309,6 +325,7 @@ def scheduler_step(
     noise: Tensor | None = None,
     variance: Tensor | None = None,
     threshold: Tensor | None = None,
+    factor: Tensor | None = None,
     outputs: Sequence[str] = ("y",),
     out: Sequence[Tensor] | None = None,
     model_dtype: torch.dtype | None = None,
@@ -329,6 +346,8 @@ def scheduler_step(
             row[39], element).
         variance: v, shaped like sample (the other half of the model's channels).
         threshold: [B], clips x0 to [-s, s] and divides it by s; then lo and hi are not used.
+        factor: [B], of the guided output, see `guidance_rescale`; a 1 changes no bit. The learned variance is
+            as it was.
         outputs: names among "y", "d", "u", "x0", "m".
         out: the tensors to write, in the order of `outputs`; must not overlap any input. New ones if None.
         model_dtype: dtype of "m" (sample's if None). model_repeats: how often "m" is repeated along the
@@ -346,7 +365,7 @@ def scheduler_step(
             ValueError from the reference, RuntimeError from a kernel.
     """
     if sample.dtype in _KERNEL_DTYPES and straight_to_cpu(
-        sample, *model_outputs, *slots, row, noise, variance, threshold, step, seeds
+        sample, *model_outputs, *slots, row, noise, variance, threshold, factor, step, seeds
     ):
         try:
             return _native(
@@ -357,6 +376,7 @@ def scheduler_step(
                 noise,
                 variance,
                 threshold,
+                factor,
                 step,
                 seeds,
                 outputs,
@@ -366,7 +386,7 @@ def scheduler_step(
             )
         except (RuntimeError, ValueError):
             pass  # the kernel refused; what follows finds another way or the words for it
-    operands = (row, sample, model_outputs, slots, noise, variance, threshold, step, seeds)
+    operands = (row, sample, model_outputs, slots, noise, variance, threshold, factor, step, seeds)
     return _general(operands, outputs, out, model_dtype, model_repeats)
 
 
@@ -378,6 +398,7 @@ _Operands = tuple[
     Tensor | None,  # noise
     Tensor | None,  # variance
     Tensor | None,  # threshold
+    Tensor | None,  # factor
     Tensor | None,  # step
     Tensor | None,  # seeds
 ]
@@ -394,6 +415,7 @@ def _native(
     noise: Tensor | None,
     variance: Tensor | None,
     threshold: Tensor | None,
+    factor: Tensor | None,
     step: Tensor | None,
     seeds: Tensor | None,
     outputs: Sequence[str],
@@ -417,7 +439,8 @@ def _native(
         if places[place] is not None:
             raise ValueError("see _check")
         places[place] = t
-    _OP(row, step, sample, e1, e2, e3, noise, variance, threshold, s0, s1, s2, s3, s4, seeds, *places)
+    call = (row, step, sample, e1, e2, e3, noise, variance, threshold, factor, s0, s1, s2, s3, s4, seeds)
+    _OP(*call, *places)
     return tuple(out)
 
 
@@ -463,19 +486,23 @@ def _general(
     repeats: int,
 ) -> tuple[Tensor, ...]:
     """Any backend, layout and dtype; refuses in words what no backend takes."""
-    row, sample, model_outputs, slots, noise, variance, threshold, step, seeds = operands
+    row, sample, model_outputs, slots, noise, variance, threshold, factor, step, seeds = operands
+    of_images = (threshold, factor)
     needed = (*model_outputs, *slots, noise, variance)
-    _check(row, sample, model_outputs, slots, noise, variance, threshold, outputs, out, repeats, step, seeds)
-    differentiates = needs_grad(sample, *needed, threshold)
+    _check(row, sample, model_outputs, slots, noise, variance, *of_images, outputs, out, repeats, step, seeds)
+    differentiates = needs_grad(sample, *needed, *of_images)
     backend = "reference"
     if not differentiates:
-        backend = choose("scheduler_step", sample.device.type, supports, sample, needed, seeds, model_dtype)
+        call = (sample, needed, seeds, model_dtype, factor is not None)
+        backend = choose("scheduler_step", sample.device.type, supports, *call)
     if not _dense(sample):
         sample = sample.contiguous()
     if out is None:
         out = _new_outputs(sample, outputs, model_dtype, repeats)
     if backend == "reference" and (differentiates or not torch.compiler.is_compiling()):
-        results = reference(row, step, sample, model_outputs, noise, variance, threshold, slots, seeds)
+        results = reference(
+            *(row, step, sample, model_outputs, noise, variance, threshold, factor, slots, seeds)
+        )
         for name, target in zip(outputs, out, strict=True):
             _write(name, results[name], target)
         return tuple(out)
@@ -483,7 +510,7 @@ def _general(
     e = [_like(t, sample) for t in model_outputs]
     s = [None if t is None else _like(t, sample) for t in slots]
     noise, variance = (None if t is None else _like(t, sample) for t in (noise, variance))
-    threshold = None if threshold is None else threshold.float().contiguous()
+    threshold, factor = (None if t is None else t.float().contiguous() for t in of_images)
     strides = (sample.shape[1:].numel(), *sample.stride()[1:])
     new = [
         t if t.stride() == strides else torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device)
@@ -491,7 +518,7 @@ def _general(
     ]
     written = dict(zip(outputs, new, strict=True))
     op(
-        *(row, step, sample, *e, *_NO_SLOTS[: 3 - len(e)], noise, variance, threshold),
+        *(row, step, sample, *e, *_NO_SLOTS[: 3 - len(e)], noise, variance, threshold, factor),
         *(*s, *_NO_SLOTS[: 5 - len(s)], seeds),
         *(written.get(name) for name in OUTPUTS),
     )
@@ -503,7 +530,13 @@ def _general(
 
 def _dense(t: Tensor) -> bool:
     """Whether each image is one run of memory, in whatever order of dimensions."""
-    return t.is_contiguous() or len(t) == 0 or torch.ops.aten.is_non_overlapping_and_dense(t[0])
+    covered = 1
+    for stride, size in () if t.is_contiguous() else sorted(zip(t.stride()[1:], t.shape[1:], strict=True)):
+        if size > 1:
+            if stride != covered:
+                return False
+            covered *= size
+    return True
 
 
 def _new_outputs(
@@ -532,6 +565,7 @@ def _check(
     noise: Tensor | None,
     variance: Tensor | None,
     threshold: Tensor | None,
+    factor: Tensor | None,
     outputs: Sequence[str],
     out: Sequence[Tensor] | None,
     repeats: int,
@@ -557,10 +591,10 @@ def _check(
             raise ValueError(
                 f"every operand must have the sample's shape {tuple(shape)}, got {tuple(t.shape)}"
             )
-    for name, t in (("threshold", threshold), ("seeds", seeds)):
+    for name, t in (("threshold", threshold), ("factor", factor), ("seeds", seeds)):
         if t is not None and t.shape != shape[:1]:
             raise ValueError(f"{name} must have shape [B] = [{shape[0]}], got {tuple(t.shape)}")
-    for t in (*model_outputs, *slots, noise, variance, threshold, seeds):
+    for t in (*model_outputs, *slots, noise, variance, threshold, factor, seeds):
         if t is not None and t.device != sample.device:
             raise ValueError(
                 f"every operand must be on the sample's device, {sample.device}, got one on {t.device}"

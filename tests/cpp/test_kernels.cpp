@@ -1,5 +1,6 @@
 // The kernels without torch: every ISA level that this processor has, against a float64 oracle, on memory whose bounds
 // a sanitizer watches. Prints one line per failure; exits with their number.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -156,6 +157,37 @@ void step(const Kernels& k, int64_t batch, int64_t inner) {
     }
     expect(worst <= 3e-6,
            std::string(k.isa) + " scheduler_step " + std::to_string(inner) + ": " + std::to_string(worst));
+}
+
+void rescale(const Kernels& k, DType dtype, int64_t batch, int64_t inner) {
+    const auto none = normal(batch * inner, 1), some = normal(batch * inner, 2);
+    const auto none_half = to_half(none, dtype), some_half = to_half(some, dtype);
+    const bool half = dtype != DType::f32;
+    const double row[40] = {-1.5, 2.5};
+    GuidanceRescaleArgs a{};
+    a.row = row, a.conditional = 1, a.batch = batch, a.inner = inner;
+    a.e[0] = {half ? static_cast<const void*>(none_half.data()) : none.data(), dtype, inner};
+    a.e[1] = {half ? static_cast<const void*>(some_half.data()) : some.data(), dtype, inner};
+    const int64_t blocks = (inner + kStepBlock - 1) / kStepBlock;
+    std::vector<RescaleMoments> found(2 * batch * blocks);
+    k.guidance_rescale(a, found.data(), 0, batch * blocks);
+    double worst = 0;
+    for (int64_t task = 0; task < batch * blocks; ++task)
+        for (int which = 0; which < 2; ++which) {
+            const int64_t begin = task / blocks * inner + task % blocks * kStepBlock;
+            const int64_t end = std::min(begin + kStepBlock, (task / blocks + 1) * inner);
+            const auto value = [&](int64_t i) {
+                const double told = half ? from_half(some_half[i], dtype) : some[i];
+                return which ? 2.5 * told - 1.5 * (half ? from_half(none_half[i], dtype) : none[i]) : told;
+            };
+            double mean = 0, squares = 0;
+            for (int64_t i = begin; i < end; ++i) mean += value(i) / static_cast<double>(end - begin);
+            for (int64_t i = begin; i < end; ++i) squares += (value(i) - mean) * (value(i) - mean);
+            worst = std::fmax(worst, std::fabs(found[2 * task + which].mean - mean));
+            worst = std::fmax(worst, std::fabs(found[2 * task + which].squares - squares) / (1 + squares));
+        }
+    expect(worst <= 2e-6,
+           std::string(k.isa) + " guidance_rescale " + std::to_string(inner) + ": " + std::to_string(worst));
 }
 
 void squares(const Kernels& k, int64_t count) {
@@ -476,6 +508,7 @@ int main() {
                                avx512::layer_norm_scratch,
                                avx512::layer_norm,
                                avx512::scheduler_step,
+                               avx512::guidance_rescale,
                                avx512::sum_of_squares,
                                avx512::group_norm_silu_floor,
                                avx512::winograd_conv_input,
@@ -518,7 +551,10 @@ int main() {
             }
         for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
             for (const int64_t d : {1, 7, 16, 67, 320}) tokens(*k, 3, d, dtype);
-        for (const int64_t inner : {1, 7, 1023, 1024, 1025, 5000}) step(*k, 2, inner);
+        for (const int64_t inner : {1, 7, 1023, 1024, 1025, 5000}) {
+            step(*k, 2, inner);
+            for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) rescale(*k, dtype, 2, inner);
+        }
         for (const int64_t count : {1, 7, 63, 64, 65, 1023, 1024}) squares(*k, count);
         gemm(*k, 1, 70, 140, 5, 4, 3);  // more than one chunk and one share
         for (const bool fused : {false, true}) {

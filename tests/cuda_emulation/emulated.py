@@ -149,6 +149,7 @@ class SchedulerStepArgs(ctypes.Structure):
         ("variance", Operand),
         ("slots", Operand * 5),
         ("threshold", ctypes.c_void_p),
+        ("factor", ctypes.c_void_p),
         ("seeds", ctypes.c_void_p),
         *((name, Result) for name in ("y", "d", "u", "x0", "m")),
         ("batch", ctypes.c_int64),
@@ -197,8 +198,8 @@ def scheduler_step(
     change: tuple[str, str] | None = None,
 ) -> None:
     """The registered op `scheduler_step`, arguments as in its schema, carried out by the CUDA kernel."""
-    e, (noise, variance, threshold), slots = tensors[:3], tensors[3:6], tensors[6:11]
-    seeds, outputs = tensors[11], tensors[12:]
+    e, (noise, variance, threshold, factor), slots = tensors[:3], tensors[3:7], tensors[7:12]
+    seeds, outputs = tensors[12], tensors[13:]
     _check_layouts(sample, (*e, noise, variance, *slots), outputs)
     batch = sample.shape[0]
     args = SchedulerStepArgs(
@@ -208,6 +209,7 @@ def scheduler_step(
         variance=_operand(variance),
         slots=(Operand * 5)(*map(_operand, slots)),
         threshold=None if threshold is None else threshold.data_ptr(),
+        factor=None if factor is None else factor.data_ptr(),
         seeds=None if seeds is None else seeds.data_ptr(),
         batch=batch,
         inner=sample[0].numel(),

@@ -95,6 +95,7 @@ def test_isa_levels(isa: str) -> None:
     # From AVX-512 on the levels differ in products of matrices alone.
     of_every_level = (
         *("group_norm_silu", "group_norm_affine", "scheduler_step", "winograd_conv"),
+        "guidance_rescale",
         *("geglu", "layer_norm", "gemm_conv"),
     )
     differ = ("attention", *(() if isa.startswith("avx512") else of_every_level))

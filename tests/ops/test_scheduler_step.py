@@ -134,6 +134,31 @@ def test_dynamic_threshold(backend: str, check: Any) -> None:
     assert got[0].abs().amax() == 1.0
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["guided", "everything", "ddim"])
+def test_factor(backend: str, case: str, dtype: torch.dtype, check: Any) -> None:
+    """Of each image's guided output, and of nothing else; where it is 1, the bits are those of none."""
+    guidance = CASES[case].get("guidance", 1)
+    r, call = row(**CASES[case]), operands((3, 2, 33, 31), dtype, guidance)
+    factor = torch.tensor([0.6, 1.0, 1.7])
+    got = step(backend, r, call, factor=factor, model_repeats=2)
+    eager = step("reference", r, call, factor=factor, model_repeats=2)
+    exact = cast(call, torch.float64)
+    scaled = [e * factor.double().view(3, 1, 1, 1) for e in exact["model_outputs"]]
+    oracle = step("reference", r, {**exact, "model_outputs": scaled}, model_repeats=2)
+    for ours, theirs, expected in zip(got, eager, oracle, strict=True):
+        check(ours, theirs, expected)
+    without = step(backend, r, call, model_repeats=2)
+    for ours, plain in zip(got, without, strict=True):
+        assert torch.equal(ours[1], plain[1]) and not torch.equal(ours[0], plain[0])
+    with ops.use_backend(backend):
+        table, place = torch.stack([row(), r]), torch.tensor([1])
+        by_counter = step(backend, table, call, factor=factor, step=place, model_repeats=2)
+    assert all(map(torch.equal, got, by_counter))
+    broken = step(backend, r, call, factor=torch.tensor([math.nan, 1.0, math.inf]), outputs=("d",))
+    assert broken[0][0].isnan().all() and torch.equal(broken[0][1], without[1][1])
+
+
 def test_mixed_dtypes_and_model_input(backend: str, check: Any) -> None:
     """An fp32 sample beside a bf16 model: read as it is, m written in the model's dtype, three times."""
     r, call = row(guidance=2), operands((2, 3, 16, 16), torch.float32, 2)
@@ -523,7 +548,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(
         torch.ops.difusores.scheduler_step.default,
         (
-            *(row(guidance=2), None, call["sample"], e1, e2, None, call["noise"], call["variance"], None),
+            *(row(guidance=2), None, call["sample"], e1, e2, None),
+            *(call["noise"], call["variance"], None, None),
             *(*call["slots"], None, *outputs),
         ),
     )
@@ -551,6 +577,7 @@ def test_compiles_without_a_break(backend: str) -> None:
         ({"slots": [None] * 6}, "at most five slots"),
         ({"noise": torch.zeros(2, 3, 8, 7)}, r"sample's shape \(2, 3, 8, 8\)"),
         ({"threshold": torch.zeros(3)}, r"threshold must have shape \[B\] = \[2\]"),
+        ({"factor": torch.zeros(1)}, r"factor must have shape \[B\] = \[2\]"),
         ({"seeds": torch.zeros(1, dtype=torch.int64)}, "seeds must have shape"),
         ({"outputs": ("y", "w")}, "unknown output 'w'"),
         ({"outputs": ("y", "y")}, "asked for once"),

@@ -302,6 +302,7 @@ def launch(
     noise: Tensor | None,
     variance: Tensor | None,
     threshold: Tensor | None,
+    factor: Tensor | None,
     s0: Tensor | None,
     s1: Tensor | None,
     s2: Tensor | None,
@@ -314,6 +315,8 @@ def launch(
     x0: Tensor | None,
     m: Tensor | None,
 ) -> None:
+    if factor is not None:
+        raise RuntimeError("scheduler_step: the kernel takes no factor in this version")
     slots = (s0, s1, s2, s3, s4)
     if row.is_cpu and step is None:
         outputs = (y is not None or m is not None, d is not None, u is not None)
