@@ -19,7 +19,7 @@ from torch import Tensor
 
 from difusores.brownian import BrownianNoise, BrownianPath
 from difusores.ops.scheduler_step import CIN, COLUMNS, DRAW, G1, HI, LO, MODE, NU0, NU1, PE, PX, ROW, R, W
-from difusores.sampling import Callback, Generators, Model, philox_keys, sample
+from difusores.sampling import Callback, Generators, Model, Rescale, philox_keys, sample
 
 BINDINGS = ("x", "y", "x0", "d", "u", "z", "s0", "s1", "s2", "s3", "s4")
 """What a slot can hold after a stage: the sample before or after it, an output, its noise, another slot."""
@@ -265,6 +265,8 @@ class Plan:
         model_dtype: torch.dtype | None = None,
         graph: bool = False,
         shift: Callable[[], Tensor] | None = None,
+        rescale: Rescale = 0.0,
+        conditional: int = 0,
     ) -> Tensor:
         """Sample: call the model and carry out a row, stage after stage, without gradients.
 
@@ -292,6 +294,11 @@ class Plan:
                 each call of the model is a graph.
             shift: asked after each call of the model; what it returns, like x, is added to the next sample
                 inside the op. Not with `graph`.
+            rescale: share of the guided output that is brought to the deviation of the conditional one, from
+                0 to 1, see `difusores.ops.guidance_rescale` (Lin et al. 2024, section 3.4); or what gives it,
+                asked after each call of the model, not with `graph`.
+            conditional: number of the guidance weight whose output is the conditional one, -1 for the last.
+                A learned variance is that output's too.
 
         Returns:
             The last sample, a new tensor like x.
@@ -331,6 +338,8 @@ class Plan:
             noise_sampler=None if path is None else of_path,
             graph=graph,
             shift=shift,
+            rescale=rescale,
+            conditional=conditional,
         )
 
     def _spans_overlap(self) -> bool:

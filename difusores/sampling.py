@@ -17,7 +17,7 @@ from torch import Tensor
 
 from difusores import graphs
 from difusores.cuda_graph import Graphed
-from difusores.ops import scheduler_step
+from difusores.ops import guidance_rescale, scheduler_step
 from difusores.ops.scheduler_step import CIN, COLUMNS, G1, HI, LO, MODE, ROW, W, shortcut, why_not_captured
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ SHIFTED = 4  # the slot of what is added to the next sample
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Model = Callable[[Tensor, Tensor], Any]
 Callback = Callable[[int, Tensor, Tensor], Tensor | None]
+Rescale = float | Callable[[], float]
 
 LONGEST = 128
 """Stages that are captured as one graph; in a longer run each call of the model is one."""
@@ -47,6 +48,8 @@ def sample(
     noise_sampler: NoiseSampler | None = None,
     graph: bool = False,
     shift: Callable[[], Tensor] | None = None,
+    rescale: Rescale = 0.0,
+    conditional: int = 0,
 ) -> Tensor:
     """The loop behind `Plan.run`.
 
@@ -55,16 +58,20 @@ def sample(
     """
     if not 1 <= len(weights) <= 3:
         raise ValueError(f"guidance takes one to three weights, got {len(weights)}")
+    if not -len(weights) <= conditional < len(weights):
+        raise ValueError(f"conditional is {conditional}; there are {len(weights)} guidance weights")
+    if graph and callable(rescale):
+        raise ValueError("graph=True: rescale has to be a number, which a graph takes as given")
     table = plan.table()
     table[:, G1 : G1 + len(weights)] = torch.tensor(weights, dtype=torch.float64, device="cpu")
     if shift is not None:
         if graph or any(len(stage.slots) > SHIFTED for stage in plan.stages):
             raise ValueError("a shift needs the last slot for itself, and a run that is no graph")
         table[:, W + COLUMNS.index(f"s{SHIFTED}")] = 1.0
-    run = _Run(plan, weights=len(weights), model_dtype=model_dtype, generator=generator)
+    run = _Run(plan, len(weights), model_dtype, generator, rescale, conditional)
     with torch.no_grad():
         if graph and graphs.capturing() is None:
-            reason = graphs.refusal(x.device) or why_not_captured(x, keys, model_dtype)
+            reason = graphs.refusal(x.device) or why_not_captured(x, keys, model_dtype, bool(rescale))
             if reason is not None:
                 raise ValueError(f"graph=True: {reason}")
             if callback is None and len(plan) <= LONGEST:
@@ -80,12 +87,15 @@ class _Run:
 
     Attributes:
         weights: how many weights guidance has.
+        rescale, conditional: see `Plan.run`.
     """
 
     plan: Plan
     weights: int
     model_dtype: torch.dtype
     generator: Generators
+    rescale: Rescale
+    conditional: int
 
     def carry_out(
         self,
@@ -106,9 +116,11 @@ class _Run:
         slots: tuple[Tensor, ...] = ()
         given = buffers.model_input(x, plan.stages[0].c_in)
         for i, stage in enumerate(plan.stages):
-            e, v = [x], None
+            e, v, factor = [x], None, None
             if stage.calls_model:
-                e, v = split_output(model(given, moments[i]), x.shape, stage.row[MODE] != 0, weights)
+                output, learned = model(given, moments[i]), stage.row[MODE] != 0
+                e, v = split_output(output, x.shape, learned, weights, self.conditional)
+                factor = self.factor(rows[i], e, buffers)
             z = None
             if stage.noise is not None and keys is None:
                 dtype = noise_dtype(stage.noise, x, e[0])
@@ -116,7 +128,7 @@ class _Run:
                     z = noise_sampler(stage.noise, dtype)
                 else:
                     z = buffers.noise(stage.noise, dtype, self.generator, keep="z" in stage.slots)
-            operands: dict[str, Any] = {"noise": z, "variance": v, "seeds": keys}
+            operands: dict[str, Any] = {"noise": z, "variance": v, "factor": factor, "seeds": keys}
             if stage.threshold is not None:
                 (x0,) = scheduler_step(rows[i], x, e, slots, outputs=("x0",), **operands)
                 operands["threshold"] = dynamic_threshold(x0, *stage.threshold)
@@ -141,6 +153,13 @@ class _Run:
                 x = buffers.dense(replaced)
                 given = buffers.model_input(x, c_in)
         return x
+
+    def factor(self, row: Tensor, e: list[Tensor], buffers: _Buffers) -> Tensor | None:
+        """That of the guided output, for the step that follows; None: no rescale."""
+        share = self.rescale() if callable(self.rescale) else self.rescale
+        if not share:
+            return None
+        return guidance_rescale(row, e, share, conditional=self.conditional, out=buffers.factors(e[0]))
 
 
 class _FixedNoise:
@@ -193,7 +212,10 @@ def _replay(
         return z
 
     kept = graphs.graphs_of(model)
-    of_run = (run.plan, run.weights, run.model_dtype, keys is None, graphs.described(x), graphs.settings())
+    of_run = (
+        *(run.plan, run.weights, run.model_dtype, run.rescale, run.conditional),
+        *(keys is None, graphs.described(x), graphs.settings()),
+    )
     inputs = [x, table, run.plan.times(), *(() if keys is None else (keys,))]
     with kept.lock:
         found: tuple[graphs.Graph, _FixedNoise] | None = kept.find((of_run, graphs.decisions(model)))
@@ -215,14 +237,15 @@ def _replay(
 
 
 def split_output(
-    output: Any, shape: torch.Size, learned: bool, copies: int = 1
+    output: Any, shape: torch.Size, learned: bool, copies: int = 1, conditional: int = 0
 ) -> tuple[list[Tensor], Tensor | None]:
-    """The model outputs e_k, one per copy of the batch, and the first copy's learned variance v or None.
+    """The model outputs e_k, one per copy of the batch, and one copy's learned variance v or None.
 
     Args:
         output: [copies * B, C or 2 * C, ...], or an object that begins with it. Nothing is copied.
         shape: of the sample, [B, C, ...].
         learned: whether the second half of the channels has to be there.
+        conditional: the copy whose variance is meant.
 
     Raises:
         ValueError: another shape.
@@ -241,7 +264,7 @@ def split_output(
     parts = output.chunk(copies) if copies > 1 else (output,)
     if not double:
         return list(parts), None
-    return [part[:, :channels] for part in parts], parts[0][:, channels:]
+    return [part[:, :channels] for part in parts], parts[conditional][:, channels:]
 
 
 def dynamic_threshold(x0: Tensor, ratio: float, largest: float) -> Tensor:
@@ -401,6 +424,7 @@ class _Buffers:
         self.inputs: list[Tensor] = []
         self.z: Tensor | None = None
         self.kept = False
+        self.of_images: Tensor | None = None
 
     def dense(self, x: Tensor) -> Tensor:
         """x itself, or a copy in the buffers' memory layout."""
@@ -438,6 +462,13 @@ class _Buffers:
             wide = x if x.dtype is torch.float64 else x.float()
             given.unflatten(0, (self.copies, x.shape[0])).copy_(c_in * wide)
         return given
+
+    def factors(self, e: Tensor) -> Tensor:
+        """A number for each image of a model's output."""
+        if self.of_images is None:
+            dtype = torch.float64 if e.dtype is torch.float64 else torch.float32
+            self.of_images = torch.empty(len(e), dtype=dtype, device=e.device)
+        return self.of_images
 
     def noise(self, noise: Noise, dtype: torch.dtype, generator: Generators, keep: bool) -> Tensor:
         z = self.z

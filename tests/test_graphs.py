@@ -82,6 +82,40 @@ def test_a_replay_has_the_bits_of_the_loop(
     assert captures() == 1
 
 
+class Told(Network):
+    """Every copy of the batch is another input, as conditions make it."""
+
+    def __init__(self, outputs: int = 1) -> None:
+        super().__init__(outputs)
+        self.register_buffer("told", torch.tensor([0.3, 0.3, 1.0, 1.0]).view(4, 1, 1, 1))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x * self.told, t)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm learned", "thresholding", "heun"])
+def test_a_replay_rescales_the_guided_output(name: str, captures: Callable[[], int]) -> None:
+    """By weights of guidance that are in the device's memory, as ever; another share is another graph."""
+    plan, model = PLANS[name](), Told(outputs_of(name))
+
+    def run(seed: int, **options: Any) -> Tensor:
+        x, weight = noise(seed) * plan.init_noise_sigma, 1.0 + seed / 5
+        generator = torch.Generator().manual_seed(9 + seed)
+        return plan.run(model, x, generator=generator, guidance=(1 - weight, weight), **options)
+
+    def check(seed: int, graphs: int, **options: Any) -> None:
+        want = run(seed, **options)
+        assert torch.equal(run(seed, **options, graph=True), want) and captures() == graphs
+        assert not torch.equal(want, run(seed, **(options | {"rescale": 0.0})))
+
+    for seed in (1, 2, 3):
+        check(seed, 1, conditional=-1, rescale=0.7)
+    check(1, 2, conditional=-1, rescale=0.5)
+    check(1, 3, conditional=0, rescale=0.5)
+    with pytest.raises(ValueError, match="graph=True: rescale has to be a number"):
+        run(1, rescale=lambda: 0.7, graph=True)
+
+
 def test_noise_of_seeds_of_generators_of_images_and_of_none(captures: Callable[[], int]) -> None:
     plan, model = PLANS["ddpm"](), Network()
     for seed in (3, 4, 5):

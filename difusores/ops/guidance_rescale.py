@@ -123,15 +123,16 @@ def guidance_rescale(
         the reference.
 
     Raises:
-        ValueError: a shape, index or count that does not fit.
+        ValueError: a shape, index, share or count that does not fit.
     """
     count = len(model_outputs)
-    if straight_to_cpu(row, step, *model_outputs, out) and -count <= conditional < count <= 3:
+    plain = -count <= conditional < count <= 3 and 0 <= share <= 1
+    if plain and straight_to_cpu(row, step, *model_outputs, out):
         try:
             return _native(row, step, model_outputs, conditional % count, share, out)
         except RuntimeError:
             pass  # the kernel refused; what follows finds another way or the words for it
-    _check(row, model_outputs, conditional, step, out)
+    _check(row, model_outputs, share, conditional, step, out)
     first = model_outputs[0]
     conditional %= count
     dtype = torch.float64 if first.dtype is torch.float64 else torch.float32
@@ -171,7 +172,12 @@ def _native(
 
 
 def _check(
-    row: Tensor, model_outputs: Sequence[Tensor], conditional: int, step: Tensor | None, out: Tensor | None
+    row: Tensor,
+    model_outputs: Sequence[Tensor],
+    share: float,
+    conditional: int,
+    step: Tensor | None,
+    out: Tensor | None,
 ) -> None:
     if row.dtype is not torch.float64 or row.shape[-1] != ROW or row.ndim != (1 if step is None else 2):
         raise ValueError(
@@ -191,6 +197,8 @@ def _check(
         raise ValueError(
             f"row must be on the CPU or with step on the outputs' device, got it on {row.device}"
         )
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share}; needed is a number from 0 to 1")
     if not -len(model_outputs) <= conditional < len(model_outputs):
         raise ValueError(f"conditional is {conditional}; there are {len(model_outputs)} model outputs")
     dtype = torch.float64 if first.dtype is torch.float64 else torch.float32

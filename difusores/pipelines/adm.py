@@ -12,12 +12,12 @@ from difusores.models.adm import ADMClassifier, ADMUNet
 from difusores.models.conditioning import Conditioning, check_labels
 from difusores.pipelines.checks import check_count, check_numbers, check_steps
 from difusores.pipelines.classifier_guidance import Guide, MeanShift, NoiseShift
-from difusores.pipelines.guidance import GuidedPipeline, check_guidance, guided
+from difusores.pipelines.guidance import Guided, GuidedPipeline, check_guidance
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
 from difusores.pipelines.pipeline import follows_plan
 from difusores.pipelines.unconditional import Labels, StepCallback
 from difusores.plan import Plan
-from difusores.sampling import Generators, draw_noise
+from difusores.sampling import Generators, Model, draw_noise
 from difusores.schedulers import DDIMScheduler, DDPMScheduler
 
 
@@ -76,7 +76,7 @@ class ADMPipeline(GuidedPipeline):
                 clipped first where the scheduler clips.
             guidance_scale: weight w of classifier-free guidance, w * conditional + (1 - w) * unconditional
                 prediction. None or 1 for none. May stand beside the classifier's.
-            guidance_rescale, guidance_interval: of the classifier-free guidance, see `rescaled` and `guided`.
+            guidance_rescale, guidance_interval: of the classifier-free guidance, see `Guided`.
             null_label: the label for which the model predicts unconditionally; needed by `guidance_scale`.
                 The public checkpoints have none.
             low_res: [N, C, h, w] in [-1, 1], for upsamplers: the images to be enlarged.
@@ -111,7 +111,8 @@ class ADMPipeline(GuidedPipeline):
             told = conditioning.part(slice(len(x)))
             return self._call_unet(told, x, time, batch_size, return_dict=False)
 
-        predict_guided, weights = guided(
+        by_mean = isinstance(self.scheduler, DDPMScheduler)
+        guided = Guided(
             predict,
             lambda: (scale, 1 - scale),
             len(plan),
@@ -119,14 +120,16 @@ class ADMPipeline(GuidedPipeline):
             rescale=guidance_rescale,
             interval=guidance_interval,
             limits=self._guidance_limits,
+            step_rescales=guide is None or by_mean,  # else the gradient is a part of the step's sum
         )
-        model, added = predict_guided, None
-        guidance: tuple[float, ...] | None = weights
-        if guide is not None and isinstance(self.scheduler, DDPMScheduler):
-            mean = MeanShift(guide, plan, self.scheduler, predict_guided, len(weights))
+        model: Model = guided
+        added = None
+        guidance: tuple[float, ...] | None = guided.weights
+        if guide is not None and by_mean:
+            mean = MeanShift(guide, plan, self.scheduler, guided, len(guided.weights))
             model, added = mean.model, mean.shift
         elif guide is not None:
-            shift = NoiseShift(guide, plan, self.scheduler, predict_guided, weights, clip)
+            shift = NoiseShift(guide, plan, self.scheduler, guided, guided.weights, clip)
             model, guidance = shift.model, shift.weights
         side = self.unet.config["image_size"]
         shape = (batch_size, self.unet.config["in_channels"], side, side)
@@ -143,7 +146,14 @@ class ADMPipeline(GuidedPipeline):
                 return image if changed is None else changed.get("image", image)
 
             image = plan.run(
-                model, noise, generator=generator, callback=after_step, guidance=guidance, shift=added
+                model,
+                noise,
+                generator=generator,
+                callback=after_step,
+                guidance=guidance,
+                rescale=guided.rescale,
+                conditional=guided.conditional,
+                shift=added,
             )
         images = to_images(image, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -65,7 +65,7 @@ class SemanticToImagePipeline(ConditionedPipeline):
             latents: the first sample, [N, C, h, w], in place of noise.
             guidance_scale: weight w of classifier-free guidance, unconditional + w * (conditional -
                 unconditional) prediction; 1 for none. For models that were trained with maps left out.
-            guidance_rescale, guidance_interval: see `rescaled` and `guided`.
+            guidance_rescale, guidance_interval: see `Guided`.
             negative_map: what stands for no condition, one map for all or one for each; zeros, which are of
                 no class, if None (Wang et al. 2022, "Semantic image synthesis via diffusion models").
 
@@ -145,7 +145,7 @@ class AudioToImagePipeline(ConditionedPipeline):
                 unconditional) prediction (Ho & Salimans 2022); 1 for none.
             num_images_per_audio: images of each sound, side by side.
             latents: the first sample, [N, C, h, w], in place of noise.
-            guidance_rescale, guidance_interval: see `rescaled` and `guided`.
+            guidance_rescale, guidance_interval: see `Guided`.
             negative_audio: what to lead away from, one sound for all or one for each, of the length of
                 `audio`; silence if None.
 

@@ -71,65 +71,88 @@ def check_guidance(
     return 1.0 if scale is None else scale
 
 
-def guided(
-    predict: Model,
-    weights: Callable[[], tuple[float, ...]],
-    steps: int,
-    *,
-    conditional: int = -1,
-    rescale: float = 0.0,
-    interval: tuple[float, float] = (0.0, 1.0),
-    limits: tuple[float, float] = (0.0, 1.0),
-) -> tuple[Model, tuple[float, ...]]:
-    """Guidance without a classifier (Ho & Salimans 2022) for `Plan.run`: (model, weights).
+class Guided:
+    """Guidance without a classifier (Ho & Salimans 2022): the model for `Plan.run`, and what the step makes
+    of its outputs.
 
-    The weighted sum of the model's outputs, (1 - w) * unconditional + w * conditional, is linear, so the
-    fused step does it. Where it is not, or is not wanted at a step, the outputs are combined here, and all
-    parts given to the step are the same. A learned variance is the conditional one's.
+    The weighted sum, (1 - w) * unconditional + w * conditional, is linear, and with its rescale the step does
+    it. Where the weights are others than those of the run, or guidance is not wanted at a step, the outputs
+    are combined here, and all parts given to the step are the same. A learned variance is the conditional
+    one's.
 
     Args:
         predict: predict(x, t) -> output, for x with a copy of the batch for each weight, or with one copy
             for the conditional part alone.
-        weights: those of now, whose sum is 1; callbacks may change them. At the first call those of the step.
-            All on the conditional part is no guidance.
+        weights: those of now, whose sum is 1; callbacks may change them. At first those of the run. All on
+            the conditional part is no guidance.
         steps: calls in the run.
         conditional: which part is the conditional one: the first, 0, or the last, -1. The unconditional one
             is at the other end.
-        rescale: see `rescaled`.
+        rescale: share of the sum that is brought to the deviation of the conditional part, see `rescaled`.
         interval: share of the calls from which and up to which there is guidance (Kynkäänniemi et al. 2024,
             "Applying guidance in a limited interval improves sample and distribution quality").
         limits: shares outside which there is none either.
-    """
-    fused, calls = weights(), 0
-    parts, unconditional = len(fused), -1 - conditional
-    alone = tuple(float(k == conditional % parts) for k in range(parts))
-    if fused == alone:
-        return predict, (1.0,)
+        step_rescales: False where what takes the outputs is no `Plan.run`, or not of these weights alone:
+            then they are rescaled here.
 
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        nonlocal calls
-        now, share = weights(), calls / steps
-        inside = interval[0] <= share < interval[1] and limits[0] <= share < limits[1]
-        calls += 1
-        if not inside or now == alone:
-            return torch.cat([as_tensor(predict(x[: len(x) // parts], t))] * parts)
-        output = as_tensor(predict(x, t))
-        if now == fused and not rescale:
+    Attributes:
+        weights: of the run, for `Plan.run`; (1.0,) where there is no guidance.
+        conditional: the same.
+    """
+
+    def __init__(
+        self,
+        predict: Model,
+        weights: Callable[[], tuple[float, ...]],
+        steps: int,
+        *,
+        conditional: int = -1,
+        rescale: float = 0.0,
+        interval: tuple[float, float] = (0.0, 1.0),
+        limits: tuple[float, float] = (0.0, 1.0),
+        step_rescales: bool = True,
+    ) -> None:
+        self.weights, self.conditional = weights(), conditional
+        self._predict, self._weights, self._steps, self._calls = predict, weights, steps, 0
+        self._share, self._step_rescales, self._of_step = rescale, step_rescales, 0.0
+        self._begin, self._end = max(interval[0], limits[0]), min(interval[1], limits[1])
+        parts = len(self.weights)
+        self._alone = tuple(float(k == conditional % parts) for k in range(parts))
+        if self.weights == self._alone:
+            self.weights = self._alone = (1.0,)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Any:
+        parts = len(self.weights)
+        if parts == 1:
+            return self._predict(x, t)
+        now, at = self._weights(), self._calls / self._steps
+        self._calls += 1
+        self._of_step = 0.0
+        if not self._begin <= at < self._end or now == self._alone:
+            return torch.cat([as_tensor(self._predict(x[: len(x) // parts], t))] * parts)
+        output = as_tensor(self._predict(x, t))
+        if now == self.weights and (self._step_rescales or not self._share):
+            self._of_step = self._share
             return output
         outputs, channels = output.chunk(parts), x.shape[1]
         means = [part[:, :channels] for part in outputs]
-        base = means[unconditional]
+        base = means[-1 - self.conditional]
         mixed = base + sum(w * (mean - base) for w, mean in zip(now, means, strict=True) if mean is not base)
-        if rescale:
-            mixed = rescaled(mixed, means[conditional], rescale)
-        mixed = torch.cat((mixed, outputs[conditional][:, channels:]), dim=1)
+        if self._share:
+            mixed = rescaled(mixed, means[self.conditional], self._share)
+        mixed = torch.cat((mixed, outputs[self.conditional][:, channels:]), dim=1)
         return torch.cat([mixed] * parts)
 
-    return model, fused
+    def rescale(self) -> float:
+        """The share that the step has to rescale of what the last call returned."""
+        return self._of_step
 
 
 def rescaled(mixed: Tensor, conditional: Tensor, share: float) -> Tensor:
     """`mixed`, a share of it scaled to the standard deviation that `conditional` has in each image.
+
+    `difusores.ops.guidance_rescale` with the step is the same in fewer passes; this is for what is mixed
+    elsewhere.
 
     Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", section 3.4.
     """

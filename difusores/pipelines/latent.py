@@ -16,11 +16,11 @@ from difusores.image_processor import VaeImageProcessor
 from difusores.pipelines.call_state import CallState
 from difusores.pipelines.checks import check_finite
 from difusores.pipelines.guidance import (
+    Guided,
     GuidedPipeline,
     as_tensor,
     check_guidance,
     guidance_embedding,
-    guided,
 )
 from difusores.pipelines.runs import Run, begin_run
 from difusores.sampling import Generators, Model, draw_noise
@@ -241,11 +241,10 @@ class LatentPipeline(GuidedPipeline):
         self,
         run: Run,
         latents: Tensor,
-        predict: Model,
+        guided: Guided,
         conditions: Conditions,
         *,
         generator: Generators,
-        weights: tuple[float, ...] = (1.0,),
         after: After | None = None,
         callback: StepCallback | None = None,
         callback_inputs: Sequence[str] = ("latents",),
@@ -254,8 +253,7 @@ class LatentPipeline(GuidedPipeline):
 
         Args:
             latents: [B, C, h, w], the first sample.
-            predict: predict(x, t) -> output; x: [len(weights) * B, C, h, w].
-            weights: of the parts of the output, combined inside the fused step.
+            guided: the model; the step combines its outputs.
             after: after(index, time, latents) -> other latents or None, before the callback.
             callback, callback_inputs: see `StableDiffusionPipeline`.
         """
@@ -280,13 +278,15 @@ class LatentPipeline(GuidedPipeline):
 
             try:
                 if run.plan is None:
-                    return self._step_by_step(run, latents, predict, weights, generator, after_step)
+                    return self._step_by_step(run, latents, guided, generator, after_step)
                 return run.plan.run(
-                    predict,
+                    guided,
                     latents,
                     generator=generator,
                     callback=after_step,
-                    guidance=weights,
+                    guidance=guided.weights,
+                    rescale=guided.rescale,
+                    conditional=guided.conditional,
                     model_dtype=self.unet.dtype,
                 )
             except _Interrupted as interrupted:
@@ -297,20 +297,19 @@ class LatentPipeline(GuidedPipeline):
         self,
         run: Run,
         latents: Tensor,
-        predict: Model,
-        weights: tuple[float, ...],
+        guided: Guided,
         generator: Generators,
         after: Callable[[int, Tensor, Tensor], Tensor | None],
     ) -> Tensor:
         """The loop of diffusers' pipelines, for its schedulers and others without a plan."""
-        scheduler, options = run.scheduler, dict(run.options)
+        scheduler, options, weights = run.scheduler, dict(run.options), guided.weights
         if "generator" in options:
             options["generator"] = generator
         for i, t in enumerate(run.timesteps):
             given = torch.cat([latents] * len(weights))
             if hasattr(scheduler, "scale_model_input"):
                 given = scheduler.scale_model_input(given, t)
-            parts = as_tensor(predict(given.to(self.unet.dtype), t)).chunk(len(weights))
+            parts = as_tensor(guided(given.to(self.unet.dtype), t)).chunk(len(weights))
             output = sum(weight * part for weight, part in zip(weights, parts, strict=True))
             latents = scheduler.step(output, t, latents, **options, return_dict=False)[0]
             changed = after(i, t, latents)
@@ -327,10 +326,8 @@ class LatentPipeline(GuidedPipeline):
         scale = 1.0 if ended or not self.do_classifier_free_guidance else self._guidance_scale
         return 1 - scale, scale
 
-    def _guided(
-        self, predict: Model, conditions: Conditions, run: Run, count: int
-    ) -> tuple[Model, tuple[float, ...]]:
-        """(predict, weights) for `_denoise`, with the call's guidance; see `guided`.
+    def _guided(self, predict: Model, conditions: Conditions, run: Run, count: int) -> Guided:
+        """The model for `_denoise`, with the call's guidance.
 
         count: images, which are the rows of "prompt_embeds" where a callback has ended the guidance.
         """
@@ -338,7 +335,7 @@ class LatentPipeline(GuidedPipeline):
         def weights() -> tuple[float, ...]:
             return self._guidance_weights(len(conditions.tensors.get("prompt_embeds", ())) == count)
 
-        return guided(
+        return Guided(
             predict,
             weights,
             len(run.timesteps),
@@ -346,6 +343,7 @@ class LatentPipeline(GuidedPipeline):
             rescale=self._guidance_rescale,
             interval=self._guidance_interval,
             limits=self._guidance_limits,
+            step_rescales=run.plan is not None,
         )
 
     def _guidance_embedding(self, count: int) -> Tensor | None:

@@ -63,14 +63,13 @@ class ConditionedPipeline(LatentPipeline):
             told = conditioning.part(slice(-len(x), None))
             return self._call_unet(told, x, time, len(noise), image_scale(time))
 
-        model, weights = self._guided(predict, conditions, run, len(noise))
+        guided = self._guided(predict, conditions, run, len(noise))
         latents = self._denoise(
             run,
             noise,
-            model,
+            guided,
             conditions,
             generator=generator,
-            weights=weights,
             callback=callback,
         )
         images = (
@@ -203,7 +202,7 @@ class LDMTextToImagePipeline(_VQPipeline):
             guidance_scale: weight w of classifier-free guidance, unconditional + w * (conditional -
                 unconditional) prediction (Ho & Salimans 2022); 1 for none.
             latents: the first sample, [N, C, height / 8, width / 8], in place of noise.
-            guidance_rescale, guidance_interval: see `rescaled` and `guided`.
+            guidance_rescale, guidance_interval: see `Guided`.
             negative_prompt: text of the unconditional prediction, empty if None.
             num_images_per_prompt: images of each prompt, side by side.
             prompt_embeds, negative_prompt_embeds: [prompts, tokens, width], what the encoder makes of texts,

@@ -133,14 +133,13 @@ class PromptedPipeline(TextualInversion, SingleFilePipeline, Generic[Output]):
     ) -> Output:
         """From the first latents to the output, guided by the prompts; see `_guided` and `_denoise`."""
         predictor = self._predictor(conditions, first, beside)
-        predict, weights = self._guided(predictor, conditions, run, len(first))
+        guided = self._guided(predictor, conditions, run, len(first))
         last = self._denoise(
             run,
             first,
-            predict,
+            guided,
             conditions,
             generator=generator,
-            weights=weights,
             after=after,
             callback=callback,
             callback_inputs=callback_inputs,

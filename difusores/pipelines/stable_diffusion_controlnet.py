@@ -179,14 +179,13 @@ class StableDiffusionControlNetPipeline(StableDiffusionBase):
         guess_mode = guess_mode or self._networks()[0].config.global_pool_conditions
         leads = [Lead(*lead) for lead in zip(pixels, scales, starts, ends, strict=True)]
         predictor = self._led(conditions, leads, run, guess_mode)
-        predict, weights = self._guided(predictor, conditions, run, count)
+        guided = self._guided(predictor, conditions, run, count)
         last = self._denoise(
             run,
             first,
-            predict,
+            guided,
             conditions,
             generator=generator,
-            weights=weights,
             callback=callback_on_step_end,
             callback_inputs=callback_on_step_end_tensor_inputs,
         )

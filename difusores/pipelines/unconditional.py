@@ -10,7 +10,7 @@ import torch
 from difusores.models.conditioning import Conditioning
 from difusores.models.unet_2d import UNet2DModel
 from difusores.pipelines.checks import as_number, check_count, check_numbers, check_steps
-from difusores.pipelines.guidance import GuidedPipeline, check_guidance, guided
+from difusores.pipelines.guidance import Guided, GuidedPipeline, check_guidance
 from difusores.pipelines.images import ImagePipelineOutput, check_output_type, to_images
 from difusores.pipelines.pipeline import follows_plan, step_accepts_generator
 from difusores.sampling import Callback, Generators, Model, draw_noise
@@ -76,7 +76,7 @@ class UNetPipeline(GuidedPipeline):
         conditioning = conditioning_of(labels)
         conditioning.check(self.unet, shape[1])
         steps = len(scheduler.timesteps if plan is None else plan)
-        model, weights = guided(
+        guided = Guided(
             lambda x, t: self._call_unet(conditioning.part(slice(len(x))), x, t, batch_size),
             lambda: (scale, 1 - scale),
             steps,
@@ -84,6 +84,7 @@ class UNetPipeline(GuidedPipeline):
             rescale=guidance[1],
             interval=guidance[2],
             limits=self._guidance_limits,
+            step_rescales=plan is not None,
         )
 
         seen = None if plan is None else num_inference_steps
@@ -102,9 +103,17 @@ class UNetPipeline(GuidedPipeline):
             if plan is None:
                 if takes_generator:
                     options = {**options, "generator": generator}
-                image = self._steps(scheduler, noise, model, weights, after_step, options)
+                image = self._steps(scheduler, noise, guided, guided.weights, after_step, options)
             else:
-                image = plan.run(model, noise, generator=generator, callback=after_step, guidance=weights)
+                image = plan.run(
+                    guided,
+                    noise,
+                    generator=generator,
+                    callback=after_step,
+                    guidance=guided.weights,
+                    rescale=guided.rescale,
+                    conditional=guided.conditional,
+                )
         images = to_images(image, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -204,7 +213,7 @@ class DDPMPipeline(UNetPipeline):
             class_labels: one for all images or one per image; needed by class-conditional models.
             guidance_scale: weight w of classifier-free guidance, w * conditional + (1 - w) * unconditional
                 prediction (Ho & Salimans 2022). None or 1 for no guidance.
-            guidance_rescale, guidance_interval: see `rescaled` and `guided`.
+            guidance_rescale, guidance_interval: see `Guided`.
             null_label: the label of the unconditional prediction; the model's last one if None.
             callback_on_step_end: callback(pipeline, step, timestep, {"image": sample}) after each step; may
                 return a dictionary with another "image".

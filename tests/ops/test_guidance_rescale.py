@@ -194,6 +194,8 @@ E2 = torch.zeros(2, 3, 8, 8)
         ({"model_outputs": [E2, E2[:1]]}, r"must be \(2, 3, 8, 8\) on cpu, got \(1, 3, 8, 8\)"),
         ({"model_outputs": [E2, E2.to("meta")]}, "got .* on meta"),
         ({"conditional": 2}, "conditional is 2; there are 2 model outputs"),
+        ({"share": 1.5}, r"share is 1\.5; needed is a number from 0 to 1"),
+        ({"share": math.nan}, "share is nan"),
         ({"conditional": -3}, "conditional is -3"),
         ({"out": torch.zeros(3)}, r"out must have shape \[B\] = \[2\]"),
         ({"out": torch.zeros(2, dtype=torch.float64)}, "be torch.float32 on cpu, got .* torch.float64"),

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import difusores
-from difusores.pipelines.guidance import guided, rescaled
+from difusores.pipelines.guidance import Guided, rescaled
+from difusores.plan import Noise, Plan, Stage, make_row
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ONE = 1.0  # no guidance
@@ -37,13 +38,29 @@ class Parts:
 NONE, SOME = (torch.tensor([[[0.0, 1.0], [2.0, 3.0]]]), torch.tensor([[[4.0, 1.0], [0.0, -1.0]]]))
 
 
-def run(model: Parts, weights: tuple[float, ...], steps: int = 1, **options: Any) -> list[Tensor]:
-    """What the step makes of the model's outputs, call after call."""
-    predict, used = guided(model, lambda: weights, steps, **options)
-    results = []
+def run(
+    model: Parts, weights: tuple[float, ...], steps: int = 1, fused: bool = True, **options: Any
+) -> list[Tensor]:
+    """The guided output, call after call: what steps of a plan make of it, or a sum of the parts."""
+    guided = Guided(model, lambda: weights, steps, step_rescales=fused, **options)
+    results: list[Tensor] = []
+    if fused:
+        stage = Stage(0, make_row((0.0, 1.0), {"e": 1.0}))
+        Plan("identity", (stage,) * steps, "epsilon", ()).run(
+            guided,
+            torch.zeros(1, 1, 2, 2),
+            guidance=guided.weights,
+            rescale=guided.rescale,
+            conditional=guided.conditional,
+            callback=lambda index, time, y: results.append(y.clone()),
+        )
+        return results
     for _ in range(steps):
-        output = predict(torch.zeros(len(used), 1, 2, 2), torch.tensor(0)).chunk(len(used))
-        results.append(sum((w * part for w, part in zip(used, output, strict=True)), torch.zeros(())))
+        output = guided(torch.zeros(len(guided.weights), 1, 2, 2), torch.tensor(0)).chunk(len(guided.weights))
+        assert guided.rescale() == 0.0
+        results.append(
+            sum((w * part for w, part in zip(guided.weights, output, strict=True)), torch.zeros(()))
+        )
     return results
 
 
@@ -57,15 +74,16 @@ def test_two_and_three_parts_by_hand() -> None:
     torch.testing.assert_close(three[0], 3 * SOME - 1.5 * between - 0.5 * NONE)
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("conditional", [0, -1])
-def test_rescale_by_hand(conditional: int) -> None:
+def test_rescale_by_hand(conditional: int, fused: bool) -> None:
     """The mixture's deviation becomes the conditional one's, of each image by itself; a share of it."""
     parts = (NONE, SOME) if conditional else (SOME, NONE)
     weights = (-1.0, 2.0) if conditional else (2.0, -1.0)
     mixed = 2 * SOME - NONE  # 8, 1, -2, -5: deviation 5.5678; of SOME, 4, 1, 0, -1: 2.1602
     model = Parts(*parts, conditional=conditional)
     for share in (0.0, 0.25, 1.0):
-        (found,) = run(model, weights, conditional=conditional, rescale=share)
+        (found,) = run(model, weights, conditional=conditional, rescale=share, fused=fused)
         factor = share * 2.160247 / 5.567764 + 1 - share
         torch.testing.assert_close(found[0], mixed * factor, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(rescaled(mixed[None], SOME[None], 1.0).std(), SOME.std())
@@ -83,18 +101,54 @@ def test_interval_by_hand() -> None:
         (found_none,) = run(Parts(NONE, SOME), (-1.0, 2.0), **limits)
         torch.testing.assert_close(found_none[0], SOME)
     model = Parts(NONE, SOME)
-    predict, weights = guided(model, lambda: (0.0, 1.0), 4, rescale=0.5)
-    assert predict is model and weights == (1.0,)  # no guidance at all
+    guided = Guided(model, lambda: (0.0, 1.0), 4, rescale=0.5)
+    assert torch.equal(guided(torch.zeros(1, 1, 2, 2), torch.tensor(0)), SOME[None])
+    assert guided.weights == (1.0,) and guided.rescale() == 0.0  # no guidance at all
 
 
-def test_a_learned_variance_is_the_conditional_one_s() -> None:
+@pytest.mark.parametrize("conditional", [0, -1])
+def test_rescale_where_guidance_is(conditional: int) -> None:
+    """Outside of the interval nothing is rescaled, not even what has no deviation; nor twice."""
+    flat = torch.full_like(SOME, 3.0)
+    parts = (NONE, flat) if conditional else (flat, NONE)
+    weights = (-1.0, 2.0) if conditional else (2.0, -1.0)
+    options: dict[str, Any] = {"conditional": conditional, "rescale": 1.0}
+    for fused in (True, False):
+        model = Parts(*parts, conditional=conditional)
+        found = run(model, weights, 3, interval=(0.3, 0.6), fused=fused, **options)
+        assert torch.equal(found[0][0], flat) and torch.equal(found[2][0], flat)
+        assert torch.equal(found[1][0], torch.zeros_like(flat))
+    now = [weights]
+    guided = Guided(Parts(*parts, conditional=conditional), lambda: now[-1], 2, **options)
+    x, t = torch.zeros(2, 1, 2, 2), torch.tensor(0)
+    guided(x, t)
+    assert guided.rescale() == 1.0
+    now.append(tuple(w * 2 - 0.5 for w in weights))  # whose sum is 1
+    first, second = guided(x, t)
+    assert (
+        guided.rescale() == 0.0 and torch.equal(first, second) and torch.equal(first, torch.zeros_like(flat))
+    )
+
+
+@pytest.mark.parametrize("conditional", [0, -1])
+def test_a_learned_variance_is_the_conditional_one_s(conditional: int) -> None:
+    """Also where the output is rescaled, which is left as it is."""
     variances = torch.full_like(NONE, 10.0), torch.full_like(NONE, 20.0)
     parts = [torch.cat(pair) for pair in zip((SOME, NONE), variances, strict=True)]
-    predict, _ = guided(Parts(*parts, conditional=0), lambda: (2.0, -1.0), 1, conditional=0, rescale=1.0)
-    output = predict(torch.zeros(2, 1, 2, 2), torch.tensor(0))
+    weights = (2.0, -1.0) if conditional == 0 else (-1.0, 2.0)
+    model = Parts(*(parts if conditional == 0 else parts[::-1]), conditional=conditional)
+    guided = Guided(model, lambda: weights, 1, conditional=conditional, rescale=1.0, step_rescales=False)
+    output = guided(torch.zeros(2, 1, 2, 2), torch.tensor(0))
     assert output.shape == (2, 2, 2, 2) and torch.equal(output[0], output[1])
     assert (output[0, 1] == 10).all()
     torch.testing.assert_close(output[0, 0].std(), SOME.std())
+    row = make_row((0.0, 1.0), {"z": 1.0}, mode=2)  # the noise, times the root of the variance
+    plan = Plan("noise", (Stage(0, row, noise=Noise()),), "epsilon", ())
+    guided = Guided(model, lambda: weights, 1, conditional=conditional, rescale=1.0)
+    options: dict[str, Any] = {"rescale": guided.rescale, "conditional": conditional}
+    x, noise = torch.zeros(1, 1, 2, 2), torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(3))
+    y = plan.run(guided, x, guidance=weights, generator=torch.Generator().manual_seed(3), **options)
+    torch.testing.assert_close(y, noise * 10**0.5)
 
 
 def class_conditional(kind: str) -> Any:

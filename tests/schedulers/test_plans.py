@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 from threading import Barrier, Thread
 from typing import Any
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import difusores
+from difusores import native
 from difusores.plan import Noise, Plan, Stage
 
 SHAPE = (2, 3, 4, 4)
@@ -299,3 +302,44 @@ class TestBrownianPaths:
         with pytest.raises(ValueError, match="needs a span"):
             replace(plan, stages=stages)
         assert len(replace(plan, stages=stages, path=None)) == len(plan)
+
+
+class Counting(TorchDispatchMode):
+    """Ops by name, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and func.name() != "aten::split.Tensor":
+            self.calls[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(native.status("cpu") is not None, reason=native.status("cpu") or "")
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"])
+def test_a_guided_step_is_one_op_and_with_its_rescale_two(name: str) -> None:
+    """However many steps: what a run does once beside them does not grow."""
+    output = torch.randn(2 * SHAPE[0], *SHAPE[1:])
+    for rescale in (0.0, 0.7):
+        counts = []
+        for steps in (STEPS, STEPS + 4):
+            plan = made(name).plan(steps)
+            with Counting() as counting:
+                plan.run(lambda x, t: output, torch.randn(SHAPE), guidance=(2.0, -1.0), rescale=rescale)
+            counts.append((len(plan), counting.calls))
+        (few, before), (many, after) = counts
+        grown = after - before
+        expected = {"difusores::scheduler_step": many - few}
+        if rescale:
+            expected["difusores::guidance_rescale"] = many - few
+        assert grown == expected
+
+
+def test_what_a_plan_refuses_of_a_rescale() -> None:
+    plan, x = made("DDIMScheduler").plan(STEPS), torch.randn(SHAPE)
+    with pytest.raises(ValueError, match="conditional is 2; there are 2 guidance weights"):
+        plan.run(model, x, guidance=(2.0, -1.0), conditional=2)
+    with pytest.raises(ValueError, match=r"share is 1\.5; needed is a number from 0 to 1"):
+        plan.run(model, x, guidance=(2.0, -1.0), rescale=1.5)
