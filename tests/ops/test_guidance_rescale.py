@@ -58,6 +58,7 @@ def test_against_the_oracle(backend: str, weights: Any, dtype: torch.dtype, chec
             oracle = by_hand(weights, wide(outputs), conditional, share)
             assert got.shape == (shape[0],) and got.dtype is torch.float32
             check(got, eager, oracle)
+            torch.testing.assert_close(eager.double(), oracle, rtol=1e-4, atol=0, equal_nan=True)
 
 
 def test_a_large_mean(backend: str) -> None:
