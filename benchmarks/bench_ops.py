@@ -1,7 +1,7 @@
 """The fused operations against eager PyTorch and against what the machine allows, at shapes of real UNets.
 
     python benchmarks/bench_ops.py
-        [--op group_norm_silu|layer_norm|geglu|scheduler_step|winograd_conv|gemm_conv]
+        [--op group_norm_silu|layer_norm|geglu|scheduler_step|guidance_rescale|winograd_conv|gemm_conv]
         [--set limit|sd15|cat|cifar10|vae]
         [--dtype float32|bfloat16|float16] [--seconds S] [--json FILE]
 
@@ -11,6 +11,8 @@ Contestants take turns in random order, figures are medians. `limit` is the grea
 dtype (`_C.group_norm_silu_floor`) over all threads; `/+stats` counts the statistics into that arithmetic.
 `copy_us` is the copy into memory that exists already. For the step, `limit` is `torch.add`; for layer_norm
 (with a residual) and geglu, at the shapes of Stable Diffusion, a `clone` that moves as many bytes.
+guidance_rescale is timed with the guided step that takes its factor, eager is PyTorch's operators before the
+step, and `limit` that step without a rescale.
 
 winograd_conv, with a bias as in a model: `F.conv2d` in NCHW and channels_last, oneDNN with weights that it
 has packed for this very shape, ours with weights as they are and packed; and half a residual block (group
@@ -47,6 +49,7 @@ from difusores.ops.gemm_conv import gemm_conv
 from difusores.ops.gemm_conv import pack_weight as pack_for_gemm
 from difusores.ops.scheduler_step import ROW, W
 from difusores.ops.winograd_conv import pack_weight, plan
+from difusores.pipelines.guidance import rescaled
 
 # (N, C, H, W): the group norms of each network, 32 groups each, at the widest batch that is run by default.
 SHAPES: dict[str, list[tuple[int, int, int, int]]] = {
@@ -177,6 +180,45 @@ def scheduler_step(shape: tuple[int, ...], dtype: torch.dtype, seconds: float) -
     times = interleave(contestants, seconds=seconds)
     return {
         "op": "scheduler_step",
+        "shape": list(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "layout": "contiguous",
+        **{f"{name}_us": 1e6 * t for name, t in times.items()},
+        "ours_over_limit": times["ours"] / times["limit"],
+        "eager_over_ours": times["eager"] / times["ours"],
+    }
+
+
+def guidance_rescale(
+    shape: tuple[int, ...], dtype: torch.dtype, seconds: float, clock: Callable[[], float]
+) -> dict[str, Any]:
+    """A guided DDIM stage with rescale; eager: mixed and rescaled by PyTorch's operators, then a stage."""
+    torch.manual_seed(0)
+    x, none, some = torch.randn(shape), torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    row = torch.zeros(ROW, dtype=torch.float64)
+    row[0], row[4], row[5], row[6], row[7], row[W], row[W + 2] = 1.0, 1.2, -0.7, -1.0, 1.0, 0.9, 0.4
+    guided = row.clone()
+    guided[0], guided[1] = -6.5, 7.5
+    factor = torch.empty(shape[0])
+
+    def ours() -> Tensor:
+        ops.guidance_rescale(guided, (none, some), 0.7, out=factor)
+        return ops.scheduler_step(guided, x, (none, some), factor=factor)[0]
+
+    def eager(x: Tensor = x, none: Tensor = none, some: Tensor = some) -> Tensor:
+        return ops.scheduler_step(row, x, (rescaled(none + 7.5 * (some - none), some, 0.7),))[0]
+
+    checked(
+        ours(), eager(), eager(x.double(), none.double(), some.double()), f"guidance_rescale {shape} {dtype}"
+    )
+    contestants: dict[str, Callable[[], object]] = {
+        "ours": ours,
+        "eager": eager,
+        "limit": lambda: ops.scheduler_step(guided, x, (none, some)),
+    }
+    times = interleave(contestants, seconds=seconds, clock=clock)
+    return {
+        "op": "guidance_rescale",
         "shape": list(shape),
         "dtype": str(dtype).removeprefix("torch."),
         "layout": "contiguous",
@@ -386,7 +428,10 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--op",
-        choices=("group_norm_silu", "layer_norm", "geglu", "scheduler_step", "winograd_conv", "gemm_conv"),
+        choices=(
+            *("group_norm_silu", "layer_norm", "geglu", "scheduler_step", "guidance_rescale"),
+            *("winograd_conv", "gemm_conv"),
+        ),
         action="append",
     )
     parser.add_argument("--set", choices=(*SHAPES, "vae"), action="append", dest="sets")
@@ -396,7 +441,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--cpu-time",
         action="store_true",
-        help="the products on one thread, by the processor time it takes: for a machine that others use",
+        help="products and guidance_rescale on one thread, by the processor time they take: "
+        "for a machine that others use",
     )
     args = parser.parse_args(arguments)
     if args.cpu_time:
@@ -418,6 +464,11 @@ def main(arguments: Sequence[str]) -> None:
         for step_shape in ((1, 4, 8, 8), (1, 4, 64, 64), (8, 3, 512, 512)):
             for dtype in dtypes:
                 jobs.append(lambda s=step_shape, d=dtype: scheduler_step(s, d, args.seconds))  # type: ignore[misc]
+    if "guidance_rescale" in (args.op or ("guidance_rescale",)):
+        clock = time.process_time if args.cpu_time else time.perf_counter
+        for latents in ((1, 4, 64, 64), (2, 4, 128, 128), (8, 3, 512, 512)):
+            for dtype in dtypes:
+                jobs.append(lambda s=latents, d=dtype: guidance_rescale(s, d, args.seconds, clock))  # type: ignore[misc]
     for op in ("layer_norm", "geglu"):
         if op in (args.op or (op,)):
             jobs += [
