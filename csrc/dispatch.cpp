@@ -24,18 +24,18 @@ namespace {
 
 const Kernels kTables[] = {
 #ifdef DIFUSORES_HAS_AMX
-    DIFUSORES_TABLE(avx512, amx, amx::gemm_conv_bf16_arrange, amx::gemm_conv_bf16),
+    DIFUSORES_TABLE(avx512, amx, amx::gemm_conv_bf16_arrange, amx::gemm_conv_bf16, amx::gemm_conv_split),
 #endif
 #ifdef DIFUSORES_HAS_AVX512_BF16
-    DIFUSORES_TABLE(avx512, avx512_bf16, avx512_bf16::gemm_conv_bf16_arrange, avx512_bf16::gemm_conv_bf16),
+    DIFUSORES_TABLE(avx512, avx512_bf16, avx512_bf16::gemm_conv_bf16_arrange, avx512_bf16::gemm_conv_bf16, nullptr),
 #endif
 #ifdef DIFUSORES_HAS_AVX512
-    DIFUSORES_TABLE(avx512, avx512, nullptr, nullptr),
+    DIFUSORES_TABLE(avx512, avx512, nullptr, nullptr, nullptr),
 #endif
 #ifdef DIFUSORES_HAS_AVX2
-    DIFUSORES_TABLE(avx2, avx2, nullptr, nullptr),
+    DIFUSORES_TABLE(avx2, avx2, nullptr, nullptr, nullptr),
 #endif
-    DIFUSORES_TABLE(base, base, nullptr, nullptr),
+    DIFUSORES_TABLE(base, base, nullptr, nullptr, nullptr),
 };
 
 // Whether the processor has tiles of bf16 and Linux lets this process use them, which it has to be asked for.

@@ -239,6 +239,21 @@ struct GemmPairsArgs {
     int64_t panels;         // of a task
 };
 
+constexpr int64_t kGemmSplitDepth = 40;  // steps of the depth whose split rows stay in L2 at a time
+
+// y = x weight^T + bias + residual of rows, or GEGLU of it; see cpu/gemm_conv_split.cpp. x, residual and y are fp32.
+struct GemmSplitArgs {
+    const float* x;         // [rows, C]
+    const void* packed;     // [O / 32][C / 32][high, low][16][32][2] of bf16, C and O rounded up, zeros beyond
+    Param bias;             // [O]
+    const float* residual;  // like y, or nullptr
+    float* y;               // [rows, O]; with geglu O / 2
+    int64_t rows, c, o;
+    bool geglu;      // packed: 16 values and their gates in turn; O is a multiple of 32
+    int64_t run;     // tiles of a task
+    int64_t panels;  // of a task
+};
+
 // [B, H, rows, columns], any strides, in elements.
 struct Heads {
     const void* ptr = nullptr;
@@ -350,6 +365,8 @@ DIFUSORES_DECLARE_PAIRS
 namespace amx {
 DIFUSORES_DECLARE_PRODUCTS
 DIFUSORES_DECLARE_PAIRS
+// tasks: runs of tiles * shares of O; scratch: gemm_split_scratch floats
+void gemm_conv_split(const GemmSplitArgs&, float* scratch, int64_t begin, int64_t end);
 }  // namespace amx
 
 // The same functions, chosen at load.
@@ -379,6 +396,8 @@ struct Kernels {
     // nullptr without products of bf16 pairs
     void (*gemm_conv_bf16_arrange)(const GemmPairsArgs&, int64_t begin, int64_t end);
     void (*gemm_conv_bf16)(const GemmPairsArgs&, float* scratch, int64_t begin, int64_t end);
+    // nullptr without AMX
+    void (*gemm_conv_split)(const GemmSplitArgs&, float* scratch, int64_t begin, int64_t end);
 };
 
 // What this processor offers.
