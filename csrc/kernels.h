@@ -254,6 +254,14 @@ struct GemmSplitArgs {
     int64_t panels;  // of a task
 };
 
+// Floats of a thread's sums and split rows.
+inline int64_t gemm_split_scratch(const GemmSplitArgs& a) {
+    const int64_t steps = (a.c + kGemmPairStep - 1) / kGemmPairStep, rows = a.run * kGemmTileRows;
+    const int64_t panels = steps > kGemmSplitDepth ? a.panels : 1,
+                  held = steps < kGemmSplitDepth ? steps : kGemmSplitDepth;
+    return rows * (panels * kGemmPairColumns + held * kGemmPairStep);
+}
+
 // [B, H, rows, columns], any strides, in elements.
 struct Heads {
     const void* ptr = nullptr;

@@ -1,5 +1,5 @@
-// gemm_conv: checks, runs of rows, and the product of cpu/gemm_conv.cpp or, in bf16, of cpu/gemm_conv_bf16.cpp over
-// torch's threads.
+// gemm_conv: checks, runs of rows, and the product of cpu/gemm_conv.cpp, in bf16 of cpu/gemm_conv_bf16.cpp, or of fp32
+// split in two of bf16 of cpu/gemm_conv_split.cpp, over torch's threads.
 #include <algorithm>
 #include <vector>
 
@@ -9,11 +9,13 @@
 namespace difusores {
 namespace {
 
-constexpr int64_t kRun = 384;            // rows of a task at most: a chunk of them takes 0.75 MB of L2
-constexpr int64_t kSums = 96 << 10;      // floats of a task's sums at most
-constexpr int64_t kTasks = 4;            // that there should be, for threads
-constexpr int64_t kRunTiles = 32;        // of 16 rows, of a task in bf16 at most
-constexpr int64_t kArranged = 16 << 20;  // bytes of pixels that are arranged before they are multiplied
+constexpr int64_t kRun = 384;              // rows of a task at most: a chunk of them takes 0.75 MB of L2
+constexpr int64_t kSums = 96 << 10;        // floats of a task's sums at most
+constexpr int64_t kTasks = 4;              // that there should be, for threads
+constexpr int64_t kRunTiles = 32;          // of 16 rows, of a task in bf16 at most
+constexpr int64_t kSplitRows = 800 << 10;  // bytes of a task's split rows at most, beside a panel and sums in L2
+constexpr int64_t kSplitShare = 10;        // panels of a task at least: each splits its rows anew
+constexpr int64_t kArranged = 16 << 20;    // bytes of pixels that are arranged before they are multiplied
 
 thread_local Scratch t_arranged;
 
@@ -114,6 +116,28 @@ Tensor gemm_conv_pairs(const Tensor& x, const Tensor& weight, const OptionalTens
     return y;
 }
 
+// Rows of pixels, each fp32 as two of bf16; what is given was checked but for the product's kind.
+void multiply_split(const GemmConvArgs& given) {
+    STD_TORCH_CHECK(g_kernels->gemm_conv_split, "gemm_conv: ISA level ", g_kernels->isa, " does not split float32");
+    STD_TORCH_CHECK(!given.gathers, "gemm_conv: a weight that is split is of a 1x1 convolution, stride 1");
+    GemmSplitArgs a{};
+    a.x = static_cast<const float*>(given.x), a.packed = given.packed, a.bias = given.bias;
+    a.residual = static_cast<const float*>(given.residual), a.y = static_cast<float*>(given.y);
+    a.rows = given.n * given.out_h * given.out_w, a.c = given.c, a.o = given.o, a.geglu = given.geglu;
+    const int64_t steps = std::min(parts(a.c, kGemmPairStep), kGemmSplitDepth);
+    const int64_t tiles = parts(a.rows, kGemmTileRows), panels = parts(a.o, kGemmPairColumns);
+    const int64_t most = std::max<int64_t>(2, kSplitRows / (steps * 4 * kGemmPairStep * kGemmTileRows));
+    a.run = parts(parts(tiles, parts(tiles, most)), 2) * 2;  // of even lengths, of pairs of tiles
+    const int64_t runs = parts(tiles, a.run);
+    a.panels = std::clamp<int64_t>(runs * panels / kTasks, std::min(kSplitShare, panels), panels);
+    torch::stable::parallel_for(
+        0, runs * parts(panels, a.panels),
+        std::max<int64_t>(1, 2 * kWork / (a.run * kGemmTileRows * a.panels * kGemmPairColumns * a.c)),
+        [&](int64_t begin, int64_t end) {
+            g_kernels->gemm_conv_split(a, t_work.of(gemm_split_scratch(a)), begin, end);
+        });
+}
+
 Tensor gemm_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor multiplier, OptionalTensor offset,
                  bool silu, OptionalTensor add, OptionalTensor residual, int64_t stride_h, int64_t stride_w,
                  int64_t padding_h, int64_t padding_w, Tensor packed, bool geglu) {
@@ -132,13 +156,22 @@ Tensor gemm_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor mu
     a.n = sizes.n, a.geglu = geglu;
     if (geglu) sizes.o = a.o / 2;
     const int64_t rows = a.n * a.out_h * a.out_w, depth = a.kernel_h * a.kernel_w * a.c;
-    a.packed = packed_of(packed, ScalarType::Float, depth * parts(a.o, kMaxWidth) * kMaxWidth);
+    const bool split = packed.scalar_type() == ScalarType::BFloat16;
+    if (split)
+        a.packed = packed_of(
+            packed, ScalarType::BFloat16,
+            2 * parts(depth, kGemmPairStep) * kGemmPairStep * parts(a.o, kGemmPairColumns) * kGemmPairColumns);
+    else a.packed = packed_of(packed, ScalarType::Float, depth * parts(a.o, kMaxWidth) * kMaxWidth);
     a.bias = param_of(bias, a.n, a.o, false, "gemm_conv: bias");
     a.residual = residual_of(residual, sizes, ScalarType::Float);
     Tensor y = new_image(x, sizes);
     if (rows == 0) return y;
     a.y = y.data_ptr();
     a.gathers = a.kernel_h * a.kernel_w != 1 || a.stride_h != 1 || a.stride_w != 1 || a.pad_h || a.pad_w;
+    if (split) {
+        multiply_split(a);
+        return y;
+    }
     a.run = parts(rows, parts(rows, kRun));  // of even lengths
     const int64_t runs = parts(rows, a.run), panels = parts(a.o, kGemmColumns);
     a.panels = 1;

@@ -265,6 +265,7 @@ struct Convolved {
     int64_t out_w() const { return (w - 1) / stride + 1; }
     int64_t rows() const { return n * out_h() * out_w(); }
 
+    void describe(GemmSplitArgs& a) const { a.c = c, a.o = o, a.bias = {bias.data(), DType::f32, 0}; }
     template <class Args>
     void describe(Args& a) const {
         a.c = c, a.o = o, a.h = h, a.w = w, a.out_h = out_h(), a.out_w = out_w();
@@ -361,6 +362,48 @@ void gemm_pairs(const Kernels& k, int64_t n, int64_t c, int64_t o, int64_t h, in
     const auto added = [&](int64_t image, int64_t i) { return fused ? add[image * o + i] : 0.0; };
     const auto found = [&](int64_t i) { return from_half(y[i], DType::bf16); };
     given.report(k, given.right(before, added, found, fused ? 1.0 / 256 : 1e-6, 1.0 / 256));
+}
+
+// The same in fp32 as pairs of bf16, of rows.
+void gemm_split(const Kernels& k, int64_t rows, int64_t c, int64_t o, bool geglu) {
+    Convolved given(1, c, o, rows, 1, 1, 1);
+    GemmSplitArgs a{};
+    given.describe(a);
+    a.rows = rows, a.run = 2, a.panels = 2, a.geglu = geglu;
+    const int64_t steps = up(c, kGemmPairStep) / kGemmPairStep, panel = steps * 2 * kGemmPairStep * kGemmPairColumns;
+    std::vector<uint16_t> packed(up(o, kGemmPairColumns) / kGemmPairColumns * panel);
+    for (int64_t in = 0; in < c; ++in)
+        for (int64_t i = 0; i < o; ++i) {
+            const int64_t column = geglu ? i % (o / 2) / 16 * 32 + i / (o / 2) * 16 + i % 16 : i;
+            const int64_t tile = column / kGemmPairColumns * panel + in / kGemmPairStep * 2048;
+            const int64_t at = tile + in % kGemmPairStep / 2 * 64 + column % 32 * 2 + in % 2;
+            const float weight = given.weight[in * o + i],
+                        high = from_half(to_half({weight}, DType::bf16)[0], DType::bf16);
+            packed[at] = to_half({high}, DType::bf16)[0], packed[at + 1024] = to_half({weight - high}, DType::bf16)[0];
+        }
+    std::vector<float> y(rows * (geglu ? o / 2 : o)), scratch(gemm_split_scratch(a));
+    a.x = given.x.data(), a.packed = packed.data(), a.residual = given.residual.data(), a.y = y.data();
+    const int64_t tiles = up(rows, kGemmTileRows) / kGemmTileRows, columns = a.panels * kGemmPairColumns;
+    k.gemm_conv_split(a, scratch.data(), 0, up(tiles, a.run) / a.run * (up(o, columns) / columns));
+    if (!geglu) {
+        given.report(k, given.right([](int64_t, int64_t, double v) { return v; }, [](int64_t, int64_t) { return 0.0; },
+                                    [&](int64_t i) { return y[i]; }, 0x1p-15, 0));
+        return;
+    }
+    for (int64_t i = 0; i < rows * o / 2; ++i) {
+        double sum[2], size[2];
+        for (int half = 0; half < 2; ++half) {
+            const int64_t column = half * (o / 2) + i % (o / 2);
+            sum[half] = given.bias[column], size[half] = std::fabs(sum[half]);
+            for (int64_t in = 0; in < c; ++in) {
+                const double product = double(given.x[i / (o / 2) * c + in]) * given.weight[in * o + column];
+                sum[half] += product, size[half] += std::fabs(product);
+            }
+        }
+        const double want = sum[0] * sum[1] * 0.5 * (1 + std::erf(sum[1] / M_SQRT2)) + given.residual[i];
+        const double allowed = 0x1p-14 * (size[0] * (size[1] + 1) + size[1] * (size[0] + 1));
+        expect(std::fabs(y[i] - want) <= allowed, std::string(k.isa) + " gemm_conv split, geglu");
+    }
 }
 
 struct ConvShape {
@@ -540,6 +583,11 @@ int main() {
                 gemm_pairs(*k, 1, 33, 1, 3, 7, 1, 1, fused);
                 gemm_pairs(*k, 3, 600, 65, 3, 3, 1, 1, fused);  // more than one chunk
             }
+        }
+        if (k->gemm_conv_split) {
+            gemm_split(*k, 1, 1, 1, false);
+            gemm_split(*k, 77, 1300, 70, false);  // two blocks of the depth, two shares
+            gemm_split(*k, 49, 350, 64, true);
         }
         if (std::string(isa) == "avx512_bf16" || std::string(isa) == "amx") continue;  // the rest is of avx512
         for (const bool last : {false, true})

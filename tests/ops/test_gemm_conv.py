@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -11,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from difusores import ops
-from difusores.ops.gemm_conv import NEEDS_PAIRS, multiplies_pairs, pack_weight, packed_numbers
+from difusores.ops.gemm_conv import (
+    NEEDS_PAIRS,
+    NEEDS_SPLIT,
+    multiplies_pairs,
+    pack_weight,
+    packed_numbers,
+    splits,
+)
 
 OP = "gemm_conv"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -119,6 +127,103 @@ def test_geglu_that_the_kernel_refuses(backend: str, check: Any) -> None:
                 ops.gemm_conv(x, weight, bias, geglu=True, **geometry)
 
 
+needs_split = pytest.mark.skipif(not splits(), reason=NEEDS_SPLIT)
+
+# (rows, C, O): one row, tails of everything, several runs, chunks and blocks of the depth
+SPLIT = [(1, 1, 1), (77, 40, 70), (49, 350, 33), (331, 1300, 96), (700, 64, 416), (1500, 320, 64)]
+
+
+def split_call(x: Tensor, weight: Tensor, bias: Tensor | None = None, **terms: Any) -> Tensor:
+    """By pairs of bfloat16, [rows, C] to [rows, O]."""
+    kernel = weight[:, :, None, None]
+    packed = pack_weight(kernel, geglu=terms.get("geglu", False), split=True)
+    assert packed.shape == (packed_numbers(kernel, split=True),) and packed.dtype is torch.bfloat16
+    if "residual" in terms:
+        terms["residual"] = terms["residual"].t()[None, :, :, None]
+    with ops.use_backend("cpu"):
+        return ops.gemm_conv(x.t()[None, :, :, None], kernel, bias, packed=packed, **terms)[0, :, :, 0].t()
+
+
+def distance(y: Tensor, oracle: Tensor) -> float:
+    return float((y.double() - oracle).norm() / oracle.norm())
+
+
+@needs_split
+@pytest.mark.parametrize("rows,c,o", SPLIT)
+def test_split(rows: int, c: int, o: int) -> None:
+    """Within 1e-5 of float64 in relative L2, and each output within 2^-15.5 of its products' sizes."""
+    x, weight, bias = torch.randn(rows, c), torch.randn(o, c) / c**0.5, torch.randn(o)
+    activations = F.silu(x + 1) + 0.3 * torch.randn(c)  # not centred, of one sign in a channel, outliers
+    activations[:, :: max(c // 3, 1)] *= 100
+    for given in (x, activations):
+        oracle = given.double() @ weight.double().t()
+        y = split_call(given, weight)
+        sizes = given.double().abs() @ weight.double().abs().t()
+        assert ((y - oracle).abs() <= 2**-15.5 * sizes).all()
+        assert rows * o < 100 or distance(y, oracle) <= 1e-5
+        residual = torch.randn(rows, o)
+        y = split_call(given, weight, bias, residual=residual)
+        assert ((y - (oracle + bias + residual)).abs() <= 2**-15.5 * (sizes + 3)).all()
+        assert torch.equal(split_call(given, weight, bias) + residual, y)
+        if o % 32 == 0:
+            y = split_call(given, weight, bias, residual=residual[:, : o // 2], geglu=True)
+            together = split_call(given, weight, bias)
+            assert torch.equal(y, ops.geglu(together) + residual[:, : o // 2])
+
+
+@needs_split
+def test_split_extremes() -> None:
+    x, weight = torch.randn(40, 96), torch.randn(64, 96)
+    for scale in (1e33, 1e-30):
+        assert distance(split_call(x * scale, weight), (x * scale).double() @ weight.double().t()) <= 1e-5
+    x[3] = 0
+    x[3, 50] = 3.38e38
+    oracle = x.double() @ weight.double().t()
+    fits = oracle[3].abs() < 3.4e38
+    assert 0 < fits.sum() < 64
+    assert distance(split_call(x, weight)[3, fits] / 1e38, oracle[3, fits] / 1e38) <= 1e-5
+    x[3], x[7, 2], x[9, 0], x[30, 95] = 0, math.inf, math.nan, -math.inf
+    y = split_call(x, weight)
+    broken = torch.tensor([7, 9, 30])
+    assert not torch.isfinite(y[broken]).any()
+    y[broken] = 0
+    assert torch.isfinite(y).all() and (y[3] == 0).all()
+
+
+@needs_split
+@pytest.mark.parametrize("rows,c,o", SPLIT[2:])
+def test_split_bits(rows: int, c: int, o: int) -> None:
+    """Twice; a row alone or among others; one thread or several."""
+    x, weight, bias = torch.randn(rows, c), torch.randn(o, c), torch.randn(o)
+    y = split_call(x, weight, bias)
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            assert torch.equal(split_call(x, weight, bias), y)
+        for begin, end in ((0, 1), (17, 40), (rows - 3, rows)):
+            assert torch.equal(split_call(x[begin:end], weight, bias), y[begin:end])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_split_where_it_is_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference answers, a kernel asked for by name says why not; only 1x1 convolutions in float32."""
+    x, weight, _, _, _ = make(CASES[1])
+    packed = pack_weight(weight, split=True)
+    for wrong in (torch.bfloat16, torch.float32):
+        with pytest.raises(ValueError, match="split is for a weight"):
+            pack_weight(weight.repeat(1, 1, 1, 1 + (wrong is torch.float32)), wrong, split=True)
+    with pytest.raises(ValueError, match="packed must be"):
+        ops.gemm_conv(x, weight, packed=packed, padding=(1, 1))
+    module = importlib.import_module("difusores.ops.gemm_conv")
+    monkeypatch.setattr(module, "splits", lambda: False)
+    monkeypatch.setattr(module, "straight_to_cpu", lambda *tensors: False)
+    assert torch.equal(ops.gemm_conv(x, weight, packed=packed), F.conv2d(x, weight))
+    with pytest.raises(ops.BackendUnavailable, match=f"{NEEDS_SPLIT}|DIFUSORES"), ops.use_backend("cpu"):
+        ops.gemm_conv(x, weight, packed=packed)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_with_a_norm_before_it(backend: str, case: Any, dtype: torch.dtype, check: Any) -> None:
@@ -173,6 +278,25 @@ def test_registration(backend: str) -> None:
     torch.library.opcheck(
         op, (x, weight, bias, None, None, False, None, residual, 2, 2, 1, 1, pack_weight(weight))
     )
+    if splits():
+        kernel = torch.randn(33, 40, 1, 1)
+        given = torch.randn(2, 40, 3, 3).contiguous(memory_format=torch.channels_last)
+        call = (
+            given,
+            kernel,
+            None,
+            None,
+            None,
+            False,
+            None,
+            None,
+            1,
+            1,
+            0,
+            0,
+            pack_weight(kernel, split=True),
+        )
+        torch.library.opcheck(op, call)
     torch.compiler.reset()  # a graph keeps the backend that was in force when it was traced
 
     def f(x: Tensor) -> Tensor:
