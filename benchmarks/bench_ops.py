@@ -19,10 +19,11 @@ has packed for this very shape, ours with weights as they are and packed; and ha
 norm, SiLU, convolution, residual) by group_norm_silu + oneDNN and by group_norm_affine + ours.
 
 gemm_conv, as a linear layer with a bias: `F.linear` (MKL), oneDNN with packed weights, ours with packed
-weights, in GFLOP/s, beside the multiply-adds of peak.cpp, which take turns with them: the processor's speed
-moves. Shares are of those. As in a network, each call has other weights, of 64 MB or more in turn, and
-results find memory that was used before. `geglu`, where a network has one: the time of MKL and the op
-after it over ours, which has it at its end.
+weights and, with AMX, `split`: ours of numbers split in two of bfloat16, in GFLOP/s, beside the
+multiply-adds of peak.cpp, which take turns with them: the processor's speed moves. Shares are of those. As
+in a network, each call has other weights, of 64 MB or more in turn, and results find memory that was used
+before. `geglu` and `split geglu`, where a network has one: the time of MKL and the op after it over ours,
+which has it at its end.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from torch import Tensor
 from difusores import native, ops
 from difusores.acceleration import heap
 from difusores.bench.cases import Case, cases
-from difusores.ops.gemm_conv import gemm_conv
+from difusores.ops.gemm_conv import gemm_conv, splits
 from difusores.ops.gemm_conv import pack_weight as pack_for_gemm
 from difusores.ops.scheduler_step import ROW, W
 from difusores.ops.winograd_conv import pack_weight, plan
@@ -368,28 +369,32 @@ def linear(
     turn = itertools.cycle(range(copies))
     onednn = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in weights]
     kernels = [weight[:, :, None, None] for weight in weights]
-    packed = [pack_for_gemm(kernel) for kernel in kernels]
+    ways = {"ours": False, "split": True} if splits() else {"ours": False}
 
-    def ours(i: int) -> Tensor:
-        return gemm_conv(image, kernels[i], bias, packed=packed[i])[0, :, :, 0].t()
+    def by(way: str, geglu: bool = False) -> Callable[[int], Tensor]:
+        packed = [pack_for_gemm(kernel, geglu=geglu, split=ways[way]) for kernel in kernels]
 
-    def ours_geglu(i: int) -> Tensor:
-        return gemm_conv(image, kernels[i], bias, packed=gated[i], geglu=True)[0, :, :, 0].t()
+        def call(i: int) -> Tensor:
+            return gemm_conv(image, kernels[i], bias, packed=packed[i], geglu=geglu)[0, :, :, 0].t()
+
+        return call
 
     products: dict[str, Callable[[int], Tensor]] = {
         "mkl": lambda i: F.linear(x, weights[i], bias),
         "onednn": lambda i: torch.ops.mkldnn._linear_pointwise(x, onednn[i], bias, "none", [], ""),
-        "ours": ours,
+        **{way: by(way) for way in ways},
     }
     exact = F.linear(x.double(), weights[0].double(), bias.double())
     errors = {name: distance(call(0), exact) for name, call in products.items()}
     calls = {name: lambda call=call: call(next(turn)) for name, call in products.items()}
     if gates:
-        gated = [pack_for_gemm(kernel, geglu=True) for kernel in kernels]
-        errors["ours_geglu"] = distance(ours_geglu(0), ops.geglu(exact))
         calls["mkl_geglu"] = lambda: ops.geglu(F.linear(x, weights[next(turn)], bias))
-        calls["ours_geglu"] = lambda: ours_geglu(next(turn))
-    if not all(error <= 1e-6 for name, error in errors.items() if "ours" in name):
+        for way in ways:
+            gated = by(way, geglu=True)
+            errors[f"{way}_geglu"] = distance(gated(0), ops.geglu(exact))
+            calls[f"{way}_geglu"] = lambda gated=gated: gated(next(turn))
+    allowed = {"ours": 1e-6, "split": 1e-5}
+    if not all(error <= allowed.get(name.split("_")[0], 1) for name, error in errors.items()):
         raise SystemExit(f"gemm_conv {shape}: errors {errors}; not timed")
     with ops.use_backend("cpu"):  # an error, and not the reference, where the module lacks it
         times = interleave({**calls, "peak": adds}, seconds=seconds, clock=clock)
@@ -403,21 +408,23 @@ def linear(
         **{f"{name}_share": figure / peak for name, figure in gflops.items()},
         **{f"{name}_error": e for name, e in errors.items()},
         "geglu": times["mkl_geglu"] / times["ours_geglu"] if gates else None,
+        "split_geglu": times["mkl_geglu"] / times["split_geglu"] if gates and "split" in ways else None,
     }
 
 
 def print_linears(seconds: float, clock: Callable[[], float]) -> list[dict[str, Any]]:
     """One line per shape as it is measured."""
     heap.keep(adds := fma_round(torch.get_num_threads()))  # while it lives
-    names = ("mkl", "onednn", "ours")
+    names = ("mkl", "onednn", "ours", *(("split",) if splits() else ()))
     print("gemm_conv, GFLOP/s (share of the multiply-adds)")
-    print(f"{'M x K x N':18} {'peak':>6} {'MKL':>11} {'oneDNN':>11} {'ours':>11} {'geglu':>6}")
+    columns = " ".join(f"{name:>11}" for name in names)
+    print(f"{'M x K x N':18} {'peak':>6} {columns} {'geglu':>6} {'split geglu':>11}")
     rows = []
     for shape in LINEARS:
         row = linear(shape, seconds, clock, adds)
         rows.append(row)
         figures = " ".join(f"{row[f'{name}_gflops']:4.0f} ({row[f'{name}_share']:4.2f})" for name in names)
-        geglu = "" if row["geglu"] is None else f"{row['geglu']:6.2f}"
+        geglu = " ".join(f"{row[name]:6.2f}" for name in ("geglu", "split_geglu") if row[name] is not None)
         print(f"{'x'.join(map(str, shape)):18} {row['peak_gflops']:6.0f} {figures} {geglu}", flush=True)
     return rows
 

@@ -23,7 +23,7 @@ from difusores.acceleration.quantized import Quantized
 from difusores.acceleration.session import DTYPES, GPU_DTYPES, Forward, Packed, Session, hooked
 from difusores.models.layers import GroupNormAct
 from difusores.ops import gemm_conv, group_norm_affine, group_norm_silu, winograd_conv
-from difusores.ops.gemm_conv import LANES, multiplies_pairs, packed_numbers
+from difusores.ops.gemm_conv import LANES, multiplies_pairs, packed_numbers, splits
 from difusores.ops.gemm_conv import pack_weight as pack_for_gemm
 from difusores.ops.winograd_conv import LayerPlan, pack_weight, plan
 
@@ -32,6 +32,8 @@ _MKLDNN = torch.ops.mkldnn
 OWN_PRODUCT = 1024  # pixels up to which the own product in bfloat16 is faster than oneDNN
 PACKED_GAIN = 1.4  # of weights packed for the own product: time without over time with them
 WORTH_PACKING = 1.1  # of weights transformed for Winograd, from which on they take their memory
+SPLIT_CHANNELS = 32  # in and out, from which on float32 as pairs of bfloat16 is faster: AMX's tiles
+SPLIT = "in float32, tokens and pixels as pairs of bfloat16 on AMX, error 3e-6"
 POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1))  # kernel, stride, padding, dilation
 WINOGRAD = ((3, 3), (1, 1), (1, 1), (1, 1))
 
@@ -90,6 +92,8 @@ class LinearForward(LayerForward):
         self.dtype = None if keep_dtype else session.dtype
         self.weights = Packed(session)
         self.invariant = session.invariant
+        if multiplies_split(self.module.weight):
+            self.how = f"{type(self).how}; {SPLIT}"
 
     @classmethod
     def refuses(cls, module: Any) -> str | None:
@@ -234,16 +238,20 @@ def product(
     """x [..., in] times weight [out, in] or [out, in, 1, 1] plus bias, or GEGLU of that, plus a residual.
 
     By the package's own product, in which a row's bits are its own: in an `invariant` session, and for tokens
-    and pixels in float32 where it is faster. Else None, and where it cannot end in GEGLU.
+    and pixels in float32 where it is faster, which with AMX are multiplied as pairs of bfloat16. Else None,
+    and where it cannot end in GEGLU.
     """
     invariant, single = packed.session.invariant, x.dtype is torch.float32
     if not invariant and not (single and x.ndim > 2 and own_product_is_faster()):
         return None
     if geglu and not (single and weight.shape[0] % (2 * LANES) == 0):
         return None
-    form = form_for_gemm(weight, packed, x.dtype, PACKED_GAIN if invariant else math.inf, geglu)
-    if form is None and not invariant:  # memory is short
+    split = single and x.ndim > 2 and multiplies_split(weight)
+    form = form_for_gemm(weight, packed, x.dtype, PACKED_GAIN if invariant else math.inf, geglu, split)
+    if form is None and not invariant and not packed.session.budget:  # it would be packed in every call
         return None
+    if form is None:
+        form = pack_for_gemm(as_kernel(weight), x.dtype, geglu, split)  # the same bits, slower
     if residual is not None:
         residual = as_columns(residual)
     out = gemm_conv(as_columns(x), as_kernel(weight), bias, residual=residual, packed=form, geglu=geglu)
@@ -255,15 +263,29 @@ def as_columns(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous().t()[None, :, :, None]
 
 
+def multiplies_split(weight: Tensor) -> bool:
+    """Whether products of this weight in float32 are of pairs of bfloat16; told by its sizes, not by rows."""
+    return splits() and min(weight.shape[:2]) >= SPLIT_CHANNELS
+
+
 def form_for_gemm(
-    weight: Tensor, packed: Packed, dtype: torch.dtype, gain: float = PACKED_GAIN, geglu: bool = False
+    weight: Tensor,
+    packed: Packed,
+    dtype: torch.dtype,
+    gain: float = PACKED_GAIN,
+    geglu: bool = False,
+    split: bool = False,
 ) -> Tensor | None:
     """The packed weight, made at first use; None where memory is short, and the call makes it."""
+    of = torch.bfloat16 if split else dtype
 
     def pack() -> Tensor:
-        return pack_for_gemm(as_kernel(weight), dtype, geglu)
+        return pack_for_gemm(as_kernel(weight), dtype, geglu, split)
 
-    return packed.get((weight,), pack, lambda: dtype.itemsize * packed_numbers(weight, dtype), gain)
+    def size() -> int:
+        return of.itemsize * packed_numbers(weight, dtype, split)
+
+    return packed.get((weight,), pack, size, gain, "split" if split else None)
 
 
 def as_kernel(weight: Tensor) -> Tensor:
@@ -334,6 +356,8 @@ class ConvForward(LayerForward):
         self.products = Packed(session)
         self.transformed = Packed(session)
         self.invariant = session.invariant
+        if self.shape == POINTWISE and multiplies_split(m.weight):
+            self.how = f"{type(self).how}; {SPLIT}"
         self._ways: dict[tuple[Any, ...], Way] = {}
 
     @classmethod

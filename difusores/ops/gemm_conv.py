@@ -9,9 +9,10 @@ fp32 has no multiplier, offset and add, for which there are passes of their own;
 product and what is added but for the residual (half of it times GELU of the other half).
 
 With AMX a 1x1 convolution in fp32 can be multiplied as pairs of bf16, x = h + l with h = bf16(x) and
-l = bf16(x - h), as h_x h_w + h_x l_w + l_x h_w: two to three times as fast. What that leaves out, and the
-rounding of l, are each 2^-8.5 squared of a number at most, 1e-5, and 2.6e-6 in the root mean square: three of
-them in each product, which do not add up in a sum. It is what a weight asks for that was packed with `split`.
+l = bf16(x - h), as h_x h_w + h_x l_w + l_x h_w with sums in fp32. |l| is at most 2^-8 |x|, and so l_x l_w,
+which is left out, and what rounding l_x and l_w changes are each at most 2^-16 of a product: together
+4.6e-5 at most, 3e-6 in the root mean square, of whichever sign. A weight that was packed with `split`
+asks for it.
 
 A linear layer is a 1x1 convolution of rows. An output's bits depend on its inputs alone: not on the batch and
 not on the number of threads, neither of which libraries promise.
@@ -74,9 +75,9 @@ def pack_weight(
     gates follows each vector of values.
 
     Split, for a product in fp32 of pairs of bf16: [channels out / 32, channels in / 32, high and low parts,
-    16, 32, 2]. A call that gets it uses that product, whose relative error is about 4e-6 (root mean square of
-    an output against the root of its squared products) and not 1e-7. Numbers beyond 3.38e38 or infinite
-    become NaN, and what is below 1e-33 loses its low part.
+    16, 32, 2]. A call that gets it uses that product, whose error is 3e-6 (relative L2, of outputs in which
+    products do not cancel) and not 1e-7. Numbers beyond 3.38e38 or infinite make an output NaN, and those
+    below 1e-33 lose their low part.
 
     The tensor is read as it is: make it anew when `weight` changes, and do not save it: its layout is that
     of this version.
@@ -268,8 +269,8 @@ def gemm_conv(
         add: [N, O] (a time embedding) or None.
         residual: like y, or None.
         stride, padding: down and across; what is outside the image is zero.
-        packed: `pack_weight(weight, x.dtype, geglu)`, made anew in the call if None; or, for a 1x1 convolution
-            in fp32, stride 1 and without padding, the same with `split`.
+        packed: `pack_weight(weight, x.dtype, geglu)`, made anew in the call if None; or the same with
+            `split`, for a 1x1 convolution in fp32, stride 1 and without padding.
         geglu: y = GEGLU(conv(…) + bias + add) + residual: the first half of the channels times GELU (by
             erf) of the second. The kernel takes it in fp32 and without add.
 
