@@ -160,11 +160,18 @@ def class_conditional(kind: str) -> Any:
     return getattr(difusores, kind)(unet, difusores.DDPMScheduler())
 
 
-def adm(**options: Any) -> Any:
+def adm(scheduler: str | None = None, **options: Any) -> Any:
+    """scheduler: with a classifier, whose gradient it takes in its own way."""
     fill = runpy.run_path(str(FIXTURES / "make.py"))["fill"]
     small = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1"}
     unet = difusores.ADMUNet(**small, attention_resolutions="8", class_cond=True, num_classes=4, **options)
-    return difusores.ADMPipeline(fill(unet).eval(), difusores.DDPMScheduler(variance_type="learned_range"))
+    if scheduler is None:
+        return difusores.ADMPipeline(
+            fill(unet).eval(), difusores.DDPMScheduler(variance_type="learned_range")
+        )
+    classifier = difusores.ADMClassifier(8, 32, 1, "8", channel_mult="1", num_head_channels=32, num_classes=4)
+    made = getattr(difusores, scheduler)()
+    return difusores.ADMPipeline(fill(unet).eval(), made, classifier=fill(classifier).eval())
 
 
 IMAGE = torch.linspace(0, 1, 3 * 16 * 16).view(1, 3, 16, 16)
@@ -220,7 +227,9 @@ PIPELINES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_every_pipeline_with_guidance(name: str, request: pytest.FixtureRequest) -> None:
+def test_every_pipeline_with_guidance(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline, given = PIPELINES[name](request)
     pipeline.set_progress_bar_config(disable=True)
     steps = 4 if name == "img2img" else 3
@@ -250,7 +259,11 @@ def test_every_pipeline_with_guidance(name: str, request: pytest.FixtureRequest)
     assert torch.equal(whole, plain)
     part = sample(guidance_interval=(0.0, 0.6))
     assert differ(part, plain) > 1e-4 and differ(part, none) > 1e-4
-    assert differ(sample(guidance_rescale=0.7), plain) > 1e-4
+    rescaled = sample(guidance_rescale=0.7)
+    assert differ(rescaled, plain) > 1e-4
+    rescale_before_the_step(monkeypatch)
+    assert_close_to(sample(guidance_rescale=0.7), rescaled)
+    monkeypatch.undo()
     negative = next((key for key in given if key.startswith("ne") or key == "null_label"), None)
     if negative is not None:  # what is led away from is felt
         other = 3 if negative == "null_label" else None
@@ -264,6 +277,35 @@ def test_every_pipeline_with_guidance(name: str, request: pytest.FixtureRequest)
     ):
         with pytest.raises(ValueError, match=message):
             sample(**options)
+
+
+def rescale_before_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By PyTorch's operators; no step has a factor then."""
+    begin = Guided.__init__
+    elsewhere = {"step_rescales": False}
+    monkeypatch.setattr(Guided, "__init__", lambda *args, **given: begin(*args, **given | elsewhere))
+
+
+def assert_close_to(a: Tensor, b: Tensor) -> None:
+    assert (a - b).abs().max() < 1e-5 * max(1.0, float(b.abs().max()))
+
+
+@pytest.mark.parametrize("scheduler", ["DDPMScheduler", "DDIMScheduler"])
+def test_rescale_beside_a_classifier(scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient shifts the mean of the rescaled step, or the rescaled noise: never what is rescaled."""
+    pipeline = adm(scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sample(rescale: float) -> Tensor:
+        given = {"class_labels": [0, 2], "null_label": 1, "guidance_scale": 3.0, "guidance_rescale": rescale}
+        seed = torch.Generator().manual_seed(1)
+        images: Tensor = pipeline(**given, num_inference_steps=2, generator=seed, output_type="pt").images
+        return images
+
+    rescaled = sample(0.7)
+    assert (rescaled - sample(0.0)).abs().max() > 1e-4
+    rescale_before_the_step(monkeypatch)
+    assert_close_to(sample(0.7), rescaled)
 
 
 def test_null_labels_without_guidance_are_refused() -> None:
