@@ -230,6 +230,7 @@ struct GemmPairsArgs {
     int64_t h, w, c, o, out_h, out_w;
     int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
     int64_t first, images;  // those that are computed
+    int64_t top, down;      // rows of their output that are, from `top` on
     // [images][C / 32][copies][rows][pitch][32] and room for a tile, or nullptr: tiles are read in x.
     char* arranged;
     int64_t image_bytes, copies, rows, pitch;

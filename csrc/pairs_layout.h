@@ -9,7 +9,7 @@ inline int64_t pair_steps(const GemmPairsArgs& a) {
 }
 
 // Fills what a says of the layout, and place[pair_steps(a)], from the sizes. Returns the bytes of a.arranged for
-// a.images images; 0: tiles are read in x.
+// a.down rows of the output of a.images images; 0, for any a.down: tiles are read in x.
 inline int64_t lay_out(GemmPairsArgs& a, int64_t* place) {
     constexpr int64_t kPixel = 2 * kGemmPairStep;
     const int64_t taps = a.kernel_h * a.kernel_w, blocks = pair_steps(a) / taps, pixels = a.out_h * a.out_w;
@@ -22,7 +22,7 @@ inline int64_t lay_out(GemmPairsArgs& a, int64_t* place) {
     const bool whole = a.out_w % kGemmTileRows == 0;  // tiles within rows of the output: one copy serves all taps
     a.split_w = !whole, a.split_h = !whole && a.stride_h > 1;
     a.copies = (a.split_w ? a.kernel_w : 1) * (a.split_h ? a.kernel_h : 1);
-    a.rows = a.split_h ? a.out_h : (a.out_h - 1) * a.stride_h + a.kernel_h;
+    a.rows = a.split_h ? a.down : (a.down - 1) * a.stride_h + a.kernel_h;
     a.pitch = a.split_w ? a.out_w : (a.out_w - 1) * a.stride_w + a.kernel_w;
     const int64_t copy = a.rows * a.pitch * kPixel;
     a.image_bytes = blocks * a.copies * copy;

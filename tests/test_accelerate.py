@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import difusores
 from difusores import native
 from difusores.acceleration import engine, layers
-from difusores.acceleration.session import Forward
+from difusores.acceleration.session import Forward, Session
 from difusores.models.lora import LowRank, make_adapters
 from difusores.ops import BackendUnavailable
 from difusores.ops.gemm_conv import NEEDS_PAIRS, multiplies_pairs
@@ -189,6 +189,22 @@ def test_agrees_and_comes_back(
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key]) and value.stride() == state[key].stride()
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.skipif(not multiplies_pairs(), reason=NEEDS_PAIRS)
+def test_which_convolutions_in_bfloat16_are_the_own_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of large images those without a stride; of small ones all; never those of few channels."""
+
+    def fuses(channels: int, out: int, size: int, stride: int = 1) -> bool:
+        session = Session((), torch.bfloat16, torch.bfloat16, 1 << 20)
+        layer = layers.ConvForward(nn.Conv2d(channels, out, 3, stride, 1).bfloat16(), session)
+        return layer.way(torch.empty(1, channels, size, size, dtype=torch.bfloat16, device="meta")).fuses
+
+    monkeypatch.setattr(layers, "fast_bfloat16_convolution", lambda: True)
+    assert fuses(16, 16, 256) and fuses(32, 16, 33) and fuses(16, 3, 32) and fuses(16, 16, 32, stride=2)
+    assert not (fuses(16, 3, 33) or fuses(16, 16, 33, stride=2) or fuses(3, 16, 33) or fuses(3, 16, 32))
+    monkeypatch.setattr(layers, "fast_bfloat16_convolution", lambda: False)
+    assert not fuses(16, 16, 32)
 
 
 def test_autoencoder_halves(library: str) -> None:

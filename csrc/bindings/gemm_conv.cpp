@@ -15,18 +15,53 @@ constexpr int64_t kTasks = 4;              // that there should be, for threads
 constexpr int64_t kRunTiles = 32;          // of 16 rows, of a task in bf16 at most
 constexpr int64_t kSplitRows = 800 << 10;  // bytes of a task's split rows at most, beside a panel and sums in L2
 constexpr int64_t kSplitShare = 10;        // panels of a task at least: each splits its rows anew
+constexpr int64_t kBand = 1200 << 10;      // bytes of pixels that a task arranges: of L2's 2 MB
 constexpr int64_t kArranged = 16 << 20;    // bytes of pixels that are arranged before they are multiplied
 
 thread_local Scratch t_arranged;
 
-// bf16: some images at a time, first their pixels arranged, then their tiles multiplied.
+// Cuts the tiles of what is laid out into runs of even lengths, and tells how many.
+int64_t cut_into_runs(GemmPairsArgs& a) {
+    const int64_t total = a.images * parts(a.down * a.out_w, kGemmTileRows);
+    a.run = parts(total, parts(total, kRunTiles));
+    return parts(total, a.run);
+}
+
+void multiply_pairs(const GemmPairsArgs& a, int64_t begin, int64_t end) {
+    g_kernels->gemm_conv_bf16(a, t_work.of(a.run * kGemmTileRows * kGemmPairColumns), begin, end);
+}
+
+// A large image in bands of `tall` rows of the output: a task arranges what a band reads in memory of its thread and
+// multiplies it while it is in L2.
+void convolve_bands(GemmPairsArgs a, int64_t n, int64_t tall, int64_t* place) {
+    const int64_t bands = parts(a.out_h, tall);
+    a.images = 1, a.down = tall, a.panels = parts(a.o, kGemmPairColumns);
+    const int64_t floats = lay_out(a, place) / int64_t{sizeof(float)};
+    torch::stable::parallel_for(0, n * bands, 1, [&](int64_t begin, int64_t end) {
+        GemmPairsArgs band = a;
+        band.arranged = reinterpret_cast<char*>(t_arranged.of(floats));
+        for (int64_t task = begin; task < end; ++task) {
+            band.first = task / bands, band.top = task % bands * tall, band.down = std::min(tall, a.out_h - band.top);
+            g_kernels->gemm_conv_bf16_arrange(band, 0, (band.down - 1) * a.stride_h + a.kernel_h);
+            const int64_t runs = cut_into_runs(band);
+            multiply_pairs(band, 0, runs);
+        }
+    });
+}
+
+// bf16. Small images: some at a time, first their pixels arranged, then their tiles multiplied.
 void convolve_pairs(GemmPairsArgs& a, int64_t n) {
     std::vector<int64_t> place(pair_steps(a));
-    a.images = 1;
-    const int64_t of_image = lay_out(a, place.data());
+    a.images = 1, a.top = 0, a.down = a.out_h;
+    const int64_t of_image = lay_out(a, place.data()), reach_h = (a.out_h - 1) * a.stride_h + a.kernel_h;
+    if (of_image > kBand) {
+        const int64_t rows = kBand * reach_h / of_image, threads = torch::stable::get_num_threads();
+        const int64_t tallest = std::max<int64_t>(1, (rows - a.kernel_h) / a.stride_h + 1);
+        const int64_t bands = parts(parts(n * parts(a.out_h, tallest), threads) * threads, n);
+        return convolve_bands(a, n, parts(a.out_h, bands), place.data());
+    }
     const int64_t together = of_image ? std::clamp<int64_t>(kArranged / of_image, 1, n) : n;
-    const int64_t tiles = parts(a.out_h * a.out_w, kGemmTileRows), panels = parts(a.o, kGemmPairColumns);
-    const int64_t depth = pair_steps(a) * kGemmPairStep, reach_h = (a.out_h - 1) * a.stride_h + a.kernel_h;
+    const int64_t panels = parts(a.o, kGemmPairColumns), depth = pair_steps(a) * kGemmPairStep;
     for (a.first = 0; a.first < n; a.first += together) {
         a.images = std::min(together, n - a.first);
         if (of_image) {
@@ -35,17 +70,12 @@ void convolve_pairs(GemmPairsArgs& a, int64_t n) {
                 0, a.images * reach_h, std::max<int64_t>(1, kGrain / (a.copies * a.pitch * a.c)),
                 [&](int64_t begin, int64_t end) { g_kernels->gemm_conv_bf16_arrange(a, begin, end); });
         }
-        // Runs of even lengths; shares of a run's panels, so that there are tasks for threads.
-        const int64_t total = a.images * tiles;
-        a.run = parts(total, parts(total, kRunTiles));
-        const int64_t runs = parts(total, a.run);
-        a.panels = std::clamp<int64_t>(runs * panels / kTasks, 1, panels);
+        const int64_t runs = cut_into_runs(a);
+        a.panels = std::clamp<int64_t>(runs * panels / kTasks, 1, panels);  // so that there are tasks for threads
         torch::stable::parallel_for(
             0, runs * parts(panels, a.panels),
             std::max<int64_t>(1, 8 * kWork / (a.run * kGemmTileRows * a.panels * kGemmPairColumns * depth)),
-            [&](int64_t begin, int64_t end) {
-                g_kernels->gemm_conv_bf16(a, t_work.of(a.run * kGemmTileRows * kGemmPairColumns), begin, end);
-            });
+            [&](int64_t begin, int64_t end) { multiply_pairs(a, begin, end); });
     }
 }
 

@@ -111,7 +111,7 @@ struct Geometry {
 };
 
 DIFUSORES_INLINE Geometry geometry_of(const GemmPairsArgs& a) {
-    const int64_t pixels = a.out_h * a.out_w, tiles = (pixels + kTile - 1) / kTile;
+    const int64_t pixels = a.down * a.out_w, tiles = (pixels + kTile - 1) / kTile;
     if (!a.arranged) {
         const int64_t image = 2 * a.c * pixels;
         return {static_cast<const char*>(a.x) + a.first * image, image, 2 * a.c, tiles, false};
@@ -135,7 +135,7 @@ struct Terms {
 
 // y of a tile and of a panel's columns, from o0 on, of their sums m.
 void finish(const GemmPairsArgs& a, const Geometry& g, const float* m, int64_t tile, int64_t o0, Terms& of_image) {
-    const int64_t n = a.first + tile / g.tiles, first = tile % g.tiles * kTile, pixels = a.out_h * a.out_w;
+    const int64_t n = a.first + tile / g.tiles, first = tile % g.tiles * kTile, pixels = a.down * a.out_w;
     const int64_t count = at_most(kTile, pixels - first), wide = at_most(a.o - o0, kColumns);
     const float* const terms = of_image.value;
     if (of_image.image != n) {
@@ -143,7 +143,7 @@ void finish(const GemmPairsArgs& a, const Geometry& g, const float* m, int64_t t
         for (int64_t o = 0; o < wide; ++o)
             of_image.value[o] = param(a.bias, 0, o0 + o, 0.0f) + param(a.add, n, o0 + o, 0.0f);
     }
-    int64_t place = (n * pixels + first) * a.o + o0;
+    int64_t place = ((n * a.out_h + a.top) * a.out_w + first) * a.o + o0;
     for (int64_t r = 0; r < count; ++r, m += kColumns, place += a.o) {
         if (wide == kColumns) {
             f32v y[2];
@@ -222,11 +222,11 @@ void arrange_pixel(const GemmPairsArgs& a, const char* x, int64_t n, char* to, i
 
 // Tasks: images * rows that taps reach.
 void gemm_conv_bf16_arrange(const GemmPairsArgs& a, int64_t begin, int64_t end) {
-    const int64_t reach_h = (a.out_h - 1) * a.stride_h + a.kernel_h, reach_w = (a.out_w - 1) * a.stride_w + a.kernel_w;
+    const int64_t reach_h = (a.down - 1) * a.stride_h + a.kernel_h, reach_w = (a.out_w - 1) * a.stride_w + a.kernel_w;
     const int64_t copy = a.rows * a.pitch * 2 * kStep, block = a.copies * copy;
     const int64_t across = a.split_w ? a.kernel_w : 1, down = a.split_h ? a.kernel_h : 1;
     for (int64_t task = begin; task < end; ++task) {
-        const int64_t n = task / reach_h, v = task % reach_h, iy = v - a.pad_h;
+        const int64_t n = task / reach_h, v = task % reach_h, iy = a.top * a.stride_h + v - a.pad_h;
         char* const image = a.arranged + n * a.image_bytes;
         for (int64_t u = 0; u < reach_w; ++u) {
             const int64_t ix = u - a.pad_w;
@@ -238,7 +238,7 @@ void gemm_conv_bf16_arrange(const GemmPairsArgs& a, int64_t begin, int64_t end) 
                 for (int64_t kx = 0; kx < across; ++kx) {
                     int64_t row = v, column = u;
                     if (a.split_h) {
-                        if (v < ky || (v - ky) % a.stride_h || (v - ky) / a.stride_h >= a.out_h) continue;
+                        if (v < ky || (v - ky) % a.stride_h || (v - ky) / a.stride_h >= a.down) continue;
                         row = (v - ky) / a.stride_h;
                     }
                     if (a.split_w) {

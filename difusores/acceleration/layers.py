@@ -29,7 +29,8 @@ from difusores.ops.winograd_conv import LayerPlan, pack_weight, plan
 
 CHANNELS_LAST = torch.channels_last
 _MKLDNN = torch.ops.mkldnn
-OWN_PRODUCT = 1024  # pixels up to which the own product in bfloat16 is faster than oneDNN
+OWN_PRODUCT = 1024  # pixels up to which strides and few channels out are the own product's in bfloat16 too
+FEW_CHANNELS = 16  # less of them fill less than half a tile of the own product in bfloat16
 PACKED_GAIN = 1.4  # of weights packed for the own product: time without over time with them
 WORTH_PACKING = 1.1  # of weights transformed for Winograd, from which on they take their memory
 SPLIT_CHANNELS = 32  # in and out, from which on float32 as pairs of bfloat16 is faster: AMX's tiles
@@ -428,8 +429,11 @@ class ConvForward(LayerForward):
             return False
         if self.session.invariant or x.dtype is torch.float32 or self.shape == POINTWISE:
             return self.session.invariant
-        pixels = x.shape[2] * x.shape[3]
-        return pixels <= OWN_PRODUCT and fast_bfloat16_convolution() and multiplies_pairs()
+        m = self.module
+        if m.in_channels < FEW_CHANNELS or not (fast_bfloat16_convolution() and multiplies_pairs()):
+            return False
+        small = x.shape[2] * x.shape[3] <= OWN_PRODUCT
+        return small or (m.stride == (1, 1) and m.out_channels >= FEW_CHANNELS)
 
     def _winograd_plan(self, x: Tensor) -> LayerPlan | None:
         m = self.module

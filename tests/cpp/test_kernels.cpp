@@ -335,12 +335,8 @@ void gemm_pairs(const Kernels& k, int64_t n, int64_t c, int64_t o, int64_t h, in
         a.multiplier = {multiplier.data(), DType::f32, c}, a.offset = {offset.data(), DType::f32, c};
         a.add = {add.data(), DType::f32, o}, a.silu = true;
     }
-    a.images = n, a.run = 3, a.panels = 2;
-    std::vector<int64_t> place(pair_steps(a));
-    std::vector<char> arranged(lay_out(a, place.data()));
-    a.arranged = arranged.empty() ? nullptr : arranged.data();
     const int64_t taps = kernel * kernel, depth = pair_steps(a) * kGemmPairStep;
-    std::vector<uint16_t> packed(depth * up(o, kGemmPairColumns)), y(given.rows() * o);
+    std::vector<uint16_t> packed(depth * up(o, kGemmPairColumns));
     for (int64_t tap = 0; tap < taps; ++tap)
         for (int64_t in = 0; in < c; ++in)
             for (int64_t i = 0; i < o; ++i) {
@@ -348,12 +344,30 @@ void gemm_pairs(const Kernels& k, int64_t n, int64_t c, int64_t o, int64_t h, in
                 const int64_t o0 = i / kGemmPairColumns * kGemmPairColumns;
                 packed[o0 * depth + d / 2 * 2 * kGemmPairColumns + 2 * (i - o0) + d % 2] = wh[(tap * c + in) * o + i];
             }
-    std::vector<float> scratch(a.run * kGemmTileRows * kGemmPairColumns);
-    a.x = xh.data(), a.packed = packed.data(), a.residual = rh.data(), a.y = y.data();
-    if (a.arranged) k.gemm_conv_bf16_arrange(a, 0, n * ((given.out_h() - 1) * stride + kernel));
-    const int64_t tiles = n * (up(given.out_h() * given.out_w(), kGemmTileRows) / kGemmTileRows);
-    const int64_t columns = a.panels * kGemmPairColumns;
-    k.gemm_conv_bf16(a, scratch.data(), 0, up(tiles, a.run) / a.run * (up(o, columns) / columns));
+    a.x = xh.data(), a.packed = packed.data(), a.residual = rh.data(), a.run = 3, a.panels = 2;
+    // Some images at a time, in bands of `tall` rows.
+    const auto compute = [&](GemmPairsArgs b, int64_t images, int64_t tall) {
+        std::vector<uint16_t> y(given.rows() * o);
+        std::vector<int64_t> place(pair_steps(b));
+        std::vector<float> scratch(b.run * kGemmTileRows * kGemmPairColumns);
+        b.images = images, b.down = tall, b.y = y.data();
+        std::vector<char> arranged(lay_out(b, place.data()));
+        b.arranged = arranged.empty() ? nullptr : arranged.data();
+        for (b.first = 0; b.first < n; b.first += images)
+            for (b.top = 0; b.top < b.out_h; b.top += tall) {
+                b.down = std::min(tall, b.out_h - b.top);
+                if (b.arranged) k.gemm_conv_bf16_arrange(b, 0, images * ((b.down - 1) * stride + kernel));
+                const int64_t tiles = images * (up(b.down * b.out_w, kGemmTileRows) / kGemmTileRows);
+                const int64_t columns = b.panels * kGemmPairColumns;
+                k.gemm_conv_bf16(b, scratch.data(), 0, up(tiles, b.run) / b.run * (up(o, columns) / columns));
+            }
+        return y;
+    };
+    const std::vector<uint16_t> y = compute(a, n, a.out_h);
+    if (kernel > 1)
+        for (int64_t tall = 1; tall <= a.out_h; ++tall)
+            expect(compute(a, 1, tall) == y,
+                   std::string(k.isa) + " gemm_conv_bf16 in bands of " + std::to_string(tall));
     const auto before = [&](int64_t image, int64_t channel, double v) {
         if (!fused) return v;
         const double t = v * multiplier[image * c + channel] + offset[image * c + channel];

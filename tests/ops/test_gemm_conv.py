@@ -272,6 +272,52 @@ def test_bitwise(backend: str, case: Any, dtype: torch.dtype) -> None:
     assert torch.equal(broken[[0, 2]], y[[0, 2]]) and torch.equal(broken[1, :, -1, -1], y[1, :, -1, -1])
 
 
+# Large enough that a task takes a band of rows: rows that are whole tiles and that are not, a stride, kernels
+BANDS = [
+    ((2, 1290, 33, 21, 23), (3, 3), (1, 1), (1, 1)),
+    ((1, 1290, 33, 30, 16), (3, 3), (1, 1), (1, 1)),
+    ((1, 1290, 20, 31, 33), (3, 3), (2, 2), (1, 1)),
+    ((1, 1290, 8, 29, 32), (5, 5), (1, 2), (2, 2)),
+    ((2, 1290, 20, 19, 31), (1, 1), (1, 1), (0, 0)),
+]
+
+
+@pytest.mark.parametrize("case", BANDS, ids=str)
+def test_bands(backend: str, case: Any, check: Any) -> None:
+    """bf16: bands as tall as few threads want them, down to one row; an image alone; what is not finite."""
+    needs(backend, torch.bfloat16)
+    x, weight, bias, residual, geometry = make(case, dtype=torch.bfloat16)
+    multiplier, offset = torch.randn(2, *x.shape[:2])
+    h = F.silu(multiplier[:, :, None, None] * x + offset[:, :, None, None])
+    terms = {"multiplier": multiplier, "offset": offset, "silu": True, "residual": residual}
+    packed = pack_weight(weight, torch.bfloat16)
+    threads = torch.get_num_threads()
+
+    def run(x: Tensor, **terms: Any) -> Tensor:
+        return ops.gemm_conv(x, weight, bias, packed=packed, **terms, **geometry)
+
+    with ops.use_backend(backend):
+        y = run(x, **terms)
+        try:
+            for count in (1, 2, 5, 40) if backend == "cpu" else ():
+                torch.set_num_threads(count)
+                assert torch.equal(run(x, **terms), y)
+        finally:
+            torch.set_num_threads(threads)
+        last = {name: t if name == "silu" else t[-1:] for name, t in terms.items()}
+        if backend == "cpu":
+            assert torch.equal(run(x[-1:], **last), y[-1:])
+            plain = run(x)
+            x[-1, 3, 9, 11] = math.nan
+            x[-1, 5, 12, 2] = math.inf
+            broken = run(x)
+            finite = F.conv2d(x.float(), weight.float(), **geometry).isfinite()
+            assert not finite.all() and torch.equal(broken.isfinite(), finite)
+            assert torch.equal(broken[finite], plain[finite])
+    eager = F.conv2d(h.bfloat16(), weight, bias, **geometry) + residual
+    check(y, eager, F.conv2d(h.double(), weight.double(), bias.double(), **geometry) + residual.double())
+
+
 def test_registration(backend: str) -> None:
     x, weight, bias, residual, geometry = make(CASES[4])
     op = torch.ops.difusores.gemm_conv.default
