@@ -7,9 +7,10 @@
 // Weights come in panels of 32 columns, for each step of 32 channels the high parts' [16 pairs][32][2] and then the
 // low parts'; with GEGLU a panel is 16 values and their 16 gates. A task is a run of rows and some panels. kDepth
 // steps of its rows at a time are split into tiles of 16 rows by 32 channels, high parts and low parts, that stay in
-// L2 while the panels pass; kChunk steps of a panel stay in L1 while the run's tiles pass, two by two columns' tiles,
-// 12 products for 8 loads. What comes next of the weights, and y's lines, are asked for meanwhile. The sum runs over
-// channels in order and is never divided: an output's bits depend on its inputs alone, not on the batch or threads.
+// L2 while the panels pass. kChunk steps of a panel stay near while the run's tiles pass, two by two columns' tiles: 12
+// products for 8 loads, which are made ahead of them. What comes next of the weights, and y's lines, are asked for
+// meanwhile. The sum runs over channels in order and is never divided: an output's bits depend on its inputs alone, not
+// on the batch or threads.
 // Least bytes: x, y, residual and the weights once.
 #include "amx.h"
 #include "gelu.h"
@@ -20,7 +21,7 @@ namespace {
 
 constexpr int64_t kStep = kGemmPairStep, kColumns = kGemmPairColumns, kTile = kGemmTileRows;
 constexpr int64_t kDepth = kGemmSplitDepth;
-constexpr int64_t kChunk = 10;                     // steps of a panel in L1: 40 KB
+constexpr int64_t kChunk = 20;                     // steps whose sums are in registers; 80 KB of a panel
 constexpr int64_t kLine = kColumns * 4;            // bytes of a row of packed pairs, and of a row of sums
 constexpr int64_t kHalf = 2 * kStep * kColumns;    // of a step of a panel: high or low parts
 constexpr int64_t kTileBytes = 2 * kStep * kTile;  // of a tile of high or of low parts
@@ -37,23 +38,19 @@ DIFUSORES_INLINE void split(__m512 x0, __m512 x1, char* to) {
     _mm512_storeu_si512(to + kTileBytes, low);
 }
 
-// `steps` steps from `channel` on of `count` rows from x on, to tiles; rows up to a whole tile are zeros.
+// `steps` steps from `channel` on of `count` rows from x on, to tiles one after the other, in the order in which they
+// lie: rows of many channels apart meet in one set of the cache. Zeros up to whole tiles.
 void split_rows(const GemmSplitArgs& a, const float* x, int64_t count, int64_t channel, int64_t steps, char* tiles) {
-    for (int64_t r = 0; r < (count + kTile - 1) / kTile * kTile; ++r) {
-        const float* const row = x + r * a.c + channel;
-        char* to = tiles + r / kTile * steps * 2 * kTileBytes + r % kTile * 2 * kStep;
-        int64_t left = r < count ? a.c - channel : 0;
-        for (int64_t step = 0; step < steps; ++step, left -= kStep, to += 2 * kTileBytes) {
-            const float* const from = row + step * kStep;
-            if (left >= kStep) {
-                split(_mm512_loadu_ps(from), _mm512_loadu_ps(from + kWidth), to);
-            } else {
-                const __mmask32 there = left > 0 ? (1u << left) - 1 : 0;
-                split(_mm512_maskz_loadu_ps(static_cast<__mmask16>(there), from),
-                      _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> kWidth), from + kWidth), to);
+    for (int64_t t = 0; t < count; t += kTile)
+        for (int64_t c = channel; c < channel + steps * kStep; c += kStep, tiles += kTileBytes) {
+            const __mmask32 there = ~0U >> (kStep - at_most(a.c - c, kStep));
+            const float* from = x + t * a.c + c;
+            for (int64_t r = 0; r < kTile; ++r, from += a.c, tiles += 2 * kStep) {
+                const __mmask32 mask = t + r < count ? there : 0;
+                split(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from),
+                      _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> kWidth), from + kWidth), tiles);
             }
         }
-    }
 }
 
 // One or two tiles of rows times a part of a panel.
@@ -89,20 +86,19 @@ void multiply(const Part& p) {
     const float* y = p.y;
     int64_t unasked = p.rows;
     const int64_t share = (p.rows + p.steps - 1) / p.steps;
+    _tile_loadd(4, a0, 64);
+    _tile_loadd(6, b + kHalf, kLine);
+    if constexpr (kTiles == 2) _tile_loadd(5, a1, 64);
+    _tile_loadd(7, b + kHalf + 64, kLine);
     for (int64_t step = 0; step < p.steps; ++step) {
-        const char* const low = b + kHalf;
-        _tile_loadd(4, a0, 64);
-        _tile_loadd(6, low, kLine);
         _tile_dpbf16ps(0, 4, 6);
-        if constexpr (kTiles == 2) _tile_loadd(5, a1, 64);
         if constexpr (kTiles == 2) _tile_dpbf16ps(2, 5, 6);
-        _tile_loadd(7, low + 64, kLine);
-        _tile_dpbf16ps(1, 4, 7);
         _tile_loadd(6, b, kLine);
+        _tile_dpbf16ps(1, 4, 7);
         if constexpr (kTiles == 2) _tile_dpbf16ps(3, 5, 7);
+        _tile_loadd(7, b + 64, kLine);
         for (int64_t k = 0; k < p.lines; ++k, ahead += 64) __builtin_prefetch(ahead, 0, 2);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + 64, kLine);
         if constexpr (kTiles == 2) _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_loadd(4, a0 + kTileBytes, 64);
@@ -111,11 +107,16 @@ void multiply(const Part& p) {
         for (int64_t k = share; k && unasked; --k, --unasked, y += p.apart)
             for (int64_t byte = 0; byte < p.wide; byte += 64)
                 __builtin_prefetch(reinterpret_cast<const char*>(y) + byte, 1);
+        const int64_t more = step + 1 < p.steps;  // else the last step's are loaded again, in vain
+        a0 += more * 2 * kTileBytes, a1 += more * 2 * kTileBytes, b += more * 2 * kHalf;
         _tile_dpbf16ps(0, 4, 6);
         if constexpr (kTiles == 2) _tile_dpbf16ps(2, 5, 6);
+        _tile_loadd(6, b + kHalf, kLine);
         _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(4, a0, 64);
         if constexpr (kTiles == 2) _tile_dpbf16ps(3, 5, 7);
-        a0 += 2 * kTileBytes, a1 += 2 * kTileBytes, b += 2 * kHalf;
+        _tile_loadd(7, b + kHalf + 64, kLine);
+        if constexpr (kTiles == 2) _tile_loadd(5, a1, 64);
     }
     _tile_stored(0, p.m, kLine);
     _tile_stored(1, p.m + 16, kLine);
