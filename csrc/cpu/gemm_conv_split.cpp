@@ -1,8 +1,8 @@
 // gemm_conv in fp32 on AMX, each number as two of bf16: for rows, that is 1x1 convolutions and linear layers.
 //
 // x = h + l with h = bf16(x), l = bf16(x - h), and y = sum of h_x h_w + h_x l_w + l_x h_w in fp32, + bias + residual;
-// with GEGLU value * GELU(gate) + residual. What is left out, l_x l_w and the rounding of l_x
-// and l_w, is 3e-6 rms of a product and 3 2^-16 at most. AMX has 16 times the multiply-adds that AVX-512 has in fp32.
+// with GEGLU value * GELU(gate) + residual. What is left out, l_x l_w, and the rounding of l_x and l_w are 4e-6 of a
+// product, rms, and 3 2^-16 at most. AMX has 16 times the multiply-adds that AVX-512 has in fp32.
 //
 // Weights come in panels of 32 columns, for each step of 32 channels the high parts' [16 pairs][32][2] and then the
 // low parts'; with GEGLU a panel is 16 values and their 16 gates. A task is a run of rows and some panels. kDepth
@@ -10,8 +10,7 @@
 // L2 while the panels pass. kChunk steps of a panel stay near while the run's tiles pass, two by two columns' tiles: 12
 // products for 8 loads, which are made ahead of them. What comes next of the weights, and y's lines, are asked for
 // meanwhile. The sum runs over channels in order and is never divided: an output's bits depend on its inputs alone, not
-// on the batch or threads.
-// Least bytes: x, y, residual and the weights once.
+// on the batch or threads. Least bytes: x, y, residual and the weights once.
 #include "amx.h"
 #include "gelu.h"
 

@@ -11,7 +11,7 @@ product and what is added but for the residual (half of it times GELU of the oth
 With AMX a 1x1 convolution in fp32 can be multiplied as pairs of bf16, x = h + l with h = bf16(x) and
 l = bf16(x - h), as h_x h_w + h_x l_w + l_x h_w with sums in fp32. |l| is at most 2^-8 |x|, and so l_x l_w,
 which is left out, and what rounding l_x and l_w changes are each at most 2^-16 of a product: together
-4.6e-5 at most, 3e-6 in the root mean square, of whichever sign. A weight that was packed with `split`
+4.6e-5 at most, 4e-6 in the root mean square, of whichever sign. A weight that was packed with `split`
 asks for it.
 
 A linear layer is a 1x1 convolution of rows. An output's bits depend on its inputs alone: not on the batch and
@@ -75,7 +75,7 @@ def pack_weight(
     gates follows each vector of values.
 
     Split, for a product in fp32 of pairs of bf16: [channels out / 32, channels in / 32, high and low parts,
-    16, 32, 2]. A call that gets it uses that product, whose error is 3e-6 (relative L2, of outputs in which
+    16, 32, 2]. A call that gets it uses that product, whose error is 4e-6 (relative L2, of outputs in which
     products do not cancel) and not 1e-7. Numbers beyond 3.38e38 or infinite make an output NaN, and those
     below 1e-33 lose their low part.
 
