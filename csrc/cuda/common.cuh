@@ -18,6 +18,7 @@ namespace cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+constexpr int kRow = 40;  // numbers of a step's row
 
 constexpr __host__ __device__ int bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
@@ -206,6 +207,21 @@ __device__ __forceinline__ float2 block_sum(float a, float b, float2* parts) {
     return total;
 }
 
+// The sums of several numbers over a block of whole warps, the same bits in every thread; `parts` holds as many for
+// each of 32 warps and is not in use.
+template <int kCount>
+__device__ __forceinline__ void block_sums(float (&v)[kCount], float* parts) {
+    const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+        v[k] = warp_sum(v[k]);
+        if (lane == 0) parts[k * kWarp + warp] = v[k];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) v[k] = warp_sum(lane < blockDim.x / kWarp ? parts[k * kWarp + lane] : 0.0f);
+}
+
 // Sums over the threads of a row, the same bits in each. Where a row has more than a warp its block has nothing else;
 // `parts` holds a float2 for every warp and is not in use.
 __device__ __forceinline__ float2 row_sum(float a, float b, unsigned lanes, float2* parts) {
@@ -245,6 +261,16 @@ __device__ __forceinline__ const T* in_block(const T* own, unsigned rank) {
     return there;
 }
 #endif
+
+// --- the row of a sampler's step ---
+
+// NaN where the counter is not the number of a row.
+__device__ __forceinline__ double number_of(const StepRow& source, int position) {
+    if (!source.table) return source.row[position];
+    const int64_t index = source.step ? *source.step : 0;
+    const bool inside = index >= 0 && index < source.count;
+    return inside ? source.table[index * kRow + position] : static_cast<double>(__uint_as_float(~0u));
+}
 
 // Quotients of numbers below 2^31 by a divisor below 2^31, without a division (Granlund and Montgomery 1994).
 struct Divisor {

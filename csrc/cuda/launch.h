@@ -38,6 +38,10 @@ GroupNormBackwardPlan group_norm_silu_backward_plan(const GroupNormSiluArgs& arg
 cudaError_t group_norm_silu_backward(const GroupNormSiluArgs& args, const GroupNormSiluGrads& grads,
                                      const GroupNormBackwardPlan& plan, void* scratch, cudaStream_t stream);
 
+// Bytes that guidance_rescale needs at `partial`; 0: none.
+int64_t guidance_rescale_bytes(const GuidanceRescaleArgs& args);
+cudaError_t guidance_rescale(const GuidanceRescaleArgs& args, const StepRow& row, void* partial, cudaStream_t stream);
+
 // lanes == 0: the kernel does not take rows that long.
 LayerNormPlan layer_norm_plan(const LayerNormArgs& args);
 cudaError_t layer_norm(const LayerNormArgs& args, const LayerNormPlan& plan, cudaStream_t stream);

@@ -1,7 +1,7 @@
 // One stage of any sampler; formula and row layout: difusores/ops/scheduler_step.py.
 //
-//     e = sum g_k e_k,  xh = x + r z,  x0 = clamp(p_x xh + p_e e),  (y, d, u) = W [x0, xh, e, z*, s0 .. s4],  m = c_in
-//     y
+//     e = f sum g_k e_k,  xh = x + r z,  x0 = clamp(p_x xh + p_e e),  (y, d, u) = W [x0, xh, e, z*, s0 .. s4],
+//     m = c_in y
 //
 // Bytes: every operand that the row reads once, every output once. Layout: [B, inner]. Vectors: a thread has the
 // elements of one image that 128 bits hold of the widest dtype in the call, keeps all of their operands in registers,
@@ -27,8 +27,9 @@ constexpr unsigned kStepBlocks = 8;  // a multiprocessor
 // Blocks at most, about what runs at once: each waits for the counter and then for the row before it reads its first
 // element, so it takes many.
 constexpr int64_t kStepGrid = 1056;
+constexpr int64_t kGridHeight = 65535;  // the most that there is
 
-enum Position { kG = 0, kR = 3, kPX, kPE, kLo, kHi, kNu0, kNu1, kMode, kCin, kW = 12, kDraw = 39, kRow = 40 };
+enum Position { kG = 0, kR = 3, kPX, kPE, kLo, kHi, kNu0, kNu1, kMode, kCin, kW = 12, kDraw = 39 };
 constexpr int kColumns = 9;  // x0, xh, e, z*, s0 .. s4
 constexpr int kFirstSlot = 4;
 
@@ -37,6 +38,10 @@ constexpr unsigned kReadsX0 = 1u << 21, kReadsXh = 1u << 22, kReadsE = 1u << 23 
                    kReadsZ = 1u << 26, kReadsV = 1u << 27, kClips = 1u << 28, kBeginsFromSlot = 1u << 29;
 constexpr unsigned kColumnZ = 1u << 3, kLateSlots = 7u << (kFirstSlot + 2);
 __device__ __forceinline__ bool nonzero(unsigned reads, int position) { return reads >> (kColumns + position) & 1; }
+
+// The first image of a block, and the only one where each has a factor f: that is a part of the block's row then, as
+// f g_k, and the loops know nothing of it.
+__device__ __forceinline__ int64_t first_image() { return int64_t{blockIdx.z} * gridDim.y + blockIdx.y; }
 
 // A row in shared memory, written by the first kRow threads of a block.
 struct Stage {
@@ -53,6 +58,8 @@ struct Stage {
             row[position] = lacks && value != 0.0f ? nan : value;
             if (position == kPX) rest_x = static_cast<float>(exact - double{value});
             if (position == kPE) rest_e = static_cast<float>(exact - double{value});
+            if (position < kR && value != 0.0f && args.factor && first_image() < args.batch)
+                row[position] *= args.factor[first_image()];
         } else if (position < kDraw) {
             const int output = (position - kW) / kColumns, column = (position - kW) % kColumns;
             const bool wanted =
@@ -292,7 +299,7 @@ __device__ __forceinline__ void step_images(const SchedulerStepArgs& args, const
     using Count = typename Where::Count;
     const Count vectors = static_cast<Count>(args.inner / Where::kVec), step = Count{gridDim.x} * blockDim.x;
     const Count images = static_cast<Count>(args.batch);
-    for (Count b = blockIdx.y; b < images; b += gridDim.y)
+    for (Count b = static_cast<Count>(first_image()); b < images; b += gridDim.y * gridDim.z)
         for (Count k = Count{blockIdx.x} * blockDim.x + threadIdx.x; k < vectors; k += step) {
             asm volatile("" ::: "memory");  // the row stays in shared memory: registers are for operands
             step_elements<Where, kPhilox, kAll>(args, stage, reads, b, int64_t{k} * Where::kVec);
@@ -305,12 +312,8 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks)
                           unsigned missing) {
     DIFUSORES_SHARED(Stage, stage, 1);
     if (threadIdx.x < kRow) {
-        const int64_t index = source.step ? *source.step : 0;
-        const bool inside = index >= 0 && index < source.count;
-        stage->set(args, missing, static_cast<int>(threadIdx.x),
-                   !source.table ? source.row[threadIdx.x]
-                   : inside      ? source.table[index * kRow + threadIdx.x]
-                                 : static_cast<double>(__uint_as_float(~0u)));
+        const int position = static_cast<int>(threadIdx.x);
+        stage->set(args, missing, position, number_of(source, position));
     }
     __syncthreads();
     const unsigned reads = stage->reads(args);
@@ -349,7 +352,8 @@ __host__ auto launch_step_of(const SchedulerStepArgs& args, const StepRow& row, 
     const int64_t blocks = (args.inner + kOfBlock - 1) / kOfBlock;
     const int64_t of_image = args.batch < kStepGrid ? kStepGrid / args.batch : 1;
     const dim3 grid = {static_cast<unsigned>(blocks < of_image ? blocks : of_image),
-                       static_cast<unsigned>(args.batch < 65535 ? args.batch : 65535), 1};
+                       static_cast<unsigned>(args.batch < kGridHeight ? args.batch : kGridHeight),
+                       args.factor ? static_cast<unsigned>((args.batch + kGridHeight - 1) / kGridHeight) : 1};
     const auto kernel = args.seeds ? scheduler_step_kernel<Where, true> : scheduler_step_kernel<Where, false>;
     return launch(kernel, grid, kStepThreads, size_t{0}, args, row, missing);
 }

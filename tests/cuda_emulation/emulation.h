@@ -374,7 +374,8 @@ inline void run_cluster(unsigned block, unsigned threads, Order& order) {
     while (left > 0 && failure.empty()) {
         bool ran = false;
         for (const unsigned rank : order.of(cluster_blocks)) {
-            blockIdx = {(block + rank) % gridDim.x, (block + rank) / gridDim.x, 0};
+            const unsigned row = (block + rank) / gridDim.x;
+            blockIdx = {(block + rank) % gridDim.x, row % gridDim.y, row / gridDim.y};
             const unsigned first = rank * kMaxThreads;
             do {
                 for (const unsigned warp : order.of(warps)) {
@@ -393,7 +394,8 @@ std::string launch(dim3 grid, unsigned threads, size_t dynamic_shared, Schedule 
                    unsigned cluster = 1) {
     failure.clear();
     if (threads == 0 || threads > kMaxThreads) return "a block has 1 to 1024 threads";
-    if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || grid.z != 1) return "the grid is empty, or beyond the limits";
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
+        return "the grid is empty, or beyond the limits";
     if (cluster == 0 || cluster > kMaxCluster || grid.x % cluster)
         return "a row of the grid is whole clusters of 1 to 8";
     Order order{schedule};
@@ -401,7 +403,7 @@ std::string launch(dim3 grid, unsigned threads, size_t dynamic_shared, Schedule 
     gridDim = grid, blockDim = {threads, 1, 1};
     thread_body = [](void* b) { (*static_cast<const Body*>(b))(); };
     thread_argument = const_cast<Body*>(&body);
-    for (const unsigned number : order.of(grid.x * grid.y / cluster)) {
+    for (const unsigned number : order.of(grid.x * grid.y * grid.z / cluster)) {
         for (unsigned rank = 0; rank < cluster; ++rank) {
             shared_arrays[rank].clear();
             shared_array_of(rank, &dynamic_tag, dynamic_shared);
