@@ -264,12 +264,14 @@ __device__ __forceinline__ const T* in_block(const T* own, unsigned rank) {
 
 // --- the row of a sampler's step ---
 
+__device__ __forceinline__ int64_t index_of(const StepRow& source) { return source.step ? *source.step : 0; }
+
 // NaN where the counter is not the number of a row.
-__device__ __forceinline__ double number_of(const StepRow& source, int position) {
+__device__ __forceinline__ double number_of(const StepRow& source, int64_t index, int position) {
     if (!source.table) return source.row[position];
-    const int64_t index = source.step ? *source.step : 0;
     const bool inside = index >= 0 && index < source.count;
-    return inside ? source.table[index * kRow + position] : static_cast<double>(__uint_as_float(~0u));
+    const double number = source.table[(inside ? index : 0) * kRow + position];
+    return inside ? number : static_cast<double>(__uint_as_float(~0u));
 }
 
 // Quotients of numbers below 2^31 by a divisor below 2^31, without a division (Granlund and Montgomery 1994).

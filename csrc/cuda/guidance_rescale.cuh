@@ -76,19 +76,19 @@ __global__ void __launch_bounds__(kRescaleThreads)
             if (args.e[k].ptr)
                 raw[k] = get<kVec>(args.e[k].ptr, b * args.e[k].batch_stride + begin + i, dtype_of(k));
     };
+    const int64_t index = index_of(source);  // asked for before all else: the row waits for it
     int i = static_cast<int>(threadIdx.x) * kVec;
-    if (i < elements) ask(i);  // and then wait for the counter and the row, too
-    float first[3] = {}, g[3] = {};
+    if (i < elements) ask(i);
+    float first[3] = {}, g[3];
 #pragma unroll
     for (int k = 0; k < 3; ++k)
-        if (args.e[k].ptr) {
-            first[k] = load_one(args.e[k].ptr, dtype_of(k), b * args.e[k].batch_stride);
-            g[k] = static_cast<float>(number_of(source, k));
-        }
+        if (args.e[k].ptr) first[k] = load_one(args.e[k].ptr, dtype_of(k), b * args.e[k].batch_stride);
+#pragma unroll
+    for (int k = 0; k < 3; ++k) g[k] = static_cast<float>(number_of(source, index, k));
     float count = 0.0f;
     TwoMoments own;
     while (i < elements) {
-        float told[kVec], mixed[kVec] = {};
+        float told[kVec] = {}, mixed[kVec] = {};
 #pragma unroll
         for (int k = 0; k < 3; ++k) {
             if (!args.e[k].ptr) continue;

@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks)
     DIFUSORES_SHARED(Stage, stage, 1);
     if (threadIdx.x < kRow) {
         const int position = static_cast<int>(threadIdx.x);
-        stage->set(args, missing, position, number_of(source, position));
+        stage->set(args, missing, position, number_of(source, index_of(source), position));
     }
     __syncthreads();
     const unsigned reads = stage->reads(args);

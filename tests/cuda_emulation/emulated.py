@@ -190,6 +190,16 @@ def _operand(t: Tensor | None) -> Operand:
     return Operand() if t is None else Operand(t.data_ptr(), DTYPES[t.dtype], t.stride(0))
 
 
+def _step_row(row: Tensor, step: Tensor | None) -> StepRow:
+    """As if a table lay in device memory."""
+    source = StepRow()
+    if step is None:
+        source.row[:] = row.tolist()
+    else:
+        source.table, source.step, source.count = row.data_ptr(), step.data_ptr(), len(row)
+    return source
+
+
 def scheduler_step(
     row: Tensor,
     step: Tensor | None,
@@ -217,16 +227,54 @@ def scheduler_step(
     for name, t in zip(("y", "d", "u", "x0", "m"), outputs, strict=True):
         if t is not None:
             setattr(args, name, Result(t.data_ptr(), DTYPES[t.dtype], t.shape[0] // batch))
-    source = StepRow()
-    if step is None:
-        source.row[:] = row.tolist()
-    else:
-        source.table, source.step, source.count = row.data_ptr(), step.data_ptr(), len(row)
+    source = _step_row(row, step)
     function = library("scheduler_step", change).scheduler_step
     function.restype = ctypes.c_char_p
     under_all_schedules(
         lambda schedule: function(ctypes.byref(args), ctypes.byref(source), schedule),
         [t for t in outputs if t is not None],
+    )
+
+
+class GuidanceRescaleArgs(ctypes.Structure):
+    _fields_ = (
+        ("row", ctypes.c_void_p),
+        ("e", Operand * 3),
+        ("conditional", ctypes.c_int64),
+        ("share", ctypes.c_double),
+        ("factor", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("inner", ctypes.c_int64),
+    )
+
+
+def guidance_rescale(
+    row: Tensor,
+    step: Tensor | None,
+    e1: Tensor,
+    e2: Tensor | None,
+    e3: Tensor | None,
+    conditional: int,
+    share: float,
+    factor: Tensor,
+    *,
+    change: tuple[str, str] | None = None,
+) -> None:
+    """The registered op `guidance_rescale`, carried out by the CUDA kernels."""
+    _check_layouts(e1, (e2, e3), ())
+    args = GuidanceRescaleArgs(
+        e=(Operand * 3)(*map(_operand, (e1, e2, e3))),
+        conditional=conditional,
+        share=share,
+        factor=factor.data_ptr(),
+        batch=len(e1),
+        inner=e1[0].numel(),
+    )
+    source = _step_row(row, step)
+    function = library("guidance_rescale", change).guidance_rescale
+    function.restype = ctypes.c_char_p
+    under_all_schedules(
+        lambda schedule: function(ctypes.byref(args), ctypes.byref(source), schedule), [factor]
     )
 
 
@@ -737,6 +785,7 @@ OPS: dict[str, Any] = {
     "bias_residual": bias_residual,
     "geglu": geglu,
     "group_norm_silu": group_norm_silu,
+    "guidance_rescale": guidance_rescale,
     "layer_norm": layer_norm,
     "scheduler_step": scheduler_step,
 }
