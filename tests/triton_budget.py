@@ -114,6 +114,12 @@ def step(noise: bool) -> tuple[Any, ...]:
     )
 
 
+def rescale(*shape: int, dtype: torch.dtype = HALF) -> tuple[Any, ...]:
+    """Arguments of guidance_rescale: two parts, the second of them conditional."""
+    e, factor = meta(*shape, dtype=dtype), meta(shape[0], dtype=torch.float32)
+    return (meta(50, 40, dtype=torch.float64), meta(1, dtype=torch.int64), e, e, None, 1, 0.7, factor)
+
+
 F32 = torch.float32
 CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "group_norm_silu 2x320x64x64": ("group_norm_silu", norm((2, 320, 64, 64))),
@@ -161,6 +167,8 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "linear 2x64x1280 geglu": ("linear", (meta(2, 64, 1280), meta(10240, 1280), meta(10240), None, True)),
     "scheduler_step guided": ("scheduler_step", step(noise=False)),
     "scheduler_step everything": ("scheduler_step", step(noise=True)),
+    "guidance_rescale 2x4x64x64": ("guidance_rescale", rescale(2, 4, 64, 64)),
+    "guidance_rescale 2x3x512x512 float32": ("guidance_rescale", rescale(2, 3, 512, 512, dtype=F32)),
     "attention 4096 of 40": ("attention", heads(4096, 4096, 8, 40)),
     "attention 4096 to 77 of 40": ("attention", heads(4096, 77, 8, 40)),
     "attention 4096 of 64": ("attention", heads(4096, 4096, 10, 64)),

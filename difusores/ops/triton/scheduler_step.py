@@ -153,6 +153,7 @@ def scheduler_step(
     noise,
     variance,
     threshold,
+    factor,
     s0,
     s1,
     s2,
@@ -212,6 +213,9 @@ def scheduler_step(
     if e3 is not None:
         g = _coefficient(row, _G1 + 2, poison)
         e = _term(e, g, _operand(e3, image * e3_stride, at, inside, needs_e & (g != 0.0)))
+
+    if factor is not None:
+        e *= tl.load(factor + image)
 
     z = tl.zeros([BLOCK], tl.float32)
     if seeds is None:
@@ -334,7 +338,7 @@ def launch(
         scheduler_step,
         batch * -(-inner // BLOCK),
         sample,
-        *(row.contiguous(), step, sample, e1, e2, e3, noise, variance, threshold, *slots, seeds),
+        *(row.contiguous(), step, sample, e1, e2, e3, noise, variance, threshold, factor, *slots, seeds),
         *(y, d, u, x0, m),
         *(row.shape[0], batch, inner, 1 if m is None else m.shape[0] // max(batch, 1)),
         *(0 if t is None else t.stride(0) for t in operands),
