@@ -78,4 +78,20 @@ class OnDevice {
     cudaStream_t stream_ = nullptr;
 };
 
+// Where a step's row is: on the host it goes with the launch, on the device the kernel reads it there.
+inline StepRow step_row(const Tensor& row, const OptionalTensor& step, const char* op) {
+    StepRow source{};
+    source.count = row.dim() == 2 ? row.size(0) : 1;
+    if (row.is_cuda()) {
+        STD_TORCH_CHECK(!step || step->is_cuda(), op, ": step must be with row, on the device");
+        source.table = static_cast<const double*>(row.data_ptr());
+        source.step = step ? static_cast<const int64_t*>(step->data_ptr()) : nullptr;
+        return source;
+    }
+    STD_TORCH_CHECK(!step || step->is_cpu(), op, ": step must be with row, on the CPU");
+    const double* const found = row_on_host(row, step, op);
+    std::copy(found, found + 40, source.row);
+    return source;
+}
+
 }  // namespace difusores

@@ -88,7 +88,8 @@ def step(noise: bool) -> tuple[Any, ...]:
     table, counter = meta(50, 40, dtype=torch.float64), meta(1, dtype=torch.int64)
     if noise:
         seeds = meta(2, dtype=torch.int64)
-        return (table, counter, x, e, e, e, None, e, None, None, x, x, x, x, x, seeds, x, x, x, x, e)
+        factors = meta(2, dtype=torch.float32)
+        return (table, counter, x, e, e, e, None, e, None, factors, x, x, x, x, x, seeds, x, x, x, x, e)
     return (
         table,
         counter,

@@ -14,7 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from difusores.ops.dispatch import LIBRARY, choose, needs_grad, register, straight_to_cpu
+from difusores.ops.dispatch import (
+    LIBRARY,
+    choose,
+    needs_grad,
+    register,
+    register_triton,
+    straight_to_cpu,
+)
 from difusores.ops.scheduler_step import G1, G3, ROW, _dense, _like
 
 _SIGNATURE = (
@@ -24,7 +31,8 @@ _SIGNATURE = (
 LIBRARY.define("guidance_rescale" + _SIGNATURE)
 # As for scheduler_step: a graph holds the reference, which reads the row as Python numbers, as an op.
 LIBRARY.define("guidance_rescale_reference" + _SIGNATURE)
-register("guidance_rescale", "cpu")
+_TRITON_OP = register_triton("guidance_rescale", _SIGNATURE)
+register("guidance_rescale", "cuda", "triton", "cpu")
 
 _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -70,6 +78,7 @@ LIBRARY.impl("guidance_rescale_reference", _registered, "CompositeExplicitAutogr
 
 @torch.library.register_fake("difusores::guidance_rescale", lib=LIBRARY)  # type: ignore[untyped-decorator]
 @torch.library.register_fake("difusores::guidance_rescale_reference", lib=LIBRARY)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("difusores::guidance_rescale_triton", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _fake(
     row: Tensor,
     step: Tensor | None,
@@ -151,7 +160,7 @@ def guidance_rescale(
     if not _dense(first):
         first = first.contiguous()
     outputs = (first, *(_like(e, first) for e in model_outputs[1:]), *_NONE[count - 1 :])
-    op = _REFERENCE_OP if backend == "reference" else _OP
+    op = {"reference": _REFERENCE_OP, "triton": _TRITON_OP}.get(backend, _OP)
     op(row, step, *outputs, conditional, share, out)
     return out
 

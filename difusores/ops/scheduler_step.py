@@ -278,7 +278,6 @@ def supports(
     tensors: Sequence[Tensor | None],
     seeds: Tensor | None,
     model_dtype: torch.dtype | None,
-    factor: bool = False,
 ) -> str | None:
     """None if `backend` takes this call, else the reason in words."""
     if sample.dtype not in _KERNEL_DTYPES:
@@ -288,18 +287,14 @@ def supports(
             return f"the kernel takes float32, bfloat16 and float16, not {t.dtype}"
     if model_dtype is not None and model_dtype not in _KERNEL_DTYPES:
         return f"the kernel writes float32, bfloat16 and float16, not {model_dtype}"
-    if factor and backend != "cpu":
-        return "the kernel takes no factor in this version"
     if seeds is not None and not sample.is_contiguous():
         return "in-kernel noise needs a contiguous sample"
     return None
 
 
-def why_not_captured(
-    sample: Tensor, seeds: Tensor | None, model_dtype: torch.dtype, factor: bool = False
-) -> str | None:
+def why_not_captured(sample: Tensor, seeds: Tensor | None, model_dtype: torch.dtype) -> str | None:
     """Why a CUDA graph cannot hold steps of this sample, or None."""
-    call = (sample, (), seeds, model_dtype, factor)
+    call = (sample, (), seeds, model_dtype)
     if choose("scheduler_step", sample.device.type, supports, *call) != "reference":
         return None
     reasons = (
@@ -493,8 +488,7 @@ def _general(
     differentiates = needs_grad(sample, *needed, *of_images)
     backend = "reference"
     if not differentiates:
-        call = (sample, needed, seeds, model_dtype, factor is not None)
-        backend = choose("scheduler_step", sample.device.type, supports, *call)
+        backend = choose("scheduler_step", sample.device.type, supports, sample, needed, seeds, model_dtype)
     if not _dense(sample):
         sample = sample.contiguous()
     if out is None:

@@ -42,7 +42,7 @@ def _first(p, start):
 @triton.jit
 def _part(p, at, first, g, inside, told, mixed, CONDITIONAL: tl.constexpr):
     """An output without its first element: what is conditional, and what is mixed, with it."""
-    counts = tl.where(inside, g, 0.0) != 0.0
+    counts = inside & (True & (g != 0.0))  # a comparison alone is no boolean in the interpreter
     if CONDITIONAL:
         told = tl.where(inside, tl.load(p + at, inside, other=0.0).to(tl.float32) - first, 0.0)
         mixed += tl.where(counts, g * told, 0.0)

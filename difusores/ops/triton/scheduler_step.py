@@ -236,9 +236,9 @@ def scheduler_step(
 
     scaled = scales_z & (mode != 0.0)
     v = _operand(variance, image * variance_stride, at, inside, scaled)
-    factor = tl.exp(_coefficient(row, _NU0, poison) + _coefficient(row, _NU1, poison) * v)
-    factor = tl.where(mode == 1.0, factor, tl.sqrt_rn(v))
-    z = tl.where(scaled, z * factor, z)
+    deviation = tl.exp(_coefficient(row, _NU0, poison) + _coefficient(row, _NU1, poison) * v)
+    deviation = tl.where(mode == 1.0, deviation, tl.sqrt_rn(v))
+    z = tl.where(scaled, z * deviation, z)
 
     ys = _term(tl.zeros([BLOCK], tl.float32), _rest(row, _W + 1), xh)
     ds = _term(tl.zeros([BLOCK], tl.float32), _rest(row, _W + 10), xh)
@@ -319,8 +319,6 @@ def launch(
     x0: Tensor | None,
     m: Tensor | None,
 ) -> None:
-    if factor is not None:
-        raise RuntimeError("scheduler_step: the kernel takes no factor in this version")
     slots = (s0, s1, s2, s3, s4)
     if row.is_cpu and step is None:
         outputs = (y is not None or m is not None, d is not None, u is not None)
