@@ -71,7 +71,7 @@ def sample(
     run = _Run(plan, len(weights), model_dtype, generator, rescale, conditional)
     with torch.no_grad():
         if graph and graphs.capturing() is None:
-            reason = graphs.refusal(x.device) or why_not_captured(x, keys, model_dtype, bool(rescale))
+            reason = graphs.refusal(x.device) or why_not_captured(x, keys, model_dtype)
             if reason is not None:
                 raise ValueError(f"graph=True: {reason}")
             if callback is None and len(plan) <= LONGEST:

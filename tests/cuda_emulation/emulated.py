@@ -47,7 +47,8 @@ def why_not() -> str | None:
 def library(op: str, change: tuple[str, str] | None = None) -> ctypes.CDLL:
     """The compiled test library of an op.
 
-    change: text of the kernel's source and what takes its place, to see whether the tests notice.
+    change: text of the kernel's source, or of what all kernels share, and what takes its place, to see
+        whether the tests notice.
     """
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cuh")), ROOT / "csrc" / "kernels.h"]
     ours = [*sorted(HERE.glob("*.h")), HERE / f"{op}.cpp"]
@@ -55,8 +56,11 @@ def library(op: str, change: tuple[str, str] | None = None) -> ctypes.CDLL:
     flags.append("-O0" if change or SANITIZE else "-O1")  # few cases follow: compiling would take longer
     texts = {path.relative_to(ROOT / "csrc"): path.read_text(encoding="utf-8") for path in sources}
     if change is not None:
-        found = [path for path, text in texts.items() if path.name.startswith(op) and change[0] in text]
-        assert len(found) == 1 and texts[found[0]].count(change[0]) == 1, f"{change[0]!r} must stand once"
+        of_op = (path for path in texts if path.name.startswith((op, "common")))
+        found = [path for path in of_op if change[0] in texts[path]]
+        # no assertion, which would pass for a fault that was noticed
+        if len(found) != 1 or texts[found[0]].count(change[0]) != 1:
+            raise RuntimeError(f"{change[0]!r} must stand once")
         texts[found[0]] = texts[found[0]].replace(*change)
     key = "\n".join([*flags, *texts.values(), *(path.read_text(encoding="utf-8") for path in ours)])
     folder = ROOT / "build" / "cuda_emulation" / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -261,6 +265,8 @@ def guidance_rescale(
     change: tuple[str, str] | None = None,
 ) -> None:
     """The registered op `guidance_rescale`, carried out by the CUDA kernels."""
+    if e1.numel() == 0:
+        raise RuntimeError("the kernel takes images with elements")
     _check_layouts(e1, (e2, e3), ())
     args = GuidanceRescaleArgs(
         e=(Operand * 3)(*map(_operand, (e1, e2, e3))),

@@ -94,4 +94,4 @@ def test_the_kernels_under_sanitizers() -> None:
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     classes = re.findall(r"^class (Test\w+)", tests.read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(classes) == 7 and all(f"::{name}::" in result.stdout for name in classes)
+    assert len(classes) == 8 and all(f"::{name}::" in result.stdout for name in classes)

@@ -148,6 +148,7 @@ class TestSchedulerStep:
     of = suite("scheduler_step")
     test_against_the_oracle = staticmethod(of.test_against_the_oracle)
     test_dynamic_threshold = staticmethod(of.test_dynamic_threshold)
+    test_factor = staticmethod(of.test_factor)
     test_mixed_dtypes_and_model_input = staticmethod(of.test_mixed_dtypes_and_model_input)
     test_large_terms_that_cancel = staticmethod(of.test_large_terms_that_cancel)
     test_one_rounding_of_the_size_of_the_sample = staticmethod(of.test_one_rounding_of_the_size_of_the_sample)
@@ -169,7 +170,7 @@ class TestSchedulerStep:
         half, brain, single = torch.float16, torch.bfloat16, torch.float32
         everything = self.of.row(mode=1, churn=0.2, clip=1.0, guidance=3)
         usual = self.of.row(clip=1.0, guidance=2, columns="111111000")
-        seeds = torch.tensor([5, -7])
+        seeds, factor = torch.tensor([5, -7]), torch.tensor([0.7, 1.3])
 
         def moved(t: torch.Tensor) -> torch.Tensor:
             return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
@@ -189,6 +190,7 @@ class TestSchedulerStep:
                     x, z, *slots = map(place, like_x)
                     *e, v = map(place, like_e)
                     options: dict[str, Any] = {"model_dtype": of_model, "model_repeats": 2, "variance": v}
+                    options["factor"] = factor
                     options |= more or {"noise": z}
                     outputs = ["x0" if name == "x" else name for name in names]
                     found.append(ops.scheduler_step(row, x, e, slots, outputs=outputs, **options))
@@ -218,6 +220,43 @@ class TestSchedulerStep:
         table, x = torch.zeros(2, ROW, dtype=torch.float64), torch.randn(1, 4, 8, 8)
         results = ops.scheduler_step(table, x, [x], outputs=("y", "x0", "m"), step=torch.tensor([index]))
         assert all(torch.isnan(t).all() for t in results)
+
+
+class TestGuidanceRescale:
+    of = suite("guidance_rescale")
+    test_a_large_mean = staticmethod(of.test_a_large_mean)
+    test_equal_parts_give_one = staticmethod(of.test_equal_parts_give_one)
+    test_what_has_no_deviation = staticmethod(of.test_what_has_no_deviation)
+    test_a_table_and_a_counter = staticmethod(of.test_a_table_and_a_counter)
+    test_layouts_and_mixtures_of_dtypes = staticmethod(of.test_layouts_and_mixtures_of_dtypes)
+    test_bitwise = staticmethod(of.test_bitwise)
+
+    @pytest.mark.parametrize(("weights", "dtype"), zip(of.WEIGHTS, NUMBERS, strict=True))
+    def test_against_the_oracle(self, weights: Any, dtype: torch.dtype, check: Any) -> None:
+        self.of.test_against_the_oracle("cpu", weights, dtype, check)
+
+    def test_tiles_within_an_image(self, check: Any) -> None:
+        """Vectors of each dtype and single elements, by one block, and by several, whose last tile is short."""
+        row = self.of.row(-6.5, 7.5)
+        for shape in ((2, 4, 127, 131), (2, 1, 4, 18434), (1, 1, 65537)):
+            for dtype in NUMBERS if shape[0] > 1 else NUMBERS[:1]:
+                outputs = self.of.images(2, shape, dtype)
+                got = ops.guidance_rescale(row, outputs, 0.7)
+                wide = self.of.by_hand((-6.5, 7.5), self.of.wide(outputs), -1, 0.7)
+                check(got, self.of.by_hand((-6.5, 7.5), [e.float() for e in outputs], -1, 0.7), wide)
+                alone = ops.guidance_rescale(row, [e[-1:] for e in outputs], 0.7)
+                assert torch.equal(got[-1:], alone)
+        ran = {cuda_budget.short_name(name) for name in emulated.launched("guidance_rescale")}
+        assert ran == {name for name in BUDGET["sm_80"] if name.startswith("guidance_rescale")}
+
+    def test_what_the_host_cannot_see(self) -> None:
+        """A counter outside the table gives NaN; an output of weight 0 is read, and does not count."""
+        told, other = self.of.images(2, (2, 4, 6, 6))
+        broken, table = torch.full_like(other, math.nan), torch.stack([self.of.row(0.0, 2.0)] * 2)
+        for index, weights in ((1, (2.0,)), (-1, ()), (2, ()), (2**40, ())):
+            got = ops.guidance_rescale(table, [broken, told], 0.7, step=torch.tensor([index]))
+            want = self.of.by_hand(weights, [told], 0, 0.7) if weights else torch.full((2,), math.nan)
+            torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-6, atol=0)
 
 
 NORM = suite("group_norm_silu")

@@ -117,11 +117,17 @@ def tiles_of(
         at = k * BLOCK + lane
         inside = at < count
         told, mixed = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-        told, mixed = _part(e1 + image * e1_stride + begin, at, first1, g1, inside, told, mixed, CONDITIONAL == 0)
+        told, mixed = _part(
+            e1 + image * e1_stride + begin, at, first1, g1, inside, told, mixed, CONDITIONAL == 0
+        )
         if e2 is not None:
-            told, mixed = _part(e2 + image * e2_stride + begin, at, first2, g2, inside, told, mixed, CONDITIONAL == 1)
+            told, mixed = _part(
+                e2 + image * e2_stride + begin, at, first2, g2, inside, told, mixed, CONDITIONAL == 1
+            )
         if e3 is not None:
-            told, mixed = _part(e3 + image * e3_stride + begin, at, first3, g3, inside, told, mixed, CONDITIONAL == 2)
+            told, mixed = _part(
+                e3 + image * e3_stride + begin, at, first3, g3, inside, told, mixed, CONDITIONAL == 2
+            )
         weight = tl.where(inside, 1.0 / (k + 1), 0.0)
         mean1, m21 = _welford(told, inside, weight, mean1, m21)
         mean2, m22 = _welford(mixed, inside, weight, mean2, m22)
