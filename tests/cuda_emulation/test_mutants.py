@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import mmap
 
@@ -194,8 +193,8 @@ def test_faults_of_the_gradients_of_attention(fault: str) -> None:
         ("parts + 2 * kWarp)", "parts)"),
         ("fmaf(n * d, d, of.m2[k])", "of.m2[k]"),
         ("fmaf(d * d, count * weight, squares)", "squares"),
-        ("left < kRescaleTile ? left : kRescaleTile)", "kRescaleTile)"),
-        ("v[j] -= first[k];", ""),
+        ("left < kRescaleTile ? left : kRescaleTile)", "left < 0 ? left : kRescaleTile)"),
+        ("v[j] -= first[k];", "v[j] -= 0.0f * first[k];"),
         ("blockIdx.x % tiles * kRescaleTile", "int64_t{0}"),
     ],
     ids=str,
@@ -203,7 +202,7 @@ def test_faults_of_the_gradients_of_attention(fault: str) -> None:
 def test_of_guidance_rescale(change: Change) -> None:
     """A missing barrier, one scratch for two sums, wrong combinations, tiles of another size or image place."""
     row, factor = torch.zeros(40, dtype=torch.float64), torch.empty(1)
-    row[:2] = torch.tensor([-1.0, 2.0])
+    row[:2] = torch.tensor([-6.5, 7.5])
     e = [torch.randn(1, 65540) * torch.linspace(1, k, 65540) for k in (3, 9)]
     e = [t.cumsum(1) / 100 + 3e6 for t in e]  # tiles whose means differ; a mean far above the deviation
     try:
@@ -211,7 +210,7 @@ def test_of_guidance_rescale(change: Change) -> None:
     except AssertionError:
         return caught(True, change)
     none, some = (t.double() for t in e)
-    want = some.std() / (2 * some - none).std()
+    want = some.std() / (7.5 * some - 6.5 * none).std()
     caught(not bool((factor / want - 1).abs() < 1e-6), change)
 
 
@@ -274,31 +273,22 @@ def test_an_overflow_of_32_bits(change: Change) -> None:
     ids=str,
 )
 def test_an_overflow_of_32_bits_in_guidance_rescale(change: Change) -> None:
-    """Of a large image beside a first element that is the other's, digits are lost."""
-    far = two_images_far_apart(1, 4, 4).copy_(torch.arange(32.0).view(2, 1, 4, 4).square() + 2048)
+    """Of the elements, and of the first one."""
+    far = two_images_far_apart(1, 4, 4).copy_(torch.randn(2, 1, 4, 4))
+    far.as_strided((1,), (1,), 0).fill_(math.nan)  # where an offset gone negative leads
     row, factor = torch.zeros(40, dtype=torch.float64), torch.empty(2)
     row[0] = 2.0
     emulated.guidance_rescale(row, None, far, None, None, 0, 1.0, factor, change=change)
     caught(not torch.equal(factor, torch.full((2,), 0.5)), change)
 
 
-HEIGHT = ("kGridHeight = 65535", "kGridHeight = 2")
-
-
-@pytest.mark.parametrize(
-    "change", [HEIGHT, ("int64_t{blockIdx.z} * gridDim.y + blockIdx.y", "int64_t{blockIdx.y}")], ids=str
-)
-def test_more_images_than_a_grid_is_high(change: tuple[str, str]) -> None:
+def test_more_images_than_a_grid_is_high() -> None:
     """Each block has one where they have factors; in a grid as low as two."""
     x, none = torch.randn(5, 1, 4, 4), [None] * 10
     factor, y = torch.tensor([0.5, 1.0, 2.0, 3.0, 4.0]), torch.empty(5, 1, 4, 4)
-    run = functools.partial(
-        emulated.scheduler_step, ROW, None, x, x, *none[:5], factor, *none[:6], y, *none[:4]
-    )
-    run(change=change)
-    caught(
-        not torch.equal(y, x / 2 + factor[:, None, None, None] * x / 4), None if change is HEIGHT else change
-    )
+    call = (ROW, None, x, x, *none[:5], factor, *none[:6], y, *none[:4])
+    emulated.scheduler_step(*call, change=("kGridHeight = 65535", "kGridHeight = 2"))
+    assert torch.equal(y, x / 2 + factor[:, None, None, None] * x / 4)
 
 
 ROWS_OF = (
@@ -346,7 +336,7 @@ def test_of_geglu(change: Change) -> None:
 )
 def test_of_layer_norm(change: Change) -> None:
     """Sums over a neighbour's row, a mean not corrected, one scratch for two sums."""
-    x = torch.cat((torch.randn(6, 320) + 1e5, torch.zeros(1, 320)))[:6]
+    x = torch.cat((torch.randn(6, 96) + 1e5, torch.zeros(1, 96)))[:6]  # several rows in a warp
     wide = torch.randn(3, 1280) * torch.arange(1.0, 4.0)[:, None]
     try:
         narrow = emulated.layer_norm(x, None, None, 1e-5, None, False, change=change)[0]
