@@ -66,6 +66,7 @@ OPS = (
     "linear",
     "bias_residual",
     "scheduler_step",
+    "guidance_rescale",
     # Last: no GPU has run these, and a fault ends the run.
     "attention_triton_tma",
     "attention_gradients_triton_tma",
@@ -87,6 +88,7 @@ def cases(op: str, dtype: torch.dtype, device: torch.device, quick: bool = False
         "linear": (linear, TOKENS),
         "bias_residual": (bias_residual, GROUP_NORM),
         "scheduler_step": (scheduler_step, LATENTS),
+        "guidance_rescale": (guidance_rescale, LATENTS),
     }
     make, shapes = of[op.removesuffix(f"_{TMA}")]
     if op.endswith(TMA):
@@ -314,6 +316,32 @@ def scheduler_step(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
     )
 
 
+def guidance_rescale(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """Two outputs of a model in `dtype`, halves of one tensor; row and counter on the device."""
+    unconditional, conditional = torch.randn(2, *shape, device=device).to(dtype)
+    counter = torch.zeros(1, dtype=torch.int64, device=device)
+    row = table({"x0": 1.0}, device)
+    axes = list(range(1, len(shape)))
+
+    def formula(c: Tensor, u: Tensor) -> Tensor:
+        return 0.7 * c.std(axes) / mixed(c, u).std(axes) + 0.3
+
+    yield Case(
+        "guidance_rescale",
+        shape_of(conditional),
+        formula,
+        (conditional, unconditional),
+        ours=lambda: ops.guidance_rescale(
+            row, (conditional, unconditional), 0.7, conditional=0, step=counter
+        ),
+        bytes=size(conditional, unconditional),
+    )
+
+
+def mixed(c: Tensor, u: Tensor) -> Tensor:
+    return u + GUIDANCE * (c - u)
+
+
 def table(weights: dict[str, float], device: torch.device) -> Tensor:
     """One row, of the weights of the next sample."""
     row = list(make_row((1 / ALPHA, -SIGMA / ALPHA), weights, clip=(-1.0, 1.0)))
@@ -323,6 +351,6 @@ def table(weights: dict[str, float], device: torch.device) -> Tensor:
 
 
 def guided(x: Tensor, c: Tensor, u: Tensor) -> Tensor:
-    e = u + GUIDANCE * (c - u)
+    e = mixed(c, u)
     x0 = ((x - SIGMA * e) / ALPHA).clamp(-1, 1)
     return 0.9 * x0 + 0.4 * e

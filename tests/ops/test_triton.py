@@ -33,11 +33,14 @@ def passes(*arguments: str, **environment: str) -> None:
 
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
-    # Of the scheduler step's own tests what is not tested there, with the fullest row at the small shapes.
+    # Of the scheduler step's own tests what is not tested there, with the fullest row at the small shapes, and a
+    # factor in one dtype.
     ops = {
         "triton_kernels": "",
         "triton_descriptors": "",
-        "test_scheduler_step": "and triton and (everything and not 64 or not (oracle or philox or compiles))",
+        "test_scheduler_step": "and triton and "
+        "(everything and not (64 or factor and 16) or not (oracle or philox or compiles or factor))",
+        "test_guidance_rescale": "and triton and (deviation or layouts or compiles)",
         "test_bias_residual": "and triton and not (33 or compiles)",
         "test_group_norm_silu": "and gradients_of_backends and triton and channels_last",
     }

@@ -23,6 +23,7 @@ from difusores.ops.scheduler_step import DRAW, HI, LO, PX, ROW, W, philox_normal
 from difusores.ops.triton import group_norm_silu as norm_kernels
 
 linear_op: Any = importlib.import_module("difusores.ops.linear")  # the package has a function of that name
+rescale_op: Any = importlib.import_module("difusores.ops.guidance_rescale")  # the same
 
 DEVICE = "cpu" if dispatch.interpreted() else "cuda"
 HALF = (torch.float16, torch.bfloat16)
@@ -397,6 +398,33 @@ def test_scheduler_step_makes_the_noise_of_every_backend() -> None:
     assert torch.equal(alone, z[1:])
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 7, 5), (1, 4100), (1, 65541), (2, 1)], ids=str)
+def test_guidance_rescale(shape: tuple[int, ...], check: Any) -> None:
+    """A part of a block, two blocks, tiles that a second kernel joins; slices; an image alone."""
+    table = row(c0=-6.5, c1=7.0, c2=0.5)
+    for count, dtype, told in ((1, torch.float32, 0), (2, torch.float16, 1), (3, torch.bfloat16, 1)):
+        both = torch.randn(2, shape[0] * count, *shape[1:]) * 3 + 1
+        outputs = list(both.to(dtype).transpose(0, 1).chunk(count))
+        outputs = [e[:, k % 2] for k, e in enumerate(outputs)]
+        got = ops.guidance_rescale(table, outputs, 0.7, conditional=told, step=torch.tensor([1]))
+        eager = rescale_op.reference(table[1], None, outputs, told, 0.7)
+        check(got, eager, rescale_op.reference(table[1], None, [e.double() for e in outputs], told, 0.7))
+        if shape == (2, 3, 7, 5):
+            alone = ops.guidance_rescale(table[1].cpu(), [e[-1:] for e in outputs], 0.7, conditional=told)
+            assert torch.equal(alone, got[-1:])
+
+
+def test_guidance_rescale_of_what_the_host_cannot_see() -> None:
+    """A counter outside the table gives NaN; an output of weight 0 is not loaded."""
+    told, broken = torch.randn(1, 5000) + 3e3, torch.full((1, 5000), math.nan)
+    table = row(c1=2.0)
+    for index, want in ((1, 0.65), (-1, math.nan), (2, math.nan)):
+        got = ops.guidance_rescale(table, [broken, told], 0.7, step=torch.tensor([index]))
+        torch.testing.assert_close(got, torch.tensor([want]), equal_nan=True)
+    constant = ops.guidance_rescale(table[1].cpu(), [told, told * 0 + 0.3], 0.7)
+    assert constant.isnan().all(), "0 / 0"
+
+
 def test_what_a_kernel_does_not_take_is_refused_in_words() -> None:
     x = torch.randn(2, 8, 4, 4)
     table, rows = torch.zeros(2, ROW, dtype=torch.float64), torch.randn(16, 16).half()
@@ -408,6 +436,7 @@ def test_what_a_kernel_does_not_take_is_refused_in_words() -> None:
         (lambda: ops.layer_norm(torch.randn(1, 16385), None, None), "at most 16384 elements"),
         (lambda: ops.attention(*[torch.randn(1, 1, 2, 513)] * 3), "at most 512 elements"),
         (lambda: ops.geglu(x.double()), r"not torch\.float64"),
+        (lambda: ops.guidance_rescale(table[0].cpu(), [x.double()], 0.5), r"not torch\.float64"),
         (lambda: ops.linear(x, x[0, 0], geglu=True), "takes bfloat16 and float16"),
         (lambda: ops.linear(x.half(), x[0, 0].half()), "nothing follows the product"),
         (lambda: ops.linear(x.half(), x[0, 0].half(), geglu=True), "multiples of 16, not 4 and 2"),

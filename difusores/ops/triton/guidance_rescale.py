@@ -153,9 +153,11 @@ def join(factor, partial, inner, tile, share, TILES: tl.constexpr):
     k = tl.arange(0, TILES).to(tl.int64)
     inside = k < tiles
     count = tl.where(inside, tl.minimum(inner - k * tile, tile), 0).to(tl.float32)
-    at = partial + (image * tiles + k) * 4
-    mean1, m21 = tl.load(at, inside, other=0.0), tl.load(at + 1, inside, other=0.0)
-    mean2, m22 = tl.load(at + 2, inside, other=0.0), tl.load(at + 3, inside, other=0.0)
+    at = (image * tiles + k)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    four = tl.load(partial + at, inside[:, None], other=0.0)
+    means, squares = tl.split(tl.reshape(four, [TILES, 2, 2]))
+    mean1, mean2 = tl.split(means)
+    m21, m22 = tl.split(squares)
     total = inner.to(tl.float32)
     _, told = _joined(count, mean1, m21, total)
     _, mixed = _joined(count, mean2, m22, total)
