@@ -7,8 +7,7 @@ namespace {
 void guidance_rescale(Tensor row, OptionalTensor step, Tensor e1, OptionalTensor e2, OptionalTensor e3,
                       int64_t conditional, double share, Tensor factor) {
     const OptionalTensor first = e1;
-    const GuidanceRescaleArgs a =
-        guidance_rescale_args(row, step, {&first, &e2, &e3}, conditional, share, factor);
+    const GuidanceRescaleArgs a = guidance_rescale_args(row, step, {&first, &e2, &e3}, conditional, share, factor);
     const StepRow source = step_row(row, step, "guidance_rescale");
     const OnDevice device(e1);
     const int64_t bytes = cuda::guidance_rescale_bytes(a);

@@ -73,8 +73,7 @@ __global__ void __launch_bounds__(kRescaleThreads)
     const auto ask = [&](int i) {
 #pragma unroll
         for (int k = 0; k < 3; ++k)
-            if (args.e[k].ptr)
-                raw[k] = get<kVec>(args.e[k].ptr, b * args.e[k].batch_stride + begin + i, dtype_of(k));
+            if (args.e[k].ptr) raw[k] = get<kVec>(args.e[k].ptr, b * args.e[k].batch_stride + begin + i, dtype_of(k));
     };
     const int64_t index = index_of(source);  // asked for before all else: the row waits for it
     int i = static_cast<int>(threadIdx.x) * kVec;
@@ -118,8 +117,7 @@ __global__ void __launch_bounds__(kRescaleThreads)
         add(mixed, own.mean[1], own.m2[1]);
         count += kVec;
     }
-    const TwoMoments all = join_two(
-        static_cast<float>(elements), [&](const auto& use) { use(count, own); }, parts);
+    const TwoMoments all = join_two(static_cast<float>(elements), [&](const auto& use) { use(count, own); }, parts);
     if (threadIdx.x > 0) return;
     if (tiles == 1) args.factor[b] = factor_of(args, all);
     else partial[blockIdx.x] = {all.mean[0], all.m2[0], all.mean[1], all.m2[1]};
@@ -165,7 +163,8 @@ __host__ auto launch_guidance_rescale(const GuidanceRescaleArgs& args, const Ste
                              : accesses >= kRescaleThreads ? kRescaleThreads
                                                            : static_cast<unsigned>((accesses + 31) / 32 * 32);
     float4* const of_tiles = static_cast<float4*>(partial);
-    const dim3 grid = {static_cast<unsigned>(args.batch * tiles), 1, 1}, images = {static_cast<unsigned>(args.batch), 1, 1};
+    const dim3 grid = {static_cast<unsigned>(args.batch * tiles), 1, 1},
+               images = {static_cast<unsigned>(args.batch), 1, 1};
     auto result = launch(kernel, grid, threads, size_t{0}, args, row, tiles, of_tiles);
     if (tiles == 1 || !Launch::ok(result)) return result;
     return launch(guidance_rescale_join, images, kRescaleJoinThreads, size_t{0}, args, tiles,

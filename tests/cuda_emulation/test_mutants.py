@@ -200,7 +200,7 @@ def test_faults_of_the_gradients_of_attention(fault: str) -> None:
     ids=str,
 )
 def test_of_guidance_rescale(change: Change) -> None:
-    """A missing barrier, one scratch for two sums, wrong combinations, tiles of another size or image place."""
+    """A missing barrier, one scratch for two sums, wrong combinations, tiles of another size or place."""
     row, factor = torch.zeros(40, dtype=torch.float64), torch.empty(1)
     row[:2] = torch.tensor([-6.5, 7.5])
     e = [torch.randn(1, 65540) * torch.linspace(1, k, 65540) for k in (3, 9)]

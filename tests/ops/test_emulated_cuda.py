@@ -236,7 +236,7 @@ class TestGuidanceRescale:
         self.of.test_against_the_oracle("cpu", weights, dtype, check)
 
     def test_tiles_within_an_image(self, check: Any) -> None:
-        """Vectors of each dtype and single elements, by one block, and by several, whose last tile is short."""
+        """Vectors of each dtype and single elements, by one block and by several; the last tile is short."""
         row = self.of.row(-6.5, 7.5)
         for shape in ((2, 4, 127, 131), (2, 1, 4, 18434), (1, 1, 65537)):
             for dtype in NUMBERS if shape[0] > 1 else NUMBERS[:1]:

@@ -33,8 +33,8 @@ def passes(*arguments: str, **environment: str) -> None:
 
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
-    # Of the scheduler step's own tests what is not tested there, with the fullest row at the small shapes, and a
-    # factor in one dtype.
+    # Of the scheduler step's own tests what is not tested there, with the fullest row at the small
+    # shapes, and a factor in one dtype.
     ops = {
         "triton_kernels": "",
         "triton_descriptors": "",

@@ -6,11 +6,11 @@ launch would take longer. A larger one is cut into tiles, which a second kernel 
 image's size alone, so its bits do not depend on the batch.
 
 Statistics: of what is left of each output without its first element, so that a mean far above the deviation
-costs no digits. A lane has the mean and the squared deviations of its elements by Welford's formula; lanes and
-tiles are joined in a fixed order, first the mean, then the deviations of their means from it.
+costs no digits. A lane has the mean and the squared deviations of its elements by Welford's formula; lanes
+and tiles are joined in a fixed order, first the mean, then the deviations of their means from it.
 
-The kernel reads the row from device memory, by a counter there where `step` is given; where the counter is not
-the number of a row the factor is NaN. What a weight of 0 switches off is not loaded.
+The kernel reads the row from device memory, by a counter there where `step` is given; where the counter is
+not the number of a row the factor is NaN. What a weight of 0 switches off is not loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from difusores.ops.scheduler_step import G1, ROW
 from difusores.ops.triton import power_of_2, run
 
-BLOCK = 4096  # elements that a program of 16 warps takes at a time: 8 a thread, for 4 moments of each are in registers
+BLOCK = 4096  # elements at a time of a program of 16 warps: 8 a thread, with 4 moments of each in registers
 WHOLE, TILE = 65536, 8192  # of an image: what one program takes alone, and what each of several takes
 
 _G1, _ROW = tl.constexpr(G1), tl.constexpr(ROW)
@@ -113,7 +113,7 @@ def tiles_of(
     lane = tl.arange(0, BLOCK)
     mean1, m21 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     mean2, m22 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for k in range(0, tl.cdiv(count, BLOCK)):
+    for k in range(tl.cdiv(count, BLOCK)):
         at = k * BLOCK + lane
         inside = at < count
         told, mixed = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
