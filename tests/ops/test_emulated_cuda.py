@@ -231,7 +231,7 @@ class TestGuidanceRescale:
     test_layouts_and_mixtures_of_dtypes = staticmethod(of.test_layouts_and_mixtures_of_dtypes)
     test_bitwise = staticmethod(of.test_bitwise)
 
-    @pytest.mark.parametrize(("weights", "dtype"), zip(of.WEIGHTS, NUMBERS, strict=True))
+    @pytest.mark.parametrize(("weights", "dtype"), tuple(zip(of.WEIGHTS, NUMBERS, strict=True)))
     def test_against_the_oracle(self, weights: Any, dtype: torch.dtype, check: Any) -> None:
         self.of.test_against_the_oracle("cpu", weights, dtype, check)
 
