@@ -215,17 +215,19 @@ struct GemmConvArgs {
 constexpr int64_t kGemmPairColumns = 32;  // of a panel of weights packed as pairs
 constexpr int64_t kGemmPairStep = 32;     // input channels in one of AMX's tiles
 constexpr int64_t kGemmTileRows = 16;     // output pixels in one
+constexpr int64_t kGemmRunTiles = 32;     // of a task at most
 
-// y = conv(act(multiplier x + offset), weight) + bias + add + residual; see cpu/gemm_conv_bf16.cpp. x, y, residual and
-// packed are bf16; multiplier and offset fp32.
+// y = conv(act(multiplier x + offset), weight) + bias + add + residual, or GEGLU of it, plus residual; see
+// cpu/gemm_conv_bf16.cpp. x, y, residual and packed are bf16; multiplier and offset fp32.
 struct GemmPairsArgs {
     const void* x;             // [N, H, W, C]
     const void* packed;        // [O / 32][C / 32][taps][16][32][2], C and O rounded up, zeros beyond
+    bool geglu;                // packed: 16 values and their 16 gates in turn; O is a multiple of 32; there is no add
     Param bias;                // [O]
     Param multiplier, offset;  // [N, C], both or neither
     Param add;                 // [N, O]
     const void* residual;      // like y, or nullptr
-    void* y;                   // [N, out_h, out_w, O]
+    void* y;                   // [N, out_h, out_w, O]; with geglu O / 2
     bool silu;                 // of multiplier x + offset
     int64_t h, w, c, o, out_h, out_w;
     int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;

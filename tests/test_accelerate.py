@@ -364,6 +364,7 @@ def test_biases_that_change_unseen(model: nn.Module) -> None:
 def test_merged_weights_follow(model: nn.Module, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight that is one of several in one product: changed in every way, and back by `restore`."""
     monkeypatch.setattr(layers, "linear_wants_packing", lambda dtype: True)
+    monkeypatch.setattr(layers, "own_product_is_faster", lambda dtype: False)
     case, layer = inputs("latents"), model.get_submodule(name)
     plain, state = run(model, *case), copy.deepcopy(model.state_dict())
     difusores.accelerate(model)
@@ -605,13 +606,17 @@ def test_bits_of_layers_marked_invariant() -> None:
 
 
 @pytest.mark.skipif(native.status("cpu") is not None, reason=native.status("cpu") or "")
-def test_own_product_in_float32(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_own_product(library: str, dtype: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linear layers, GEGLU at the end of one, a weight that changes, little memory, and back."""
+    if dtype and not multiplies_pairs():
+        pytest.skip(NEEDS_PAIRS)
     model, case = make(library, "latents"), inputs("latents")
     plain, wanted = run(model, *case), oracle(model, *case)
-    monkeypatch.setattr(layers, "own_product_is_faster", lambda: True)
-    report = difusores.accelerate(model)
-    assert distance(run(model, *case), wanted) <= BOUND
+    bound = half_bounds(model, [case], [wanted])[0] if dtype else BOUND
+    monkeypatch.setattr(layers, "own_product_is_faster", lambda dtype: True)
+    report = difusores.accelerate(model, dtype=dtype)
+    assert distance(run(model, *case), wanted) <= bound
     linears = [layer for layer in report.layers if layer.kind == "Linear"]
     for layer in linears:  # those of the time embedding have a row for an image
         assert layer.invariant == ("transformer_blocks" in layer.name), layer
@@ -626,12 +631,13 @@ def test_own_product_in_float32(library: str, monkeypatch: pytest.MonkeyPatch) -
     before = weight.detach().clone()
     with torch.no_grad():
         weight.mul_(1.5)
-    assert distance(run(model, *case), oracle(model, *case)) <= BOUND
-    assert distance(run(model, *case), wanted) > 10 * BOUND
+    changed = oracle(model, *case)
+    assert distance(run(model, *case), changed) <= (0.2 * distance(changed, wanted) if dtype else BOUND)
+    assert distance(changed, wanted) > 10 * BOUND
     with torch.no_grad():
         weight.copy_(before)
-    report = difusores.accelerate(model, memory="lean")
-    assert distance(run(model, *case), wanted) <= BOUND  # nothing is packed: the products are the library's
+    report = difusores.accelerate(model, dtype=dtype, memory="lean")
+    assert distance(run(model, *case), wanted) <= bound  # nothing is packed: the products are the library's
     assert report.packed_bytes == 0
     difusores.restore(model)
     assert torch.equal(run(model, *case), plain)

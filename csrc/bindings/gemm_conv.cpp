@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kRun = 384;              // rows of a task at most: a chunk of them takes 0.75 MB of L2
 constexpr int64_t kSums = 96 << 10;        // floats of a task's sums at most
 constexpr int64_t kTasks = 4;              // that there should be, for threads
-constexpr int64_t kRunTiles = 32;          // of 16 rows, of a task in bf16 at most
+constexpr int64_t kRunBytes = 768 << 10;   // of x that a task in bf16 passes once a panel, at most if it can be
 constexpr int64_t kSplitRows = 800 << 10;  // bytes of a task's split rows at most, beside a panel and sums in L2
 constexpr int64_t kSplitShare = 10;        // panels of a task at least: each splits its rows anew
 constexpr int64_t kBand = 1200 << 10;      // bytes of pixels that a task arranges: of L2's 2 MB
@@ -23,7 +23,9 @@ thread_local Scratch t_arranged;
 // Cuts the tiles of what is laid out into runs of even lengths, and tells how many.
 int64_t cut_into_runs(GemmPairsArgs& a) {
     const int64_t total = a.images * parts(a.down * a.out_w, kGemmTileRows);
-    a.run = parts(total, parts(total, kRunTiles));
+    const int64_t taps = a.kernel_h * a.kernel_w, tile = 2 * kGemmTileRows * a.c;  // taps read a pixel close together
+    const int64_t most = std::clamp<int64_t>(kRunBytes * taps / tile, 8, kGemmRunTiles);
+    a.run = parts(parts(total, parts(total, most)), 2) * 2;
     return parts(total, a.run);
 }
 
@@ -79,25 +81,52 @@ void convolve_pairs(GemmPairsArgs& a, int64_t n) {
     }
 }
 
+// Of y: [n, o, out_h, out_w]; or, of rows, x's sizes with o in place of the last.
 struct Sizes {
     int64_t n, o, out_h, out_w;
+    bool rows;
 };
+
+// x [..., C], contiguous, is rows where it has other than four dimensions or the weight has two.
+bool is_rows(const Tensor& x, const Tensor& weight) { return x.dim() != 4 || weight.dim() == 2; }
+
+// x as it lies in memory: [N, H, W, C], rows as an image of one column.
+const void* pixels_of(const Tensor& x, const Tensor& weight, ScalarType type) {
+    if (!is_rows(x, weight)) return image("gemm_conv", x, "x", type);
+    STD_TORCH_CHECK(x.dim() > 0 && x.scalar_type() == type && x.is_contiguous(), "gemm_conv: rows must be contiguous");
+    return x.data_ptr();
+}
 
 // Checks what both dtypes have in common and fills it in.
 template <class Args>
 Sizes set_geometry(Args& a, const Tensor& x, const Tensor& weight, const int64_t (&geometry)[4]) {
-    STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1), "gemm_conv: weight must be [O, C, ...] of x's C");
-    a.c = x.size(1), a.h = x.size(2), a.w = x.size(3), a.o = weight.size(0);
-    a.kernel_h = weight.size(2), a.kernel_w = weight.size(3);
+    const bool rows = is_rows(x, weight), flat = weight.dim() == 2;
+    a.c = x.size(rows ? x.dim() - 1 : 1);
+    STD_TORCH_CHECK((weight.dim() == 4 || (rows && flat)) && weight.size(1) == a.c,
+                    "gemm_conv: weight must be [O, C, ...] of x's C");
+    a.o = weight.size(0), a.kernel_h = flat ? 1 : weight.size(2), a.kernel_w = flat ? 1 : weight.size(3);
     a.stride_h = geometry[0], a.stride_w = geometry[1], a.pad_h = geometry[2], a.pad_w = geometry[3];
     STD_TORCH_CHECK(a.o > 0 && a.c > 0 && a.kernel_h > 0 && a.kernel_w > 0 && a.stride_h > 0 && a.stride_w > 0 &&
                         a.pad_h >= 0 && a.pad_w >= 0,
                     "gemm_conv: channels, kernel and stride must be positive and padding not negative");
+    if (rows) {
+        STD_TORCH_CHECK(a.kernel_h * a.kernel_w == 1 && a.stride_h * a.stride_w == 1 && !a.pad_h && !a.pad_w,
+                        "gemm_conv: rows take a kernel of one element, without stride and padding");
+        a.h = a.out_h = x.numel() / a.c, a.w = a.out_w = 1;
+        return {1, a.o, a.out_h, 1, true};
+    }
+    a.h = x.size(2), a.w = x.size(3);
     a.out_h = (a.h + 2 * a.pad_h - a.kernel_h) / a.stride_h + 1;
     a.out_w = (a.w + 2 * a.pad_w - a.kernel_w) / a.stride_w + 1;
     STD_TORCH_CHECK(a.h + 2 * a.pad_h >= a.kernel_h && a.w + 2 * a.pad_w >= a.kernel_w,
                     "gemm_conv: the image is smaller than the kernel");
-    return {x.size(0), a.o, a.out_h, a.out_w};
+    return {x.size(0), a.o, a.out_h, a.out_w, false};
+}
+
+// Channels of GEGLU.
+int64_t gated(int64_t o) {
+    STD_TORCH_CHECK(o % (2 * kMaxWidth) == 0, "gemm_conv: with GEGLU the kernel takes a multiple of 32 channels");
+    return o / 2;
 }
 
 const void* packed_of(const Tensor& packed, ScalarType type, int64_t numbers) {
@@ -106,15 +135,29 @@ const void* packed_of(const Tensor& packed, ScalarType type, int64_t numbers) {
     return packed.data_ptr();
 }
 
-const void* residual_of(const OptionalTensor& residual, const Sizes& s, ScalarType type) {
+const void* residual_of(const OptionalTensor& residual, const Tensor& x, const Sizes& s, ScalarType type) {
     if (!residual) return nullptr;
+    if (s.rows) {
+        bool fits = residual->dim() == x.dim() && residual->size(x.dim() - 1) == s.o;
+        for (int64_t d = 0; d + 1 < x.dim() && fits; ++d) fits = residual->size(d) == x.size(d);
+        STD_TORCH_CHECK(fits && residual->is_contiguous() && residual->scalar_type() == type,
+                        "gemm_conv: residual must have the shape of the output, be contiguous and of x's dtype");
+        return residual->data_ptr();
+    }
     STD_TORCH_CHECK(residual->dim() == 4 && residual->size(0) == s.n && residual->size(1) == s.o &&
                         residual->size(2) == s.out_h && residual->size(3) == s.out_w,
                     "gemm_conv: residual must have the shape of the output");
     return image("gemm_conv", *residual, "residual", type);
 }
 
-Tensor new_image(const Tensor& x, const Sizes& s) {
+Tensor new_output(const Tensor& x, const Sizes& s) {
+    if (s.rows) {
+        std::vector<int64_t> sizes(x.dim(), s.o), strides(x.dim(), 1);
+        for (int64_t d = x.dim() - 2; d >= 0; --d) sizes[d] = x.size(d), strides[d] = strides[d + 1] * sizes[d + 1];
+        Tensor y = new_empty(x, x.dim(), sizes.data(), strides.data());
+        want_huge_pages(y);
+        return y;
+    }
     const int64_t sizes[4] = {s.n, s.o, s.out_h, s.out_w};
     const int64_t strides[4] = {s.out_h * s.out_w * s.o, 1, s.out_w * s.o, s.o};
     Tensor y = new_empty(x, 4, sizes, strides);
@@ -125,21 +168,25 @@ Tensor new_image(const Tensor& x, const Sizes& s) {
 Tensor gemm_conv_pairs(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                        const OptionalTensor& multiplier, const OptionalTensor& offset, bool silu,
                        const OptionalTensor& add, const OptionalTensor& residual, const int64_t (&geometry)[4],
-                       const Tensor& packed) {
+                       const Tensor& packed, bool geglu) {
     STD_TORCH_CHECK(g_kernels->gemm_conv_bf16, "gemm_conv: ISA level ", g_kernels->isa, " has no bf16 kernel");
     GemmPairsArgs a{};
-    a.x = image("gemm_conv", x, "x", ScalarType::BFloat16);
+    a.x = pixels_of(x, weight, ScalarType::BFloat16);
     Sizes sizes = set_geometry(a, x, weight, geometry);
     const int64_t padded = parts(a.o, kGemmPairColumns) * kGemmPairColumns;
     a.packed = packed_of(packed, ScalarType::BFloat16, pair_steps(a) * kGemmPairStep * padded);
     a.multiplier = floats("gemm_conv", multiplier, sizes.n, a.c, "multiplier");
     a.offset = floats("gemm_conv", offset, sizes.n, a.c, "offset");
     STD_TORCH_CHECK(!multiplier == !offset, "gemm_conv: multiplier and offset go together");
+    STD_TORCH_CHECK(!sizes.rows || !(multiplier || add), "gemm_conv: multiplier, offset and add are of images");
     a.silu = silu;
     a.bias = param_of(bias, sizes.n, a.o, false, "gemm_conv: bias");
     a.add = param_of(add, sizes.n, a.o, true, "gemm_conv: add");
-    a.residual = residual_of(residual, sizes, ScalarType::BFloat16);
-    Tensor y = new_image(x, sizes);
+    a.geglu = geglu;
+    STD_TORCH_CHECK(!geglu || !add, "gemm_conv: with GEGLU the kernel adds nothing but a bias and a residual");
+    if (geglu) sizes.o = gated(a.o);
+    a.residual = residual_of(residual, x, sizes, ScalarType::BFloat16);
+    Tensor y = new_output(x, sizes);
     if (y.numel() == 0) return y;
     a.y = y.data_ptr();
     convolve_pairs(a, sizes.n);
@@ -172,19 +219,15 @@ Tensor gemm_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor mu
                  bool silu, OptionalTensor add, OptionalTensor residual, int64_t stride_h, int64_t stride_w,
                  int64_t padding_h, int64_t padding_w, Tensor packed, bool geglu) {
     const int64_t geometry[4] = {stride_h, stride_w, padding_h, padding_w};
-    if (x.scalar_type() == ScalarType::BFloat16) {
-        STD_TORCH_CHECK(!geglu, "gemm_conv: the kernel takes GEGLU in float32 alone");
-        return gemm_conv_pairs(x, weight, bias, multiplier, offset, silu, add, residual, geometry, packed);
-    }
+    if (x.scalar_type() == ScalarType::BFloat16)
+        return gemm_conv_pairs(x, weight, bias, multiplier, offset, silu, add, residual, geometry, packed, geglu);
     STD_TORCH_CHECK(!multiplier && !offset && !silu && !add,
                     "gemm_conv: the kernel takes multiplier, offset, silu and add in bfloat16 alone");
     GemmConvArgs a{};
-    a.x = image("gemm_conv", x, "x", ScalarType::Float);
+    a.x = pixels_of(x, weight, ScalarType::Float);
     Sizes sizes = set_geometry(a, x, weight, geometry);
-    STD_TORCH_CHECK(!geglu || a.o % (2 * kMaxWidth) == 0,
-                    "gemm_conv: with GEGLU the kernel takes a multiple of 32 channels");
     a.n = sizes.n, a.geglu = geglu;
-    if (geglu) sizes.o = a.o / 2;
+    if (geglu) sizes.o = gated(a.o);
     const int64_t rows = a.n * a.out_h * a.out_w, depth = a.kernel_h * a.kernel_w * a.c;
     const bool split = packed.scalar_type() == ScalarType::BFloat16;
     if (split)
@@ -193,8 +236,8 @@ Tensor gemm_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor mu
             2 * parts(depth, kGemmPairStep) * kGemmPairStep * parts(a.o, kGemmPairColumns) * kGemmPairColumns);
     else a.packed = packed_of(packed, ScalarType::Float, depth * parts(a.o, kMaxWidth) * kMaxWidth);
     a.bias = param_of(bias, a.n, a.o, false, "gemm_conv: bias");
-    a.residual = residual_of(residual, sizes, ScalarType::Float);
-    Tensor y = new_image(x, sizes);
+    a.residual = residual_of(residual, x, sizes, ScalarType::Float);
+    Tensor y = new_output(x, sizes);
     if (rows == 0) return y;
     a.y = y.data_ptr();
     a.gathers = a.kernel_h * a.kernel_w != 1 || a.stride_h != 1 || a.stride_w != 1 || a.pad_h || a.pad_w;

@@ -1,166 +1,101 @@
 // gemm_conv in bf16, sums in fp32: for the levels with products of bf16 pairs.
 //
-// y = conv(act(multiplier x + offset), weight) + bias + add + residual; x, y, residual are [N, H, W, C] in memory.
-// Weights come in panels of 32 columns, packed as pairs of input channels: [C / 32][taps][16][32][2]. A tile of rows is
-// 16 output pixels by 32 input channels. First the pixels are arranged, once, such that every tile of every tap lies at
-// even distances: blocks of 32 channels, zeros around the image, act applied, and, where rows of the output are no
-// whole tiles, a copy for each tap across (strides down: for each tap). 1x1 convolutions of whole tiles read x itself.
-// Then a task multiplies a run of tiles by some panels: kChunk of the depth at a time, whose part of a panel stays in
-// L1 while two tiles by two pass through the registers; what comes next of the weights is asked for meanwhile. The sum
-// runs over channels and taps in order and is never divided: an output's bits depend on its inputs alone, not on the
-// batch or threads. Least bytes: x, y, residual and the weights once; arranged pixels stay in L2 for usual images.
-#include "amx.h"
+// y = conv(act(multiplier x + offset), weight) + bias + add + residual, or GEGLU of the product and bias, plus
+// residual; x, y, residual are [N, H, W, C] in memory. Weights come in panels of 32 columns, packed as pairs of input
+// channels: [C / 32][taps][16][32][2]; with GEGLU 16 values and their gates. A tile of rows is 16 output pixels by 32
+// input channels. First the pixels are arranged, once, such that every tile of every tap lies at even distances: blocks
+// of 32 channels, zeros around the image, act applied, and, where rows of the output are no whole tiles, a copy for
+// each tap across (strides down: for each tap). 1x1 convolutions read x itself; there a last tile that is not whole
+// begins earlier, and its first rows are computed twice.
+// Then a task multiplies a run of tiles, two by two, by some panels. Where the depth is short, all of two tiles stays
+// in L1 while a group of panels passes; else a chunk of a panel stays near while the run passes, and sums wait between
+// chunks. What comes next is asked for meanwhile: weights, x, and the lines of y, which are written while the next two
+// tiles are multiplied. The sum runs over channels and taps in order and is never divided: an output's bits depend on
+// its inputs alone, not on the batch or threads. Least bytes: x, y, residual and the weights once; arranged pixels and
+// a run of x stay in L2 for usual sizes.
+#include "gemm_pairs.h"
 
 namespace difusores {
 namespace DIFUSORES_ISA_NAME {
 namespace {
 
-constexpr int64_t kStep = kGemmPairStep, kColumns = kGemmPairColumns, kTile = kGemmTileRows;
-constexpr int64_t kChunk = 16;                        // steps of 32 channels: 32 KB of a panel
-constexpr int64_t kStepBytes = 2 * kStep * kColumns;  // of a panel
-constexpr int64_t kLine = kColumns * 4;               // bytes of a row of packed pairs, and of a row of sums
+constexpr int64_t kChunk = 20;               // steps of 32 channels at most: 40 KB of a panel
+constexpr int64_t kShort = 10, kGroup = 16;  // depth in steps up to which this many panels are a group
 
-DIFUSORES_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// One or two tiles of rows times a part of a panel.
-struct Part {
-    const char *a0, *a1;   // the tiles' first pixels; a1 is read of two tiles only
-    int64_t row;           // bytes from pixel to pixel
-    const int64_t* place;  // [steps] bytes from the first pixel to what a step reads of it
-    const char* b;
-    float* m;  // [tiles * 16][32]
-    int64_t steps;
-    bool accumulate;
-    const char* ahead;  // of each step `lines` cache lines from here on are asked for
-    int64_t lines;
+// One or two tiles of a run: where their pixels are, and which rows of y they become.
+struct Block {
+    const char* a[2];
+    int64_t image[2], row[2], rows[2];  // row: among those of all images
+    int64_t tiles;
 };
 
-DIFUSORES_INLINE void ask_ahead(const Part& p, int64_t step) {
-    for (int64_t k = 0; k < p.lines; ++k) __builtin_prefetch(p.ahead + step * kStepBytes + 64 * k, 0, 2);
-}
-
-#if defined(__AMX_BF16__)
-template <int kTiles>
-void multiply(const Part& p) {
-    float* const m1 = p.m + kTile * kColumns;
-    settle_memory();
-    if (p.accumulate) {
-        _tile_loadd(0, p.m, kLine);
-        _tile_loadd(1, p.m + 16, kLine);
-        if constexpr (kTiles == 2) _tile_loadd(2, m1, kLine);
-        if constexpr (kTiles == 2) _tile_loadd(3, m1 + 16, kLine);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        if constexpr (kTiles == 2) _tile_zero(2);
-        if constexpr (kTiles == 2) _tile_zero(3);
-    }
-    const char* b = p.b;
-    for (int64_t step = 0; step < p.steps; ++step, b += kStepBytes) {
-        _tile_loadd(4, p.a0 + p.place[step], p.row);
-        _tile_loadd(6, b, kLine);
-        _tile_loadd(7, b + 64, kLine);
-        _tile_dpbf16ps(0, 4, 6);
-        if constexpr (kTiles == 2) _tile_loadd(5, p.a1 + p.place[step], p.row);
-        _tile_dpbf16ps(1, 4, 7);
-        ask_ahead(p, step);
-        if constexpr (kTiles == 2) _tile_dpbf16ps(2, 5, 6);
-        if constexpr (kTiles == 2) _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, p.m, kLine);
-    _tile_stored(1, p.m + 16, kLine);
-    if constexpr (kTiles == 2) _tile_stored(2, m1, kLine);
-    if constexpr (kTiles == 2) _tile_stored(3, m1 + 16, kLine);
-    settle_memory();
-}
-#else
-template <int kTiles>
-void multiply(const Part& p) {
-    constexpr int kRows = 8, kVectors = 2;
-    float* m = p.m;
-    for (int64_t r = 0; r < kTiles * kTile; r += kRows, m += kRows * kColumns) {
-        const char *const a = (r < kTile ? p.a0 : p.a1) + r % kTile * p.row, *b = p.b;
-        __m512 sum[kRows][kVectors];
-        for (int i = 0; i < kRows; ++i)
-            for (int k = 0; k < kVectors; ++k)
-                sum[i][k] = p.accumulate ? _mm512_loadu_ps(m + i * kColumns + k * kWidth) : _mm512_setzero_ps();
-        for (int64_t step = 0; step < p.steps; ++step) {
-            const char* const at = a + p.place[step];
-            if (r == 0) ask_ahead(p, step);
-            for (int64_t pair = 0; pair < 2 * kStep; pair += 4, b += kLine)
-                for (int i = 0; i < kRows; ++i) {
-                    int32_t both;
-                    __builtin_memcpy(&both, at + i * p.row + pair, 4);
-                    for (int k = 0; k < kVectors; ++k)
-                        sum[i][k] = _mm512_dpbf16_ps(sum[i][k], (__m512bh)_mm512_set1_epi32(both),
-                                                     (__m512bh)_mm512_loadu_si512(b + 64 * k));
-                }
+// Of the images' tiles from `tile` on.
+Block block_of(const GemmPairsArgs& a, int64_t tile, int64_t tiles) {
+    const int64_t pixels = a.down * a.out_w, of_image = (pixels + kTile - 1) / kTile;
+    Block b{};
+    b.tiles = tiles;
+    for (int k = 0; k < tiles; ++k, ++tile) {
+        const int64_t image = tile / of_image;
+        int64_t q = tile % of_image * kTile;
+        if (!a.arranged) {
+            q = at_most(q, pixels - kTile);
+            b.a[k] = static_cast<const char*>(a.x) + ((a.first + image) * pixels + q) * 2 * a.c;
+        } else if (a.split_w) {
+            b.a[k] = a.arranged + image * a.image_bytes + q * 2 * kStep;
+        } else {
+            const int64_t pixel = q / a.out_w * a.stride_h * a.pitch + q % a.out_w * a.stride_w;
+            b.a[k] = a.arranged + image * a.image_bytes + pixel * 2 * kStep;
         }
-        for (int i = 0; i < kRows; ++i)
-            for (int k = 0; k < kVectors; ++k) _mm512_storeu_ps(m + i * kColumns + k * kWidth, sum[i][k]);
+        b.image[k] = a.first + image, b.row[k] = (b.image[k] * a.out_h + a.top) * a.out_w + q,
+        b.rows[k] = at_most(kTile, pixels - q);
     }
-}
-#endif
-
-// Where the tiles of an image are and how far apart.
-struct Geometry {
-    const char* base;
-    int64_t image, row;  // bytes
-    int64_t tiles;       // of an image
-    bool whole;          // tiles within a row of the output
-};
-
-DIFUSORES_INLINE Geometry geometry_of(const GemmPairsArgs& a) {
-    const int64_t pixels = a.down * a.out_w, tiles = (pixels + kTile - 1) / kTile;
-    if (!a.arranged) {
-        const int64_t image = 2 * a.c * pixels;
-        return {static_cast<const char*>(a.x) + a.first * image, image, 2 * a.c, tiles, false};
-    }
-    const bool whole = !a.split_w;
-    return {a.arranged, a.image_bytes, 2 * kStep * (whole ? a.stride_w : 1), tiles, whole};
+    return b;
 }
 
-DIFUSORES_INLINE const char* tile_of(const GemmPairsArgs& a, const Geometry& g, int64_t tile) {
-    const char* const image = g.base + tile / g.tiles * g.image;
-    const int64_t q = tile % g.tiles * kTile;
-    if (!g.whole) return image + q * g.row;
-    return image + 2 * kStep * (q / a.out_w * a.stride_h * a.pitch) + q % a.out_w * g.row;
+// Up to 16 of a parameter's columns, of an image.
+DIFUSORES_INLINE f32v columns_of(const Param& p, int64_t n, int64_t o, int count) {
+    const int64_t at = n * p.row_stride + o;
+    if (!p.ptr) return f32v{};
+    if (p.dtype == DType::bf16) return load_tail<DType::bf16>(p.ptr, at, count);
+    return p.dtype == DType::f32 ? load_tail<DType::f32>(p.ptr, at, count) : load_tail<DType::f16>(p.ptr, at, count);
 }
 
 // What is added to every pixel of an image, of a panel's columns.
 struct Terms {
-    alignas(64) float value[kColumns] = {};
+    alignas(64) float value[kColumns];
     int64_t image = -1;
+
+    const float* of(const GemmPairsArgs& a, int64_t n, int64_t panel) {
+        if (image == n) return value;
+        image = n;
+        for (int64_t k = 0; k < 2; ++k) {
+            const int64_t o = a.geglu ? panel * kWidth + k * (a.o / 2) : panel * kColumns + k * kWidth;
+            const int count = static_cast<int>(o < a.o ? at_most(a.o - o, kWidth) : 0);
+            const f32v sum = columns_of(a.bias, 0, o, count) + columns_of(a.add, n, o, count);
+            store<DType::f32>(value, k * kWidth, sum);
+        }
+        return value;
+    }
 };
 
-// y of a tile and of a panel's columns, from o0 on, of their sums m.
-void finish(const GemmPairsArgs& a, const Geometry& g, const float* m, int64_t tile, int64_t o0, Terms& of_image) {
-    const int64_t n = a.first + tile / g.tiles, first = tile % g.tiles * kTile, pixels = a.down * a.out_w;
-    const int64_t count = at_most(kTile, pixels - first), wide = at_most(a.o - o0, kColumns);
-    const float* const terms = of_image.value;
-    if (of_image.image != n) {
-        of_image.image = n;
-        for (int64_t o = 0; o < wide; ++o)
-            of_image.value[o] = param(a.bias, 0, o0 + o, 0.0f) + param(a.add, n, o0 + o, 0.0f);
-    }
-    int64_t place = ((n * a.out_h + a.top) * a.out_w + first) * a.o + o0;
-    for (int64_t r = 0; r < count; ++r, m += kColumns, place += a.o) {
-        if (wide == kColumns) {
-            f32v y[2];
-            for (int k = 0; k < 2; ++k) {
-                y[k] = load<DType::f32>(m, k * kWidth) + load<DType::f32>(terms, k * kWidth);
-                if (a.residual) y[k] += load<DType::bf16>(a.residual, place + k * kWidth);
+// y of a block of which a tile has fewer than 16 rows, or of a panel of fewer than 32 columns, from its sums.
+template <bool kGeglu>
+void finish_tail(const Pending& p, const Block& block, int64_t wide) {
+    for (int64_t k = 0; k < block.tiles; ++k)
+        for (int64_t r = 0; r < block.rows[k]; ++r)
+            for (int64_t o = 0; o < wide; o += kWidth) {
+                const int64_t at = p.place[k] + r * p.apart;
+                const float* const m = p.m + (k * kTile + r) * kColumns;
+                const int left = static_cast<int>(at_most(wide - o, kWidth));
+                f32v y[1] = {load<DType::f32>(m, o) + load<DType::f32>(p.terms[k], o)};
+                if constexpr (kGeglu) {
+                    const f32v gates[1] = {load<DType::f32>(m, kWidth) + load<DType::f32>(p.terms[k], kWidth)};
+                    gate<false, true>(y, gates);
+                }
+                if (p.residual) y[0] += load_tail<DType::bf16>(p.residual + at, o, left);
+                const auto rounded = (__m256i)_mm512_cvtneps_pbh((__m512)y[0]);
+                _mm256_mask_storeu_epi16(p.y + at + 2 * o, static_cast<__mmask16>((1 << left) - 1), rounded);
             }
-            store_all<DType::bf16>(a.y, place, y);
-            continue;
-        }
-        for (int64_t o = 0; o < wide; o += kWidth) {
-            const int left = static_cast<int>(at_most(wide - o, kWidth));
-            f32v y = load<DType::f32>(m, o) + load<DType::f32>(terms, o);
-            if (a.residual) y += load_tail<DType::bf16>(a.residual, place + o, left);
-            store_tail<DType::bf16>(a.y, place + o, y, left);
-        }
-    }
 }
 
 // SiLU that is to be rounded to bf16. Intel's division takes longer than all the rest of it; an estimate of the
@@ -218,6 +153,67 @@ void arrange_pixel(const GemmPairsArgs& a, const char* x, int64_t n, char* to, i
     }
 }
 
+// The blocks of a run times the panels [p0, p1).
+template <bool kGeglu>
+void multiply_run(const GemmPairsArgs& a, const Block* blocks, int64_t count, int64_t p0, int64_t p1, float* scratch) {
+    const int64_t steps = a.kernel_h * a.kernel_w * ((a.c + kStep - 1) / kStep);
+    const int64_t chunks = (steps + kChunk - 1) / kChunk, chunk = (steps + chunks - 1) / chunks;
+    const int64_t panels = (a.o + kColumns - 1) / kColumns, group = steps <= kShort ? kGroup : 1,
+                  columns = kGeglu ? kWidth : kColumns;
+    alignas(64) float sums[2][2 * kTileSums];
+    Pending pending{};
+    pending.y = static_cast<char*>(a.y), pending.residual = static_cast<const char*>(a.residual);
+    pending.apart = 2 * (kGeglu ? a.o / 2 : a.o);
+    Part part{};
+    part.row = 2 * (a.arranged ? kStep * (a.split_w ? 1 : a.stride_w) : a.c), part.y_row = pending.apart;
+    for (int64_t q0 = p0, which = 0; q0 < p1; q0 += group) {
+        const int64_t q1 = at_most(q0 + group, p1), passes = count * (q1 - q0);
+        Terms terms[kGroup][2];  // of the first and second tile, where they are of two images
+        for (int64_t step = 0; step < steps; step += chunk) {
+            const char* const b = static_cast<const char*>(a.packed) + (q0 * steps + step) * kStepBytes;
+            const bool last = step + chunk >= steps;
+            part.steps = at_most(chunk, steps - step), part.place = a.place + step;
+            // What comes next, the next chunk or panels, is asked for over all blocks.
+            const int64_t more = last ? at_most(q1 - q0, panels - q1) : 1;
+            part.ahead = b + ((q1 - q0 - 1) * steps + part.steps) * kStepBytes;
+            part.lines = (32 * more + passes - 1) / passes;
+            const char* const end = part.ahead + more * part.steps * kStepBytes;
+            for (int64_t t = 0; t < count; ++t) {
+                const Block& block = blocks[t];
+                part.a0 = block.a[0], part.a1 = block.a[1];
+                float* const kept = scratch + 2 * t * kTileSums;
+                part.before = step ? kept : nullptr;
+                for (int64_t p = q0; p < q1; ++p) {
+                    part.b = b + (p - q0) * steps * kStepBytes;
+                    part.m = last ? sums[which] : kept;
+                    part.next = p == p0 && !a.arranged && t + 1 < count ? blocks[t + 1].a[0] : nullptr;
+                    if (part.ahead >= end) part.lines = 0;
+                    const int64_t first = pending.apart * block.row[0] + 2 * p * columns;
+                    const bool whole = block.rows[0] == kTile && (block.tiles == 1 || block.rows[1] == kTile) &&
+                                       (p + 1) * kColumns <= a.o;
+                    part.y = last && whole ? pending.y + first : nullptr;
+                    part.residual = pending.residual ? pending.residual + first : nullptr;
+                    if (block.tiles == 2) multiply<2, kGeglu>(part, pending);
+                    else multiply<1, kGeglu>(part, pending);
+                    part.ahead += 64 * part.lines * part.steps;
+                    if (!last) continue;
+                    finish_rest<kGeglu>(pending);
+                    pending.m = part.m, pending.unit = 0, pending.units = whole ? block.tiles * kUnits : 0;
+                    for (int64_t k = 0; k < block.tiles; ++k) {
+                        const int64_t image = a.add.ptr ? block.image[k] : 0;
+                        pending.terms[k] = terms[p - q0][a.add.ptr && image != block.image[0]].of(a, image, p);
+                        pending.place[k] = pending.apart * block.row[k] + 2 * p * columns;
+                    }
+                    if (!whole)
+                        finish_tail<kGeglu>(pending, block, kGeglu ? kWidth : at_most(a.o - p * kColumns, kColumns));
+                    which ^= 1;
+                }
+            }
+        }
+        finish_rest<kGeglu>(pending);
+    }
+}
+
 }  // namespace
 
 // Tasks: images * rows that taps reach.
@@ -260,43 +256,15 @@ void gemm_conv_bf16(const GemmPairsArgs& a, float* scratch, int64_t begin, int64
 #if defined(__AMX_BF16__)
     const Tiles tiles;
 #endif
-    const Geometry g = geometry_of(a);
-    const int64_t steps = a.kernel_h * a.kernel_w * ((a.c + kStep - 1) / kStep), total = a.images * g.tiles;
+    const int64_t total = a.images * ((a.down * a.out_w + kTile - 1) / kTile);
     const int64_t panels = (a.o + kColumns - 1) / kColumns, shares = (panels + a.panels - 1) / a.panels;
     for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task / shares * a.run, count = at_most(a.run, total - first);
         const int64_t p0 = task % shares * a.panels, p1 = at_most(p0 + a.panels, panels);
-        const int64_t pairs = (count + 1) / 2, lines = pairs < 32 ? (32 + pairs - 1) / pairs : 1;
-        for (int64_t p = p0; p < p1; ++p) {
-            Terms terms;
-            for (int64_t step = 0; step < steps; step += kChunk) {
-                const char* const b = static_cast<const char*>(a.packed) + (p * steps + step) * kStepBytes;
-                const bool last = step + kChunk >= steps;
-                Part part{nullptr,
-                          nullptr,
-                          g.row,
-                          a.place + step,
-                          b,
-                          scratch,
-                          at_most(kChunk, steps - step),
-                          step > 0,
-                          b + kChunk * kStepBytes,
-                          lines};
-                for (int64_t t = 0; t < count; t += 2, part.m += 2 * kTile * kColumns, part.ahead += 64 * lines) {
-                    if (t == 2 * 32) part.lines = 0;
-                    part.a0 = tile_of(a, g, first + t);
-                    if (t + 1 < count) {
-                        part.a1 = tile_of(a, g, first + t + 1);
-                        multiply<2>(part);
-                    } else {
-                        multiply<1>(part);
-                    }
-                    if (!last) continue;
-                    finish(a, g, part.m, first + t, p * kColumns, terms);
-                    if (t + 1 < count) finish(a, g, part.m + kTile * kColumns, first + t + 1, p * kColumns, terms);
-                }
-            }
-        }
+        Block blocks[(kGemmRunTiles + 1) / 2];
+        for (int64_t t = 0; t < count; t += 2) blocks[t / 2] = block_of(a, first + t, at_most(2, count - t));
+        if (a.geglu) multiply_run<true>(a, blocks, (count + 1) / 2, p0, p1, scratch);
+        else multiply_run<false>(a, blocks, (count + 1) / 2, p0, p1, scratch);
     }
 }
 

@@ -23,7 +23,7 @@ from difusores.acceleration.quantized import Quantized
 from difusores.acceleration.session import DTYPES, GPU_DTYPES, Forward, Packed, Session, hooked
 from difusores.models.layers import GroupNormAct
 from difusores.ops import gemm_conv, group_norm_affine, group_norm_silu, winograd_conv
-from difusores.ops.gemm_conv import LANES, multiplies_pairs, packed_numbers, splits
+from difusores.ops.gemm_conv import LANES, gemm_rows, multiplies_pairs, packed_numbers, splits
 from difusores.ops.gemm_conv import pack_weight as pack_for_gemm
 from difusores.ops.winograd_conv import LayerPlan, pack_weight, plan
 
@@ -84,9 +84,7 @@ class LinearForward(LayerForward):
     """A linear layer in the session's dtype, by the package's own product or oneDNN where that is faster."""
 
     # `invariant` tells about the last call
-    how = (
-        "linear: one GEMM: the package's own where that is faster in float32, else MKL's or oneDNN's, packed"
-    )
+    how = "linear: one GEMM: the package's own where that is faster, else MKL's or oneDNN's, packed"
 
     def __init__(self, module: nn.Module, session: Session, keep_dtype: bool = False) -> None:
         super().__init__(module, session)
@@ -193,14 +191,15 @@ def kept(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def packed_together(x: Tensor, layers: Sequence[Any], packed: Packed) -> Tensor | None:
     """x [..., in] times the weights of linear layers, one beside the other, plus their biases.
 
-    None where `library_product` would not have oneDNN pack them, or they do not fit together.
+    None where `library_product` would not have oneDNN pack them, the package's own product is faster, of
+    which three are as fast, or they do not fit together.
     """
     forwards = [layer.__dict__["forward"] for layer in layers]
     dtypes = {forward.dtype or layer.weight.dtype for forward, layer in zip(forwards, layers, strict=True)}
     biases = [layer.bias for layer in layers]
     weights = tuple(layer.weight for layer in layers)
     dtype = dtypes.pop()
-    if dtypes or packed.session.invariant or not linear_wants_packing(dtype):
+    if dtypes or packed.session.invariant or not linear_wants_packing(dtype) or own_product_is_faster(dtype):
         return None
     if any(forward.quantized is not None for forward in forwards) or len({w.shape[1] for w in weights}) > 1:
         return None
@@ -222,10 +221,11 @@ def packed_together(x: Tensor, layers: Sequence[Any], packed: Packed) -> Tensor 
 
 
 @cache
-def own_product_is_faster() -> bool:
-    """Whether the package's own product in float32 is faster than MKL's: so measured with AVX-512."""
+def own_product_is_faster(dtype: torch.dtype) -> bool:
+    """Whether the package's own product is faster than a library's: with AVX-512, in bfloat16 with AMX."""
     level = native.build_info().get("isa_used", "") if native.status("cpu") is None else ""
-    return level.startswith(("avx512", "amx")) and "GenuineIntel" in _cpuinfo()
+    levels = ("amx",) if dtype is torch.bfloat16 else ("avx512", "amx")
+    return level.startswith(levels) and "GenuineIntel" in _cpuinfo()
 
 
 def product(
@@ -239,29 +239,21 @@ def product(
     """x [..., in] times weight [out, in] or [out, in, 1, 1] plus bias, or GEGLU of that, plus a residual.
 
     By the package's own product, in which a row's bits are its own: in an `invariant` session, and for tokens
-    and pixels in float32 where it is faster, which with AMX are multiplied as pairs of bfloat16. Else None,
+    and pixels where it is faster, which in float32 with AMX are multiplied as pairs of bfloat16. Else None,
     and where it cannot end in GEGLU.
     """
-    invariant, single = packed.session.invariant, x.dtype is torch.float32
-    if not invariant and not (single and x.ndim > 2 and own_product_is_faster()):
+    invariant = packed.session.invariant
+    if not invariant and not (x.ndim > 2 and own_product_is_faster(x.dtype)):
         return None
-    if geglu and not (single and weight.shape[0] % (2 * LANES) == 0):
+    if geglu and weight.shape[0] % (2 * LANES):
         return None
-    split = single and x.ndim > 2 and multiplies_split(weight)
+    split = x.dtype is torch.float32 and x.ndim > 2 and multiplies_split(weight)
     form = form_for_gemm(weight, packed, x.dtype, PACKED_GAIN if invariant else math.inf, geglu, split)
     if form is None and not invariant and not packed.session.budget:  # it would be packed in every call
         return None
     if form is None:
         form = pack_for_gemm(as_kernel(weight), x.dtype, geglu, split)  # the same bits, slower
-    if residual is not None:
-        residual = as_columns(residual)
-    out = gemm_conv(as_columns(x), as_kernel(weight), bias, residual=residual, packed=form, geglu=geglu)
-    return out[0, :, :, 0].t().view(*x.shape[:-1], -1)
-
-
-def as_columns(x: Tensor) -> Tensor:
-    """[..., C] as an image of one column, [1, C, rows, 1], channels_last."""
-    return x.reshape(-1, x.shape[-1]).contiguous().t()[None, :, :, None]
+    return gemm_rows(x, weight, bias, residual=residual, packed=form, geglu=geglu)
 
 
 def multiplies_split(weight: Tensor) -> bool:

@@ -4,9 +4,9 @@
     y[n, o, p] = sum over taps t and channels c of weight[o, c, t] * h[n, c, p * stride + t - padding]
                  + bias[o] + add[n, o] + residual[n, o, p]
 
-in fp32 or bf16, the latter with sums in fp32 and on processors with products of bf16 pairs. The kernel in
-fp32 has no multiplier, offset and add, for which there are passes of their own; it alone takes GEGLU of the
-product and what is added but for the residual (half of it times GELU of the other half).
+or GEGLU of the product and bias (half of it times GELU of the other half), plus residual, in fp32 or bf16,
+the latter with sums in fp32 and on processors with products of bf16 pairs. The kernel in fp32 has no
+multiplier, offset and add, for which there are passes of their own.
 
 With AMX a 1x1 convolution in fp32 can be multiplied as pairs of bf16, x = h + l with h = bf16(x) and
 l = bf16(x - h), as h_x h_w + h_x l_w + l_x h_w with sums in fp32. |l| is at most 2^-8 |x|, and so l_x l_w,
@@ -85,7 +85,7 @@ def pack_weight(
     Args:
         weight: [O, C, kh, kw] fp32 or bf16.
         dtype: of the images; fp32 or bf16.
-        geglu: of a product that ends in GEGLU: fp32, O a multiple of 32.
+        geglu: of a product that ends in GEGLU: O a multiple of 32.
         split: of a 1x1 convolution in fp32.
 
     Returns:
@@ -113,7 +113,10 @@ def pack_weight(
         halves = [pack_weight(half[:, :, None, None], torch.bfloat16) for half in (high, exact - high)]
         return torch.stack([half.view(-1, PAIRS * PAIRS) for half in halves], dim=1).flatten()
     if dtype is torch.bfloat16:
-        taps = F.pad(weight.detach().flatten(2).to(dtype), (0, 0, 0, -weight.shape[1] % PAIRS))
+        taps = weight.detach().flatten(2).to(dtype)
+        if geglu:
+            taps = taps.view(2, -1, LANES, *taps.shape[1:]).transpose(0, 1).reshape(taps.shape)
+        taps = F.pad(taps, (0, 0, 0, -weight.shape[1] % PAIRS))
         pairs = taps.unflatten(1, (-1, PAIRS)).transpose(2, 3).flatten(1).view(torch.int32)  # of channels
         rows = F.pad(pairs, (0, 0, 0, -pairs.shape[0] % PAIRS))
         pairs = rows.view(-1, PAIRS, rows.shape[1]).transpose(1, 2).contiguous()
@@ -159,6 +162,12 @@ def reference(
 ) -> Tensor:
     """The op in plain PyTorch; `packed` is not read."""
     weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
+    if _is_rows(x, weight):
+        y = F.linear(x, weight.flatten(1), bias)
+        if geglu:
+            value, gate = y.chunk(2, dim=-1)
+            y = value * F.gelu(gate)
+        return y if residual is None else y + residual
     x = _before(x, multiplier, offset, silu)
     y = F.conv2d(x, weight, bias, (stride_h, stride_w), (padding_h, padding_w))
     y = y if add is None else y + add.to(y.dtype)[:, :, None, None]
@@ -167,6 +176,11 @@ def reference(
         y = value * F.gelu(gate)
     y = y if residual is None else y + residual
     return y.contiguous(memory_format=torch.channels_last)
+
+
+def _is_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether the op takes x as rows [..., C]: of other than four dimensions, or for a weight [O, C]."""
+    return x.ndim != 4 or weight.ndim == 2
 
 
 def _before(x: Tensor, multiplier: Tensor | None, offset: Tensor | None, silu: bool) -> Tensor:
@@ -197,9 +211,12 @@ def _fake(
     packed: Tensor,
     geglu: bool = False,
 ) -> Tensor:
+    channels = weight.shape[0] // (2 if geglu else 1)
+    if _is_rows(x, weight):
+        return x.new_empty((*x.shape[:-1], channels))
     height = (x.shape[2] + 2 * padding_h - weight.shape[2]) // stride_h + 1
     width = (x.shape[3] + 2 * padding_w - weight.shape[3]) // stride_w + 1
-    shape = (x.shape[0], weight.shape[0] // (2 if geglu else 1), height, width)
+    shape = (x.shape[0], channels, height, width)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -225,10 +242,8 @@ def supports(
         return NEEDS_PAIRS
     if split and not splits():
         return NEEDS_SPLIT
-    if geglu and (x.dtype is not torch.float32 or weight.shape[0] % (2 * LANES) or add is not None):
-        return (
-            "the kernel takes GEGLU in float32 and of a multiple of 32 channels, to which nothing was added"
-        )
+    if geglu and (weight.shape[0] % (2 * LANES) or add is not None):
+        return "the kernel takes GEGLU of a multiple of 32 channels, to which nothing was added"
     if residual is not None and residual.dtype is not x.dtype:
         return f"the kernel takes a residual in {x.dtype}, not {residual.dtype}"
     for name, t in (("weight", weight), ("bias", bias), ("add", add)):
@@ -272,7 +287,7 @@ def gemm_conv(
         packed: `pack_weight(weight, x.dtype, geglu)`, made anew in the call if None; or the same with
             `split`, for a 1x1 convolution in fp32, stride 1 and without padding.
         geglu: y = GEGLU(conv(…) + bias + add) + residual: the first half of the channels times GELU (by
-            erf) of the second. The kernel takes it in fp32 and without add.
+            erf) of the second. The kernel takes it without add, of O a multiple of 32.
 
     Returns:
         y [N, O, H', W'] in x's dtype, with geglu O / 2 channels. Where a gradient is needed the reference
@@ -308,12 +323,59 @@ def gemm_conv(
     x = x.contiguous(memory_format=torch.channels_last)
     residual = residual if residual is None else residual.contiguous(memory_format=torch.channels_last)
     if of_pairs:
-        call = (x, weight, bias, multiplier, offset, silu, add, residual, *geometry, packed)
+        call = (x, weight, bias, multiplier, offset, silu, add, residual, *geometry, packed, geglu)
         y = below_autograd(_OP, *call)
         return y
     x = _before(x, multiplier, offset, silu)
     y = below_autograd(_OP, x, weight, bias, None, None, False, None, residual, *geometry, packed, geglu)
     return y if add is None else y.add_(add[:, :, None, None])
+
+
+def gemm_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    packed: Tensor | None = None,
+    geglu: bool = False,
+) -> Tensor:
+    """A linear layer by `gemm_conv`: x weight^T + bias + residual, or GEGLU of the first two plus residual.
+
+    The same bits; with `packed` rows go to the kernel as they are, without views of them as an image.
+
+    Args:
+        x: [..., C].
+        weight: [O, C] or [O, C, 1, 1].
+        bias, packed, geglu: see `gemm_conv`; packed of the weight as [O, C, 1, 1].
+        residual: [..., O], with geglu [..., O / 2], or None.
+
+    Returns:
+        [..., O] in x's dtype, contiguous; with geglu [..., O / 2].
+
+    Raises:
+        ValueError: shapes that do not fit, named.
+    """
+    if packed is not None and _is_rows(x, weight) and straight_to_cpu(x, weight, bias, residual, packed):
+        x, residual = x.contiguous(), residual if residual is None else residual.contiguous()
+        call = (x, weight, bias, None, None, False, None, residual, 1, 1, 0, 0, packed, geglu)
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                y: Tensor = _OP(*call)
+            return y
+        except (RuntimeError, TypeError):
+            pass  # as in `gemm_conv`
+    if x.numel() == 0:  # no image
+        return reference(x, weight, bias, None, None, False, None, residual, 1, 1, 0, 0, x, geglu)
+    kernel = weight if weight.ndim == 4 else weight[:, :, None, None]
+    columns = residual if residual is None else _as_columns(residual)
+    out = gemm_conv(_as_columns(x), kernel, bias, residual=columns, packed=packed, geglu=geglu)
+    return out[0, :, :, 0].t().reshape(*x.shape[:-1], -1)
+
+
+def _as_columns(x: Tensor) -> Tensor:
+    """[..., C] as an image of one column, [1, C, rows, 1], channels_last."""
+    return x.reshape(-1, x.shape[-1]).contiguous().t()[None, :, :, None]
 
 
 def _row(p: Tensor | None) -> Tensor | None:

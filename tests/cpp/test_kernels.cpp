@@ -595,7 +595,8 @@ int main() {
                 gemm_pairs(*k, 2, 70, 33, 3, 32, 3, 2, fused);  // of none: whole tiles
                 gemm_pairs(*k, 1, 96, 64, 16, 2, 1, 1, fused);  // x itself
                 gemm_pairs(*k, 1, 33, 1, 3, 7, 1, 1, fused);
-                gemm_pairs(*k, 3, 600, 65, 3, 3, 1, 1, fused);  // more than one chunk
+                gemm_pairs(*k, 2, 96, 64, 37, 1, 1, 1, fused);  // and a last tile that begins earlier
+                gemm_pairs(*k, 3, 700, 65, 3, 3, 1, 1, fused);  // more than one chunk
             }
         }
         if (k->gemm_conv_split) {
