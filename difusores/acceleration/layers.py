@@ -419,8 +419,10 @@ class ConvForward(LayerForward):
     def _by_gemm_conv(self, x: Tensor) -> bool:
         if self.module.dilation != (1, 1):
             return False
-        if self.session.invariant or x.dtype is torch.float32 or self.shape == POINTWISE:
+        if self.session.invariant or x.dtype is torch.float32:
             return self.session.invariant
+        if self.shape == POINTWISE:
+            return own_product_is_faster(x.dtype)
         m = self.module
         if m.in_channels < FEW_CHANNELS or not (fast_bfloat16_convolution() and multiplies_pairs()):
             return False
