@@ -126,7 +126,7 @@ def guidance_rescale(
         out: [B] fp32, contiguous, to write. A new tensor if None.
 
     Returns:
-        [B] fp32 (fp64 for fp64 outputs). Sums are taken in fp32 and combined in fp64, about a mean. Where the
+        [B] fp32 (fp64 for fp64 outputs). A kernel sums in fp32, about a mean. Where the
         mixture has no deviation this is PyTorch's quotient: infinite, or NaN where the conditional output has
         none either (an image of one element, a constant one). Differentiable: calls that need a gradient run
         the reference.
