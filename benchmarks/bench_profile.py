@@ -48,10 +48,12 @@ def operations(name: str, overload: str, args: Sequence[Any], out: Any) -> float
     if "attention" in name:  # ours, or one of PyTorch's
         q, k, v = args[:3]
         return float(2 * math.prod(q.shape[:3]) * k.shape[2] * (q.shape[3] + v.shape[3]))
+    if name == "gemm_conv" and out.ndim == 3:  # tokens; with GEGLU there are fewer channels out
+        return 2.0 * out.numel() / out.shape[-1] * args[1].numel()
     if name in CONVOLUTIONS:
         tensors = [t for t in args if isinstance(t, Tensor) and t.ndim == 4]
         weight = tensors[2 if overload == "binary" else 1]
-        return 2.0 * out.numel() / out.shape[1] * weight.numel()  # with GEGLU there are fewer channels out
+        return 2.0 * out.numel() / out.shape[1] * weight.numel()
     if name in PRODUCTS:
         rows = args[1 if name in ("addmm", "baddbmm") else 0]
         return 2.0 * out.numel() * rows.shape[-1]
@@ -60,9 +62,9 @@ def operations(name: str, overload: str, args: Sequence[Any], out: Any) -> float
 
 def size(name: str, out: Any) -> str:
     """An image's, a matrix's or nothing."""
-    if name in CONVOLUTIONS:
-        return f"{out.shape[2]} rows" if out.shape[3] == 1 else f"{out.shape[2]}×{out.shape[3]}"
-    if name in PRODUCTS:
+    if name in CONVOLUTIONS and out.ndim == 4:
+        return f"{out.shape[2]}×{out.shape[3]}"
+    if name in (*PRODUCTS, "gemm_conv"):
         return f"{out.numel() // out.shape[-1]} rows"
     return f"{out.shape[2]} tokens" if "attention" in name else ""
 
