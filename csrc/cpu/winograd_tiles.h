@@ -1,0 +1,148 @@
+// What kernels of F(4x4, 3x3) share: the transforms of a line, groups of tiles, and the image on its way in and out.
+#pragma once
+#include "product.h"
+
+namespace difusores {
+namespace DIFUSORES_ISA_NAME {
+namespace {
+
+constexpr int64_t kBlock = kWinogradBlock;
+constexpr int kTile = 4, kInner = 6, kPoints = 36;
+constexpr float kA = 0.625f, kB = 1.5f;
+constexpr float kA2 = kA * kA, kB2 = kB * kB;
+constexpr int64_t kPoint = kWinogradPoint;
+
+// --- the three transforms, of one line ---
+
+// B^T: six values of the image to six points.
+DIFUSORES_INLINE void image_to_points(const f32v (&d)[6], f32v (&v)[6]) {
+    const f32v even_a = d[4] - kB2 * d[2], odd_a = d[3] - kB2 * d[1];
+    const f32v even_b = d[4] - kA2 * d[2], odd_b = d[3] - kA2 * d[1];
+    v[0] = (d[0] * (kA2 * kB2) + d[4]) - (kA2 + kB2) * d[2];
+    v[1] = even_a + kA * odd_a;
+    v[2] = even_a - kA * odd_a;
+    v[3] = even_b + kB * odd_b;
+    v[4] = even_b - kB * odd_b;
+    v[5] = (d[1] * (kA2 * kB2) + d[5]) - (kA2 + kB2) * d[3];
+}
+
+// G: three weights to six points; the rows at a and -a, and at b and -b, are an even and an odd part.
+constexpr float kNear = 1.0f / (2.0f * kA2 * (kA2 - kB2)), kFar = 1.0f / (2.0f * kB2 * (kB2 - kA2));
+constexpr float kZero = 1.0f / (kA2 * kB2);
+DIFUSORES_INLINE f32v even_near(f32v g0, f32v g2) { return g0 * kNear + g2 * (kA2 * kNear); }
+DIFUSORES_INLINE f32v odd_near(f32v g1) { return g1 * (kA * kNear); }
+DIFUSORES_INLINE f32v even_far(f32v g0, f32v g2) { return g0 * kFar + g2 * (kB2 * kFar); }
+DIFUSORES_INLINE f32v odd_far(f32v g1) { return g1 * (kB * kFar); }
+DIFUSORES_INLINE void weights_to_points(const f32v (&g)[3], f32v (&u)[6]) {
+    const f32v even_a = even_near(g[0], g[2]), odd_a = odd_near(g[1]);
+    const f32v even_b = even_far(g[0], g[2]), odd_b = odd_far(g[1]);
+    u[0] = g[0] * kZero;
+    u[1] = even_a + odd_a;
+    u[2] = even_a - odd_a;
+    u[3] = even_b + odd_b;
+    u[4] = even_b - odd_b;
+    u[5] = g[2];
+}
+
+// A^T: six points to four outputs.
+DIFUSORES_INLINE void points_to_outputs(const f32v (&m)[6], f32v (&y)[4]) {
+    const f32v sum_a = m[1] + m[2], difference_a = m[1] - m[2];
+    const f32v sum_b = m[3] + m[4], difference_b = m[3] - m[4];
+    y[0] = (m[0] + sum_a) + sum_b;
+    y[1] = kA * difference_a + kB * difference_b;
+    y[2] = kA2 * sum_a + kB2 * sum_b;
+    y[3] = (kA2 * kA) * difference_a + ((kB2 * kB) * difference_b + m[5]);
+}
+
+// --- groups of tiles ---
+
+// Tiles [ty0, ty1) x [tx0, tx1) of images [n0, n1).
+struct Group {
+    int64_t n0, n1, ty0, ty1, tx0, tx1;
+    int64_t rows() const { return ty1 - ty0; }
+    int64_t columns() const { return tx1 - tx0; }
+    int64_t tiles() const { return (n1 - n0) * rows() * columns(); }
+};
+
+DIFUSORES_INLINE Group group_of(const WinogradConvArgs& args, int64_t g) {
+    const int64_t tiles_h = (args.h + kTile - 1) / kTile, tiles_w = (args.w + kTile - 1) / kTile;
+    const int64_t down = (tiles_h + args.group_h - 1) / args.group_h,
+                  across = (tiles_w + args.group_w - 1) / args.group_w;
+    const int64_t n0 = g / (down * across) * args.group_n;
+    const int64_t ty0 = g / across % down * args.group_h, tx0 = g % across * args.group_w;
+    return {n0,  at_most(n0 + args.group_n, args.n),  ty0, at_most(ty0 + args.group_h, tiles_h),
+            tx0, at_most(tx0 + args.group_w, tiles_w)};
+}
+
+// Floats of one point of V in a block of C, and of M: a line more than a power of two, so that the 36 points of a tile
+// do not meet in one set of the cache.
+DIFUSORES_INLINE int64_t point_stride(const WinogradConvArgs& args) {
+    return args.group_n * args.group_h * args.group_w * kBlock + kMaxWidth;
+}
+
+// --- input ---
+
+// act(multiplier * x + offset) of kBlock channels from c0 on: rows [first, last) of the pixels that the tiles of image
+// n read, zeros outside, into patch[rows][columns][width]. a, b: the affine map of these channels.
+void fill_rows(const WinogradConvArgs& args, const Group& group, int64_t n, int64_t c0, int64_t width, const float* a,
+               const float* b, int64_t first, int64_t last, float* patch) {
+    constexpr int kTogether = kWidth == 16 ? 4 : 2;
+    const int64_t count = at_most(args.c - c0, kBlock);
+    const bool affine = args.multiplier.ptr || args.offset.ptr;
+    const int64_t columns = kTile * group.columns() + 2;
+    for (int64_t row = first; row < last; ++row) {
+        const int64_t iy = kTile * group.ty0 + row - 1;
+        for (int64_t column = 0; column < columns; ++column) {
+            const int64_t ix = kTile * group.tx0 + column - 1;
+            float* const out = patch + (row * columns + column) * width;
+            if (iy < 0 || iy >= args.h || ix < 0 || ix >= args.w) {
+                for (int64_t c = 0; c < width; c += kWidth) put(out + c, f32v{});
+                continue;
+            }
+            const float* const in = args.x + ((n * args.h + iy) * args.w + ix) * args.c + c0;
+            int64_t c = 0;
+            for (; c + kTogether * kWidth <= count; c += kTogether * kWidth) {
+                f32v t[kTogether];
+                for (int k = 0; k < kTogether; ++k) t[k] = get(in + c + k * kWidth);
+                if (affine)
+                    for (int k = 0; k < kTogether; ++k) t[k] = t[k] * get(a + c + k * kWidth) + get(b + c + k * kWidth);
+                if (args.silu) silu(t);
+                for (int k = 0; k < kTogether; ++k) put(out + c + k * kWidth, t[k]);
+            }
+            for (; c < count; c += kWidth) {
+                const int left = static_cast<int>(at_most(count - c, kWidth));
+                f32v t[1] = {left == kWidth ? get(in + c) : load_tail<DType::f32>(in, c, left)};
+                if (affine) t[0] = t[0] * get(a + c) + get(b + c);
+                if (args.silu) silu(t);
+                if (left < kWidth) t[0] = lane_mask(left) > 0.0f ? t[0] : f32v{};
+                put(out + c, t[0]);
+            }
+        }
+    }
+}
+
+// --- output ---
+
+// The outputs of a tile for kWidth channels from o on, `count` of which exist.
+DIFUSORES_INLINE void store_tile(const WinogradConvArgs& args, const f32v (&y)[4][4], int64_t n, int64_t ty, int64_t tx,
+                                 int64_t o, int count, f32v constant) {
+    const int64_t rows = at_most(args.h - kTile * ty, kTile), columns = at_most(args.w - kTile * tx, kTile);
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) {
+            const int64_t place = ((n * args.h + kTile * ty + i) * args.w + kTile * tx + j) * args.o + o;
+            __builtin_prefetch(args.y + place + kTile * args.o, 1);  // of the next tile
+            if (args.residual) __builtin_prefetch(args.residual + place + kTile * args.o);
+            f32v value = y[i][j] + constant;
+            if (count == kWidth) {
+                if (args.residual) value += get(args.residual + place);
+                put(args.y + place, value * args.output_scale);
+            } else {
+                if (args.residual) value += load_tail<DType::f32>(args.residual, place, count);
+                store_tail<DType::f32>(args.y, place, value * args.output_scale, count);
+            }
+        }
+}
+
+}  // namespace
+}  // namespace DIFUSORES_ISA_NAME
+}  // namespace difusores
