@@ -222,10 +222,12 @@ def packed_together(x: Tensor, layers: Sequence[Any], packed: Packed) -> Tensor 
 
 @cache
 def own_product_is_faster(dtype: torch.dtype) -> bool:
-    """Whether the package's own product is faster than a library's: with AVX-512, in bfloat16 with AMX."""
-    level = native.build_info().get("isa_used", "") if native.status("cpu") is None else ""
-    levels = ("amx",) if dtype is torch.bfloat16 else ("avx512", "amx")
-    return level.startswith(levels) and "GenuineIntel" in _cpuinfo()
+    """Whether the package's own product is faster than a library's: with AVX-512, in bfloat16 with its pairs."""
+    if native.status("cpu") is not None:
+        return False
+    if dtype is torch.bfloat16:
+        return multiplies_pairs()
+    return native.build_info().get("isa_used", "").startswith(("avx512", "amx"))
 
 
 def product(
@@ -488,7 +490,7 @@ class ConvForward(LayerForward):
         weight, bias = m._parameters["weight"], m._parameters["bias"]
         if self.way(x).own:
             if residual is not None:
-                residual = residual.contiguous(memory_format=CHANNELS_LAST)
+                residual = cast(residual, x.dtype).contiguous(memory_format=CHANNELS_LAST)
             form = form_for_gemm(weight, self.products, x.dtype)
             return gemm_conv(
                 x, weight, bias, residual=residual, stride=m.stride, padding=m.padding, packed=form
