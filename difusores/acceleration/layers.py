@@ -222,12 +222,13 @@ def packed_together(x: Tensor, layers: Sequence[Any], packed: Packed) -> Tensor 
 
 @cache
 def own_product_is_faster(dtype: torch.dtype) -> bool:
-    """Whether the package's own product is faster than a library's: with AVX-512, in bfloat16 with its pairs."""
+    """Whether the package's own product beats a library's: with AVX-512, in bfloat16 with its pairs."""
     if native.status("cpu") is not None:
         return False
     if dtype is torch.bfloat16:
         return multiplies_pairs()
-    return native.build_info().get("isa_used", "").startswith(("avx512", "amx"))
+    level: str = native.build_info().get("isa_used", "")
+    return level.startswith(("avx512", "amx"))
 
 
 def product(
