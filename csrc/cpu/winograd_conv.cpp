@@ -6,12 +6,12 @@
 //     input   act, then V = B^T d B             [C / 64][36][tiles][64]      read once, 2.25 times as large as x
 //     product M = sum over C of V U             [36][tiles][64], of 64 output channels at a time, U = G g G^T by blocks
 //             [36][64][64] in L2: read as it was packed, or transformed here from the weights, which are gathered in
-//             blocks [9][64][64] here or beforehand
+//             blocks [4][64][9][16] (outputs, inputs, taps, outputs) here or beforehand
 //     output  y = A^T M A and what follows
 // The sum over C runs in order in blocks of 64, each summed from zero: a tile's bits depend on nothing but its inputs.
 // Least bytes: x, y, residual once; the weights (or U, 4 times as large) once per group. With few tiles they decide:
-// then U is made piece by piece in L1, and the gathered weights of the next block are asked for.
-#include "winograd_tiles.h"
+// then U is made in registers (winograd_few.h), and the gathered weights that come next are asked for.
+#include "winograd_few.h"
 
 namespace difusores {
 namespace DIFUSORES_ISA_NAME {
@@ -97,23 +97,23 @@ DIFUSORES_INLINE void transpose_rows(const float* from, int64_t pitch, float* to
 }
 
 // The weights of `wide` output channels at o0 and of the input channels of a block at c0, zeros where there are none:
-// g[9][channels][wide], kPoint from one of the nine to the next.
+// g[wide / 16][channels][9][16].
 void gather_weights(const WinogradConvArgs& args, int64_t o0, int64_t wide, int64_t c0, float* g) {
     const int64_t channels = at_most(args.c - c0, kBlock), pitch = 9 * args.c;
     for (int64_t o = 0; o < wide; o += kWidth)
         for (int64_t c = 0; c < channels; c += kWidth) {
             const float* from = args.weight + (o0 + o) * pitch + (args.weight_last ? c0 + c : 9 * (c0 + c));
             const int64_t outputs = at_most(args.o - o0 - o, kWidth), inputs = at_most(channels - c, kWidth);
-            float* const to = g + c * wide + o;
+            float* const to = g + (o / kMaxWidth * channels + c) * kNine + o % kMaxWidth;
             if (outputs < kWidth || inputs < kWidth) {
                 for (int64_t k = 0; k < 9; ++k)
                     for (int64_t i = 0; i < inputs; ++i)
                         for (int64_t lane = 0; lane < kWidth; ++lane)
-                            to[k * kPoint + i * wide + lane] =
+                            to[i * kNine + k * kMaxWidth + lane] =
                                 lane < outputs ? from[lane * pitch + (args.weight_last ? k * args.c + i : 9 * i + k)]
                                                : 0.0f;
             } else if (args.weight_last) {
-                for (int64_t k = 0; k < 9; ++k) transpose_rows(from + k * args.c, pitch, to + k * kPoint, wide);
+                for (int64_t k = 0; k < 9; ++k) transpose_rows(from + k * args.c, pitch, to + k * kMaxWidth, kNine);
             } else {
                 alignas(64) float columns[9 * kWidth * kWidth];
                 for (int64_t part = 0; part < 9; ++part) {
@@ -123,38 +123,41 @@ void gather_weights(const WinogradConvArgs& args, int64_t o0, int64_t wide, int6
                 }
                 for (int64_t i = 0; i < kWidth; ++i)
                     for (int64_t k = 0; k < 9; ++k)
-                        put(to + k * kPoint + i * wide, get(columns + (9 * i + k) * kWidth));
+                        put(to + i * kNine + k * kMaxWidth, get(columns + (9 * i + k) * kWidth));
             }
         }
 }
 
-// Two rows of U = G g G^T, whose parts are the same: six points each, `pitch` apart, of `count` vectors, which are
-// `step` apart in g and side by side in U. kAsk lines from `ahead` on are asked for with each.
+// Two rows of U = G g G^T, whose parts are the same: six points each, kPoint apart, of
+// a vector or of a block [channels][wide].
 constexpr int kPairs[3][2] = {{0, 5}, {1, 2}, {3, 4}};
-constexpr int kAsk = 3;
 template <int kPair>
-void weights_rows(const float* g, int64_t count, int64_t step, float* first, float* second, int64_t pitch,
-                  const float* ahead) {
-    for (int64_t i = 0; i < count; ++i, g += step, first += kWidth, second += kWidth) {
-        f32v above[3], below[3], points[kInner];
-        if (ahead)
-            for (int line = 0; line < kAsk; ++line, ahead += 16) __builtin_prefetch(ahead, 0, 2);
-        for (int x = 0; x < 3; ++x) {
-            const float* const from = g + x * kPoint;
-            const f32v g0 = get(from), g2 = get(from + 6 * kPoint);
-            if constexpr (kPair == 0) {
-                above[x] = g0 * kZero, below[x] = g2;
-            } else {
-                const f32v g1 = get(from + 3 * kPoint);
-                const f32v even = kPair == 1 ? even_near(g0, g2) : even_far(g0, g2);
-                const f32v odd = kPair == 1 ? odd_near(g1) : odd_far(g1);
-                above[x] = even + odd, below[x] = even - odd;
-            }
+DIFUSORES_INLINE void weights_pair(const float* g, float* first, float* second) {
+    f32v above[3], below[3], points[kInner];
+    for (int x = 0; x < 3; ++x) {
+        const float* const from = g + x * kMaxWidth;
+        const f32v g0 = get(from), g2 = get(from + 6 * kMaxWidth);
+        if constexpr (kPair == 0) {
+            above[x] = g0 * kZero, below[x] = g2;
+        } else {
+            const f32v g1 = get(from + 3 * kMaxWidth);
+            const f32v even = kPair == 1 ? even_near(g0, g2) : even_far(g0, g2);
+            const f32v odd = kPair == 1 ? odd_near(g1) : odd_far(g1);
+            above[x] = even + odd, below[x] = even - odd;
         }
-        weights_to_points(above, points);
-        for (int x = 0; x < kInner; ++x) put(first + x * pitch, points[x]);
-        weights_to_points(below, points);
-        for (int x = 0; x < kInner; ++x) put(second + x * pitch, points[x]);
+    }
+    weights_to_points(above, points);
+    for (int x = 0; x < kInner; ++x) put(first + x * kPoint, points[x]);
+    weights_to_points(below, points);
+    for (int x = 0; x < kInner; ++x) put(second + x * kPoint, points[x]);
+}
+
+template <int kPair>
+void weights_rows(const float* g, int64_t channels, int64_t wide, float* first, float* second) {
+    for (int64_t o = 0; o < wide; o += kWidth) {
+        const float* const from = g + o / kMaxWidth * channels * kNine + o % kMaxWidth;
+        for (int64_t c = 0; c < channels; ++c)
+            weights_pair<kPair>(from + c * kNine, first + c * wide + o, second + c * wide + o);
     }
 }
 constexpr decltype(&weights_rows<0>) kWeightsRows[3] = {weights_rows<0>, weights_rows<1>, weights_rows<2>};
@@ -173,73 +176,6 @@ void multiply_row(const float* v, const float* u, float* m, int64_t stride, int6
     for (int64_t f = 0; f < kInner; ++f, v += stride, m += stride, u += kPoint)
         multiply_columns<kFirst>(Panel{v, u, m, kBlock, wide, channels, ahead ? ahead + f * kAhead : u + kPoint, step},
                                  tiles);
-}
-
-// --- product with few tiles: U of a pair of rows, kChunk channels and one vector of outputs stays in L1 ---
-
-constexpr int64_t kFewTiles = 4, kChunk = 32;
-constexpr int kMostSums = kWidth == 16 ? 24 : 12;  // in registers
-
-// Sums of a block of channels begin at zero, wait in `part` for its other chunks and are added to m after the last.
-// m: of the pair's first row and of the outputs; `below`: floats from there to its second row, in v too.
-struct Sums {
-    float *part, *m;
-    int64_t stride, below, wide;
-    bool begins, ends, first;
-};
-
-// kCount tiles, kTogether points of both rows at a time.
-template <int kCount>
-void multiply_few(const float* v, const float* u, const Sums s, int64_t channels) {
-    constexpr int kFit = kMostSums / (2 * kCount), kTogether = kFit >= 6 ? 6 : kFit > 3 ? 3 : kFit;
-    for (int64_t p = 0; p < kInner; p += kTogether) {
-        const float* const a = v + p * s.stride;
-        const float* const b = u + p * kChunk * kWidth;
-        float* const part = s.part + p * kFewTiles * 2 * kWidth;
-        float* const m = s.m + p * s.stride;
-        f32v sum[kTogether][kCount][2] = {};
-        const auto each = [&](const auto& use) __attribute__((always_inline)) {
-            for (int k = 0; k < kTogether; ++k)
-                for (int i = 0; i < kCount; ++i)
-                    for (int r = 0; r < 2; ++r)
-                        use(sum[k][i][r], part + ((k * kFewTiles + i) * 2 + r) * kWidth,
-                            m + k * s.stride + r * s.below + i * s.wide);
-        };
-        if (!s.begins) each([](f32v& value, const float* waits, const float*) { value = get(waits); });
-        for (int64_t c = 0; c < channels; ++c)
-            for (int k = 0; k < kTogether; ++k)
-                for (int r = 0; r < 2; ++r) {
-                    const f32v weights = get(b + ((r * kInner + k) * kChunk + c) * kWidth);
-                    for (int i = 0; i < kCount; ++i)
-                        sum[k][i][r] += splat(a[k * s.stride + r * s.below + i * kBlock + c]) * weights;
-                }
-        if (!s.ends) each([](f32v& value, float* waits, float*) { put(waits, value); });
-        else if (s.first) each([](f32v& value, float*, float* to) { put(to, value); });
-        else each([](f32v& value, float*, float* to) { put(to, get(to) + value); });
-    }
-}
-
-constexpr decltype(&multiply_few<1>) kMultiplyFew[kFewTiles] = {multiply_few<1>, multiply_few<2>, multiply_few<3>,
-                                                                multiply_few<4>};
-
-// A block of channels of all 36 points of a few tiles: m (+)= v U of the weights g[9][channels][wide]. scratch: U and
-// what waits. ahead: weights to ask for meanwhile.
-void multiply_block(const float* v, const float* g, float* m, int64_t stride, int64_t wide, int64_t channels,
-                    int64_t tiles, bool first, float* scratch, const float* ahead) {
-    float *const u = scratch, *const part = u + 2 * kInner * kChunk * kWidth;
-    for (int64_t o = 0; o < wide; o += kWidth)
-        for (int pair = 0; pair < 3; ++pair) {
-            const int64_t above = kPairs[pair][0] * kInner * stride;
-            const int64_t below = (kPairs[pair][1] - kPairs[pair][0]) * kInner * stride;
-            for (int64_t c = 0; c < channels; c += kChunk) {
-                const int64_t count = at_most(channels - c, kChunk);
-                kWeightsRows[pair](g + c * wide + o, count, wide, u, u + kInner * kChunk * kWidth, kChunk * kWidth,
-                                   ahead);
-                if (ahead) ahead += kAsk * count * 16;
-                const Sums s{part, m + above + o, stride, below, wide, c == 0, c + kChunk >= channels, first};
-                kMultiplyFew[tiles - 1](v + above + c, u, s, count);
-            }
-        }
 }
 
 // --- output ---
@@ -295,15 +231,13 @@ void winograd_conv_output(const WinogradConvArgs& args, float* scratch, int64_t 
             const float* const g = args.gathered ? args.gathered + block * 9 * kPoint : here;
             if (!ready && !args.gathered) gather_weights(args, o0, wide, c0, here);
             if (!ready && group.tiles() <= kFewTiles) {
-                multiply_block(v, g, m, stride, wide, channels, group.tiles(), k == 0, rows,
+                multiply_block(v, g, m, stride, wide, channels, group.tiles(), k == 0,
                                args.gathered ? g + 9 * kPoint : nullptr);
                 continue;
             }
             const bool asks = !ready && args.gathered && group.tiles() <= kAskTiles;
             for (int pair = 0; pair < 3; ++pair) {
-                if (!ready)
-                    kWeightsRows[pair](g, channels * wide / kWidth, kWidth, rows, rows + kInner * kPoint, kPoint,
-                                       nullptr);
+                if (!ready) kWeightsRows[pair](g, channels, wide, rows, rows + kInner * kPoint);
                 for (int half = 0; half < 2; ++half) {
                     const int64_t y = kPairs[pair][half];
                     const float* const u = ready ? ready + y * kInner * kPoint : rows + half * kInner * kPoint;
@@ -326,9 +260,8 @@ void winograd_conv_pack(const WinogradConvArgs& args, float* packed, float* scra
         const float* const g = args.gathered ? args.gathered + task * 9 * kPoint : scratch;
         float* const block = packed + task * kPoints * kPoint;
         for (int pair = 0; pair < 3; ++pair)
-            kWeightsRows[pair](g, at_most(args.c - c0, kBlock) * wide / kWidth, kWidth,
-                               block + kPairs[pair][0] * kInner * kPoint, block + kPairs[pair][1] * kInner * kPoint,
-                               kPoint, nullptr);
+            kWeightsRows[pair](g, at_most(args.c - c0, kBlock), wide, block + kPairs[pair][0] * kInner * kPoint,
+                               block + kPairs[pair][1] * kInner * kPoint);
     }
 }
 

@@ -11,6 +11,7 @@ constexpr int kTile = 4, kInner = 6, kPoints = 36;
 constexpr float kA = 0.625f, kB = 1.5f;
 constexpr float kA2 = kA * kA, kB2 = kB * kB;
 constexpr int64_t kPoint = kWinogradPoint;
+constexpr int64_t kNine = 9 * kMaxWidth;  // the weights of an input channel and 16 output channels
 
 // --- the three transforms, of one line ---
 

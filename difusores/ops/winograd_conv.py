@@ -134,7 +134,10 @@ def _packed_size(out_channels: int, in_channels: int, transformed: bool) -> int:
 
 
 def pack_reference(weight: Tensor, transformed: bool) -> Tensor:
-    """[blocks of O, blocks of C, 36 or 9, POINT]: of each point [channels in, channels out] and zeros."""
+    """[blocks of O, blocks of C, 36, POINT]: of each point [channels in, channels out] and zeros.
+
+    Not transformed: of each block [channels out / 16, channels in, 9, 16] and zeros.
+    """
     o, c = weight.shape[:2]
     near, far = 1 / (2 * A * A * (A * A - B * B)), 1 / (2 * B * B * (B * B - A * A))
     g = weight.new_tensor(
@@ -151,8 +154,13 @@ def pack_reference(weight: Tensor, transformed: bool) -> Tensor:
     else:
         u = weight.permute(2, 3, 1, 0).reshape(9, c, o)
     u = F.pad(u, (0, -o % LANES))
-    blocks = [part.flatten(1) for wide in u.split(BLOCK, dim=2) for part in wide.split(BLOCK, dim=1)]
-    return torch.cat([F.pad(block, (0, POINT - block.shape[1])).flatten() for block in blocks])
+    blocks = [part for wide in u.split(BLOCK, dim=2) for part in wide.split(BLOCK, dim=1)]
+    if transformed:
+        parts = [F.pad(block.flatten(1), (0, POINT - block[0].numel())).flatten() for block in blocks]
+    else:
+        parts = [block.unflatten(2, (-1, LANES)).permute(2, 1, 0, 3).flatten() for block in blocks]
+        parts = [F.pad(part, (0, 9 * POINT - len(part))) for part in parts]
+    return torch.cat(parts)
 
 
 LIBRARY.impl("winograd_conv_pack", pack_reference, "CompositeExplicitAutograd")
