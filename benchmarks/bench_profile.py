@@ -48,7 +48,7 @@ def operations(name: str, overload: str, args: Sequence[Any], out: Any) -> float
     if "attention" in name:  # ours, or one of PyTorch's
         q, k, v = args[:3]
         return float(2 * math.prod(q.shape[:3]) * k.shape[2] * (q.shape[3] + v.shape[3]))
-    if name == "gemm_conv" and out.ndim == 3:  # tokens; with GEGLU there are fewer channels out
+    if name == "gemm_conv" and out.ndim < 4:  # rows; with GEGLU there are fewer channels out
         return 2.0 * out.numel() / out.shape[-1] * args[1].numel()
     if name in CONVOLUTIONS:
         tensors = [t for t in args if isinstance(t, Tensor) and t.ndim == 4]
