@@ -1,18 +1,14 @@
 // group_norm_silu on a CPU: check the tensors, fill the struct, run the kernel over torch's threads.
 #include <unistd.h>
 
-#include <algorithm>
-#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "bindings.h"
+#include "group_norm.h"
 
 namespace difusores {
 namespace {
-
-constexpr int64_t kTaskCost = 256;  // elements that take as long as what a task does once
 
 // The bytes of which L2 holds three: a group that is fetched ahead, beside the x and y of the one in work.
 int64_t third_of_l2() {
@@ -23,33 +19,6 @@ int64_t third_of_l2() {
 #endif
     return bytes / 3;
 }
-
-void run(int64_t tasks, int64_t elements_per_task, decltype(Kernels::group_norm_silu) kernel,
-         const GroupNormSiluArgs& args) {
-    torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kGrain / (elements_per_task + kTaskCost)),
-                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-}
-
-// Channels last: the moments of every channel of every image, into args.channels.
-struct ChannelMoments {
-    std::unique_ptr<float[]> scratch;
-    std::unique_ptr<double[]> partial;
-
-    explicit ChannelMoments(GroupNormSiluArgs& args) {
-        // A chunk of rows is about 256 KB of fp32: it is read twice, the second time from L2 or L3.
-        args.chunk_rows = std::clamp<int64_t>(2 * kGrain / args.c / 8 * 8, 8, 1024);
-        args.chunks = (args.s + args.chunk_rows - 1) / args.chunk_rows;
-        args.padded_c = (args.c + kMaxWidth - 1) / kMaxWidth * kMaxWidth;
-        const int64_t tasks = args.n * args.chunks;
-        scratch.reset(new float[tasks * 2 * args.padded_c + args.n * 4 * args.c]);
-        partial.reset(new double[tasks * args.groups * 2]);
-        args.scratch = scratch.get(), args.channels = scratch.get() + tasks * 2 * args.padded_c;
-        args.partial = partial.get();
-        g_kernels->group_norm_silu_prepare(args, 0, args.n);
-        run(tasks, args.chunk_rows * args.c, g_kernels->group_norm_silu_stats, args);
-        run(args.n, 16 * args.c, g_kernels->group_norm_silu_combine, args);  // a channel costs as much as 16 elements
-    }
-};
 
 std::tuple<Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, OptionalTensor weight, OptionalTensor bias,
                                            double eps, bool silu, OptionalTensor scale, OptionalTensor shift,
@@ -66,11 +35,11 @@ std::tuple<Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, Optiona
         group_norm_silu_args(x, num_groups, weight, bias, eps, silu, scale, shift, add, residual, y, sum, return_sum);
     if (!channels_last) {
         args.fetch = third_of_l2();
-        run(args.n * num_groups, args.c / num_groups * args.s, g_kernels->group_norm_silu, args);
+        run_norm(args.n * num_groups, args.c / num_groups * args.s, g_kernels->group_norm_silu, args);
         return {y, sum};
     }
     const ChannelMoments moments(args);
-    run(args.n * args.chunks, args.chunk_rows * args.c, g_kernels->group_norm_silu_apply, args);
+    run_norm(args.n * args.chunks, args.chunk_rows * args.c, g_kernels->group_norm_silu_apply, args);
     return {y, sum};
 }
 
@@ -93,16 +62,7 @@ std::tuple<Tensor, Tensor> group_norm_affine(Tensor x, int64_t num_groups, Optio
     args.shift = param_of(shift, n, c, true, "shift");
     args.n = n, args.c = c, args.s = s, args.groups = num_groups;
     args.eps = eps;
-    const ChannelMoments moments(args);
-    float* const a = static_cast<float*>(multiplier.data_ptr());
-    float* const b = static_cast<float*>(offset.data_ptr());
-    for (int64_t i = 0; i < n; ++i) {
-        const float* center = args.channels + (i * 4 + 1) * c;
-        for (int64_t k = 0; k < c; ++k) {
-            a[i * c + k] = center[c + k];
-            b[i * c + k] = static_cast<float>(center[2 * c + k] - static_cast<double>(center[k]) * center[c + k]);
-        }
-    }
+    norm_affine(args, static_cast<float*>(multiplier.data_ptr()), static_cast<float*>(offset.data_ptr()));
     return {multiplier, offset};
 }
 

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "convolution.h"
+#include "group_norm.h"
 
 namespace difusores {
 namespace {
@@ -12,7 +13,7 @@ constexpr int64_t kTogether = 16 << 20;  // bytes of transformed tiles that are 
 constexpr int64_t kShared = 64 << 20;    // bytes of transformed weights that several groups of one call may share
 constexpr int64_t kBlock = kWinogradBlock;
 
-thread_local Scratch t_tiles, t_weights;
+thread_local Scratch t_tiles, t_weights, t_norm;
 
 // Groups as large as kTiles allows and of even sizes: whole images, or rectangles near a square, which share fewer
 // pixels. Returns their number.
@@ -81,9 +82,26 @@ void convolve(WinogradConvArgs& args) {
     }
 }
 
+// multiplier and offset of a group norm of x, in memory that the thread keeps.
+void set_norm(WinogradConvArgs& args, int64_t groups, const OptionalTensor& weight, const OptionalTensor& bias,
+              double eps) {
+    STD_TORCH_CHECK(!args.multiplier.ptr && !args.offset.ptr,
+                    "winograd_conv: a norm is given, and multiplier or offset beside it");
+    STD_TORCH_CHECK(groups >= 1 && args.c % groups == 0, "winograd_conv: norm_groups must divide C");
+    GroupNormSiluArgs norm{};
+    norm.x = args.x, norm.dtype = DType::f32;
+    norm.weight = param_of(weight, args.n, args.c, false, "winograd_conv: norm_weight");
+    norm.bias = param_of(bias, args.n, args.c, false, "winograd_conv: norm_bias");
+    norm.n = args.n, norm.c = args.c, norm.s = args.h * args.w, norm.groups = groups, norm.eps = eps;
+    float* const multiplier = t_norm.of(2 * args.n * args.c);
+    float* const offset = multiplier + args.n * args.c;
+    norm_affine(norm, multiplier, offset);
+    args.multiplier = {multiplier, DType::f32, args.c}, args.offset = {offset, DType::f32, args.c};
+}
+
 Tensor winograd_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor multiplier, OptionalTensor offset,
-                     bool silu, OptionalTensor add, OptionalTensor residual, double output_scale,
-                     OptionalTensor packed) {
+                     bool silu, OptionalTensor add, OptionalTensor residual, double output_scale, OptionalTensor packed,
+                     int64_t norm_groups, OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps) {
     WinogradConvArgs args{};
     args.x = image("winograd_conv", x, "x");
     set_weight(args, weight);
@@ -98,6 +116,7 @@ Tensor winograd_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTenso
     args.bias = floats("winograd_conv", bias, 0, args.o, "bias");
     args.multiplier = floats("winograd_conv", multiplier, args.n, args.c, "multiplier");
     args.offset = floats("winograd_conv", offset, args.n, args.c, "offset");
+    if (norm_groups) set_norm(args, norm_groups, norm_weight, norm_bias, norm_eps);
     args.add = floats("winograd_conv", add, args.n, args.o, "add");
     if (residual) {
         for (int64_t d = 0; d < 4; ++d)

@@ -25,7 +25,7 @@ from difusores.models.layers import GroupNormAct
 from difusores.ops import gemm_conv, group_norm_affine, group_norm_silu, winograd_conv
 from difusores.ops.gemm_conv import LANES, gemm_rows, multiplies_pairs, packed_numbers, splits
 from difusores.ops.gemm_conv import pack_weight as pack_for_gemm
-from difusores.ops.winograd_conv import LayerPlan, pack_weight, plan
+from difusores.ops.winograd_conv import LayerPlan, Norm, pack_weight, plan
 
 CHANNELS_LAST = torch.channels_last
 _MKLDNN = torch.ops.mkldnn
@@ -443,7 +443,12 @@ class ConvForward(LayerForward):
     def _winograd(self, x: Tensor, around: Surroundings, layer: LayerPlan) -> Tensor:
         parameters, form = self.module._parameters, None
         weight = parameters["weight"]
-        x, multiplier, offset = normalized_by(around, x)
+        multiplier = offset = norm = None
+        if around.norm is not None and not around.modulation:
+            of_norm = around.norm._parameters
+            norm = Norm(around.norm.num_groups, of_norm["weight"], of_norm["bias"], around.norm.eps)
+        else:
+            x, multiplier, offset = normalized_by(around, x)
         if layer.gain >= WORTH_PACKING:
             form = self.transformed.get(
                 (weight,), lambda: pack_weight(weight, layer.transformed), layer.packed_bytes, layer.gain
@@ -462,6 +467,7 @@ class ConvForward(LayerForward):
             residual=residual,
             output_scale=around.scale,
             packed=form,
+            norm=norm,
         )
 
     def _product(self, x: Tensor, around: Surroundings) -> Tensor:

@@ -1,8 +1,8 @@
 """The time projections of all residual blocks of a network, as one product in a forward pass.
 
 The first block that needs its projection computes those of all; the others find theirs. Where no memory may
-be taken, each computes its own. There are few rows, and the time is that of reading the weights: the package's
-own product, which has all threads read them, is the fastest from AVX2 on.
+be taken, each computes its own. There are few rows, and the time is that of reading the weights: the
+package's own product, which has all threads read them, is the fastest from AVX2 on.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """3x3 convolution by Winograd's minimal filtering, F(4x4, 3x3), with what surrounds it in a diffusion UNet.
 
-    h = act(multiplier[n, c] * x + offset[n, c])               a group norm with SiLU, its statistics known
+    h = act(multiplier[n, c] * x + offset[n, c])               a group norm with SiLU, its statistics known,
+                                                               or the norm itself
     y = output_scale * (conv3x3(h, weight) + bias[o] + add[n, o] + residual)
 
 stride 1, one row of zeros around h (Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks").
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +29,13 @@ from difusores.ops.dispatch import (
     straight_to_cpu,
     wanted,
 )
+from difusores.ops.group_norm_affine import group_norm_affine
+from difusores.ops.group_norm_affine import reference as affine_reference
 
 LIBRARY.define(
     "winograd_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? multiplier, Tensor? offset, bool silu, "
-    "Tensor? add, Tensor? residual, float output_scale, Tensor? packed) -> Tensor"
+    "Tensor? add, Tensor? residual, float output_scale, Tensor? packed, int norm_groups=0, "
+    "Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=0.0) -> Tensor"
 )
 LIBRARY.define("winograd_conv_pack(Tensor weight, bool transformed) -> Tensor")
 register("winograd_conv", "cpu")
@@ -53,6 +58,15 @@ TRANSFORM = 600.0  # of a tile's inputs for all output channels, and of its outp
 WEIGHTS = 800.0  # gathering them and transforming them, once a call
 GATHERED, TRANSFORMED = 500.0, 100.0  # what is left of that with packed weights
 CACHED = 4 << 20  # bytes; transformed weights that are larger are slower to read than to make
+
+
+class Norm(NamedTuple):
+    """A group norm before the convolution: what `group_norm_affine` takes beside x."""
+
+    num_groups: int
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -192,8 +206,14 @@ def reference(
     residual: Tensor | None,
     output_scale: float,
     packed: Tensor | None,
+    norm_groups: int = 0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
 ) -> Tensor:
     """The op in plain PyTorch; `packed` is not read."""
+    if norm_groups:
+        multiplier, offset = affine_reference(x, norm_groups, norm_weight, norm_bias, norm_eps, None, None)
     h = x
     if multiplier is not None:
         h = h * _per_channel(multiplier, x)
@@ -226,6 +246,10 @@ def _fake(
     residual: Tensor | None,
     output_scale: float,
     packed: Tensor | None,
+    norm_groups: int = 0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
 ) -> Tensor:
     shape = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
@@ -303,6 +327,9 @@ def _row(p: Tensor | None) -> Tensor | None:
     return p if p is None or p.stride(-1) == 1 else p.contiguous()
 
 
+NO_NORM = Norm(0, None, None, 0.0)
+
+
 def winograd_conv(
     x: Tensor,
     weight: Tensor,
@@ -315,6 +342,7 @@ def winograd_conv(
     residual: Tensor | None = None,
     output_scale: float = 1.0,
     packed: Tensor | None = None,
+    norm: Norm | None = None,
 ) -> Tensor:
     """y = output_scale * (conv3x3(act(multiplier * x + offset), weight) + bias + add + residual).
 
@@ -332,6 +360,7 @@ def winograd_conv(
         residual: like y, or None.
         output_scale: the factor of the whole.
         packed: `pack_weight(weight)`, or None.
+        norm: of x, in place of a multiplier and an offset, whose bits are those of `group_norm_affine`.
 
     Returns:
         y [N, O, H, W] in x's dtype and layout. Relative L2 error at most 1e-5. A NaN or Inf in x makes NaN of
@@ -339,11 +368,13 @@ def winograd_conv(
         the reference runs, in whose every tensor but `packed` the call is differentiable.
 
     Raises:
-        ValueError: shapes or devices that do not fit, named. TypeError: x is not floating point.
+        ValueError: shapes or devices that do not fit, named; or norm beside a multiplier or offset.
+        TypeError: x is not floating point.
     """
     tensors = (x, weight, bias, multiplier, offset, add, residual, packed)
+    groups, norm_weight, norm_bias, eps = norm or NO_NORM
     if (
-        straight_to_cpu(*tensors)
+        straight_to_cpu(*tensors, norm_weight, norm_bias)
         and x.ndim == 4
         and x.is_contiguous(memory_format=torch.channels_last)
         and (wanted() == "cpu" or plan(x.shape[1], weight.shape[0], x.shape[2], x.shape[3]).winograd)
@@ -351,10 +382,18 @@ def winograd_conv(
         y: Tensor
         try:
             with torch._C._AutoDispatchBelowAutograd():
-                y = _OP(x, weight, bias, multiplier, offset, silu, add, residual, output_scale, packed)
+                y = _OP(
+                    *(x, weight, bias, multiplier, offset, silu, add, residual, output_scale, packed),
+                    *(groups, norm_weight, norm_bias, eps),
+                )
             return y
         except (RuntimeError, TypeError):
             pass  # the kernel refused; what follows finds another way or the words for it
+    if norm is not None:
+        if multiplier is not None or offset is not None:
+            raise ValueError("norm takes the place of multiplier and offset, and both were given")
+        multiplier, offset = group_norm_affine(x, *norm)
+        tensors = (x, weight, bias, multiplier, offset, add, residual, packed)
     _check(*tensors)
     multiplier, offset, add, bias = map(_row, (multiplier, offset, add, bias))
     if not weight.is_contiguous(memory_format=torch.channels_last):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from difusores import ops
 from difusores.ops import dispatch
-from difusores.ops.winograd_conv import pack_reference, pack_weight, plan
+from difusores.ops.winograd_conv import Norm, pack_reference, pack_weight, plan
 
 OP = "winograd_conv"
 LIMIT = 1e-5  # relative L2; the named exception to the tolerance rule (docs/design.md, section 5)
@@ -119,6 +119,21 @@ def test_bitwise(case: tuple[int, ...]) -> None:
         assert torch.equal(run("cpu", alone), one[image : image + 1])
 
 
+@pytest.mark.parametrize("case", CASES[2:5], ids=str)
+def test_norm_is_its_multiplier_and_offset(backend: str, case: tuple[int, ...]) -> None:
+    """In one call or two: the same bits, and near the oracle."""
+    call = make(case, ("bias", "silu", "residual"))
+    c = case[1]
+    norm = Norm(c // 5 if c % 5 == 0 else 4, torch.randn(c), torch.randn(c), 1e-3)
+    for given in (norm, norm._replace(weight=None, bias=None)):
+        y = run(backend, {**call, "norm": given})
+        with ops.use_backend(backend):
+            multiplier, offset = ops.group_norm_affine(call["x"], *given)
+        assert torch.equal(y, run(backend, {**call, "multiplier": multiplier, "offset": offset}))
+        exact = Norm(*(p.double() if isinstance(p, Tensor) else p for p in given))
+        assert distance(y, run("reference", {**wide(call), "norm": exact})) <= LIMIT
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf_stay_in_the_tiles_that_read_them(backend: str, value: float) -> None:
     call = make((2, 20, 17, 13, 14), ("bias", "residual"))
@@ -189,6 +204,9 @@ def test_plan() -> None:
         ({"add": torch.randn(2, 8)}, r"add must have shape \[2, 4\]"),
         ({"residual": torch.randn(2, 8, 5, 5)}, "residual must be like the output"),
         ({"residual": torch.randn(2, 4, 5, 5).half()}, "residual must be like the output"),
+        ({"norm": Norm(4, None, None, 0.0), "offset": torch.randn(2, 8)}, "and both were given"),
+        ({"norm": Norm(3, None, None, 0.0)}, "num_groups must divide the number of channels"),
+        ({"norm": Norm(4, torch.randn(4), None, 0.0)}, r"weight must have shape \[C\] = \[8\]"),
         ({"packed": torch.randn(10)}, "packed must be what pack_weight made"),
         ({"add": torch.randn(2, 4, device="meta")}, "add must be on the device of x"),
     ],
@@ -244,6 +262,11 @@ def test_opcheck(options: str) -> None:
             *(call["x"], call["weight"], get("bias"), get("multiplier"), get("offset"), get("silu", False)),
             *(get("add"), get("residual"), get("output_scale", 1.0), None),
         ),
+    )
+    norm = (4, torch.randn(16), torch.randn(16), 1e-5)
+    torch.library.opcheck(
+        torch.ops.difusores.winograd_conv.default,
+        (call["x"], call["weight"], None, None, None, True, None, None, 1.0, None, *norm),
     )
     torch.library.opcheck(torch.ops.difusores.winograd_conv_pack.default, (call["weight"], False))
 
