@@ -176,8 +176,9 @@ def test_huge_and_tiny_values(backend: str, size: float, dtype: torch.dtype, che
 @pytest.mark.parametrize("scale", [0.7, -0.7, 0.0, 50.0])
 def test_scale(backend: str, scale: float, check: Any) -> None:
     for dtype in (some_dtype(backend), torch.bfloat16):
-        q, k, v = (torch.randn(1, 2, 9, 16).to(dtype) for _ in range(3))
-        mask = torch.randn(9, 9).to(dtype)
+        # enough queries that the largest error of eager's is no matter of luck
+        q, k, v = (torch.randn(2, 4, 17, 16).to(dtype) for _ in range(3))
+        mask = torch.randn(17, 17).to(dtype)
         for m in (None, mask, mask > 0.5):
             with ops.use_backend(backend):
                 got = ops.attention(q, k, v, scale=scale, mask=m)

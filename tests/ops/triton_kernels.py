@@ -260,7 +260,10 @@ def test_linear(
 def test_linear_has_the_same_bits_in_every_tile(tile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_op, "LEAST", 1)
     geglu = tile in linear_op.GEGLU_TILES
-    x, weight, residual = (torch.randn(s).half() for s in ((140, 96), (128 * (1 + geglu), 96), (140, 128)))
+    shapes = ((140, 96), (128 * (1 + geglu), 96), (140, 128))
+    x, weight, residual = (torch.randn(s).half() for s in shapes)
+    if dispatch.interpreted():  # NumPy's products sum in an order of their own: sums that are exact in any
+        x, weight = (torch.randint(-4, 5, s).half() / 4 for s in shapes[:2])
     want = ops.linear(x, weight, residual=residual, geglu=geglu)
     monkeypatch.setattr(linear_op, "GEGLU_TILES" if geglu else "TILES", (tile,))
     assert torch.equal(ops.linear(x, weight, residual=residual, geglu=geglu), want)
