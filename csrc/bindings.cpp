@@ -49,6 +49,20 @@ bool same_elements(uintptr_t table, int64_t n, uintptr_t before) {
     return true;
 }
 
+// Whether each of these dictionaries has under its name what it had, None where that was nothing.
+bool same_objects(const pybind11::list& dictionaries, const pybind11::list& names, const pybind11::list& values) {
+    const Py_ssize_t n = PyList_GET_SIZE(dictionaries.ptr());
+    if (PyList_GET_SIZE(names.ptr()) != n || PyList_GET_SIZE(values.ptr()) != n)
+        throw pybind11::value_error("same_objects: the lists must be equally long");
+    for (Py_ssize_t k = 0; k < n; ++k) {
+        PyObject* found =
+            PyDict_GetItemWithError(PyList_GET_ITEM(dictionaries.ptr(), k), PyList_GET_ITEM(names.ptr(), k));
+        if (!found && PyErr_Occurred()) throw pybind11::error_already_set();
+        if ((found ? found : Py_None) != PyList_GET_ITEM(values.ptr(), k)) return false;
+    }
+    return true;
+}
+
 }  // namespace
 }  // namespace difusores
 
@@ -56,6 +70,7 @@ PYBIND11_MODULE(_C, m) {
     difusores::load_kernels();
     m.def("build_info", &difusores::build_info);
     m.def("same_elements", &difusores::same_elements);
+    m.def("same_objects", &difusores::same_objects);
     difusores::define_group_norm_silu(m);
     difusores::define_scheduler_step(m);
 }

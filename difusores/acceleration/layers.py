@@ -25,7 +25,7 @@ from difusores.models.layers import GroupNormAct
 from difusores.ops import gemm_conv, group_norm_affine, group_norm_silu, winograd_conv
 from difusores.ops.gemm_conv import LANES, gemm_rows, multiplies_pairs, packed_numbers, splits
 from difusores.ops.gemm_conv import pack_weight as pack_for_gemm
-from difusores.ops.winograd_conv import LayerPlan, Norm, pack_weight, plan
+from difusores.ops.winograd_conv import LayerPlan, Norm, Prepared, pack_weight, plan, prepared
 
 CHANNELS_LAST = torch.channels_last
 _MKLDNN = torch.ops.mkldnn
@@ -441,18 +441,14 @@ class ConvForward(LayerForward):
         return layer if layer.winograd else None
 
     def _winograd(self, x: Tensor, around: Surroundings, layer: LayerPlan) -> Tensor:
-        parameters, form = self.module._parameters, None
+        parameters = self.module._parameters
         weight = parameters["weight"]
         multiplier = offset = norm = None
         if around.norm is not None and not around.modulation:
-            of_norm = around.norm._parameters
-            norm = Norm(around.norm.num_groups, of_norm["weight"], of_norm["bias"], around.norm.eps)
+            norm = norm_before(around.norm)
         else:
             x, multiplier, offset = normalized_by(around, x)
-        if layer.gain >= WORTH_PACKING:
-            form = self.transformed.get(
-                (weight,), lambda: pack_weight(weight, layer.transformed), layer.packed_bytes, layer.gain
-            )
+        form = self._form_for_winograd(layer)
         residual = around.residual
         if residual is not None:
             residual = cast(residual, x.dtype).contiguous(memory_format=CHANNELS_LAST)
@@ -469,6 +465,26 @@ class ConvForward(LayerForward):
             packed=form,
             norm=norm,
         )
+
+    def _form_for_winograd(self, layer: LayerPlan) -> Tensor | None:
+        if layer.gain < WORTH_PACKING:
+            return None
+        weight = self.module._parameters["weight"]
+        return self.transformed.get(
+            (weight,), lambda: pack_weight(weight, layer.transformed), layer.packed_bytes, layer.gain
+        )
+
+    def prepare(self, like: Tensor, norm: Any) -> Prepared | None:
+        """The convolution of images of this size behind a norm and SiLU, with its weights as they are now.
+
+        None where Winograd's algorithm is not taken.
+        """
+        layer = self.way(like).winograd
+        if layer is None:
+            return None
+        parameters = self.module._parameters
+        form = self._form_for_winograd(layer)
+        return prepared(parameters["weight"], parameters["bias"], form, norm_before(norm))
 
     def _product(self, x: Tensor, around: Surroundings) -> Tensor:
         m = self.module
@@ -529,6 +545,12 @@ class ConvForward(LayerForward):
         else:
             out = _MKLDNN._convolution_pointwise(x, residual, *call)
         return out
+
+
+def norm_before(norm: Any) -> Norm:
+    """A group norm's module as `winograd_conv` takes it."""
+    parameters = norm._parameters
+    return Norm(norm.num_groups, parameters["weight"], parameters["bias"], norm.eps)
 
 
 def normalized_by(around: Surroundings, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from difusores.acceleration.feature_cache import caching
 from difusores.acceleration.layers import CHANNELS_LAST
-from difusores.acceleration.session import Forward, Packed
+from difusores.acceleration.session import Forward, Packed, Session
+from difusores.acceleration.standing import Standing
 
 
 class NetworkForward(Forward):
@@ -22,6 +23,13 @@ class NetworkForward(Forward):
 
     how = "network: channels_last within, layout and dtype of the input outside; time projections as one GEMM"
     timed = False
+
+    def __init__(self, module: nn.Module, session: Session) -> None:
+        super().__init__(module, session)
+        self._standing: Standing | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_standing": None}
 
     def packs(self) -> Iterator[Packed]:
         yield self.session.times.rows
@@ -43,6 +51,7 @@ class NetworkForward(Forward):
         here = self.session.here
         before, here.network = getattr(here, "network", None), self.module
         before_times, before_looked = self.session.times.begin(), self.session.begin()
+        before_standing, here.standing = getattr(here, "standing", None), self._stands()
         try:
             with self._approximations(args, kwargs):
                 out = type(self.module).forward(self.module, *args, **kwargs)
@@ -50,6 +59,7 @@ class NetworkForward(Forward):
             here.network = before
             self.session.times.end(before_times)
             self.session.end(before_looked)
+            here.standing = before_standing
         last = x.is_contiguous(memory_format=CHANNELS_LAST) and not x.is_contiguous()
         layout = CHANNELS_LAST if last else torch.contiguous_format
 
@@ -65,6 +75,19 @@ class NetworkForward(Forward):
         for key in list(out):
             out[key] = outside(out[key])
         return out
+
+    def _stands(self) -> Standing | None:
+        """How the network stands, where its layers need not look for themselves in this pass."""
+        session = self.session
+        samples = session.samples_seen
+        if not session.here.looked or samples is None or session.approximate or session.cuda:
+            return None
+        if torch.is_grad_enabled() or session.clock is not None:
+            return None
+        standing = self._standing
+        if standing is None or standing.samples is not samples or not standing.is_as_it_was():
+            standing = self._standing = Standing(self.module, samples)
+        return None if standing.is_watched() else standing
 
     def _approximations(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
         """What is around a call of the network with these arguments."""

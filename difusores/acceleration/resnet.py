@@ -10,13 +10,15 @@ convolution.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from difusores.acceleration.layers import (
     CHANNELS_LAST,
+    NOTHING,
+    ConvForward,
     Surroundings,
     adds_for_free,
     apply_conv,
@@ -25,8 +27,26 @@ from difusores.acceleration.layers import (
     direct,
     normalize,
     plain_norm,
+    why_not_weight,
 )
 from difusores.acceleration.session import Forward, Session, hooked
+from difusores.ops.winograd_conv import Prepared
+
+
+class Steady(NamedTuple):
+    """A block of two convolutions by Winograd's algorithm, for images of one size.
+
+    Attributes:
+        takes_time: whether a time embedding is added to what the first convolution gives.
+        shortcut: or None.
+        scale: factor of the sum.
+    """
+
+    first: Prepared
+    second: Prepared
+    takes_time: bool
+    shortcut: ConvForward | None
+    scale: float
 
 
 class ResnetForward(Forward):
@@ -41,6 +61,10 @@ class ResnetForward(Forward):
             self.module.time_embedding_norm == "scale_shift" if scale_shift is None else bool(scale_shift)
         )
         session.times.blocks.append(self)
+        self._steady: dict[tuple[int, ...], tuple[object, Steady | None]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_steady": {}}
 
     @classmethod
     def refuses(cls, module: Any) -> str | None:
@@ -64,6 +88,47 @@ class ResnetForward(Forward):
         if temb is None or temb.ndim != 2:
             return "the time embedding is not [N, width]"
         return None
+
+    def steady(
+        self, standing: object, x: Tensor, temb: Tensor | None = None, *args: object, **kwargs: object
+    ) -> Tensor | None:
+        if type(x) is not Tensor or not x.is_cpu:
+            return None
+        made_for, known = self._steady.get(x.shape, (None, None))
+        if made_for is not standing:
+            known = self._prepare(x, temb)
+            self._steady[x.shape] = standing, known
+        if known is None or (temb is not None) is not known.takes_time:
+            return None
+        row = None if temb is None else self.session.times.row(self, temb)
+        if row is None and temb is not None:
+            return None
+        skip = x if known.shortcut is None else cast(known.shortcut.apply(x, NOTHING), x.dtype)
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                return known.second(known.first(x, row, None, 1.0), None, skip, known.scale)
+        except (RuntimeError, TypeError):  # the kernel refuses what it did not when this was prepared
+            return None
+
+    def _prepare(self, x: Tensor, temb: Tensor | None) -> Steady | None:
+        m, parts = self.module, self.module._modules
+        convs = [parts["conv1"], parts["conv2"], *filter(None, [parts.get("conv_shortcut")])]
+        forwards = [conv.__dict__.get("forward") for conv in convs]
+        if self._why_plain((x,), {}) or self.declines(x, temb) or self._resamples() or self.scale_shift:
+            return None
+        if not all(
+            isinstance(f, ConvForward) and f.declines(x) is None for f in (forwards[0], *forwards[2:])
+        ):
+            return None
+        if not isinstance(forwards[1], ConvForward) or why_not_weight(parts["conv2"].weight, self.session):
+            return None
+        if x.dtype is not torch.float32 or self.session.image_dtype not in (None, torch.float32):
+            return None
+        first, second = forwards[0].prepare(x, parts["norm1"]), forwards[1].prepare(x, parts["norm2"])
+        if first is None or second is None:
+            return None
+        takes_time, shortcut = parts.get("time_emb_proj") is not None, (*forwards[2:], None)[0]
+        return Steady(first, second, takes_time, shortcut, 1 / m.output_scale_factor)
 
     def run(
         self, x: Tensor, temb: Tensor | None = None, size: torch.Size | None = None, **ignored: object

@@ -11,6 +11,7 @@ with rounding errors that depend on the points of interpolation (docs/kernels/wi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -328,6 +329,25 @@ def _row(p: Tensor | None) -> Tensor | None:
 
 
 NO_NORM = Norm(0, None, None, 0.0)
+
+
+Prepared = Callable[[Tensor, "Tensor | None", "Tensor | None", float], Tensor]
+
+
+def prepared(weight: Tensor, bias: Tensor | None, packed: Tensor | None, norm: Norm) -> Prepared:
+    """silu(norm(x)) convolved, as a function of x, add, residual and output_scale of `winograd_conv`.
+
+    For callers who have made sure that the kernel is to answer: it raises RuntimeError where it refuses.
+    """
+    groups, scale, shift, eps = norm
+
+    def convolve(x: Tensor, add: Tensor | None, residual: Tensor | None, output_scale: float) -> Tensor:
+        y: Tensor = _OP(
+            x, weight, bias, None, None, True, add, residual, output_scale, packed, groups, scale, shift, eps
+        )
+        return y
+
+    return convolve
 
 
 def winograd_conv(
