@@ -22,20 +22,25 @@ namespace {
             products::attention_scratch_bytes, products::attention_pack, products::attention, __VA_ARGS__             \
     }
 
+#define DIFUSORES_INT16 \
+    avx512_bf16::winograd_int16_input, avx512_bf16::winograd_int16_output, avx512_bf16::winograd_int16_pack
+
 const Kernels kTables[] = {
 #ifdef DIFUSORES_HAS_AMX
-    DIFUSORES_TABLE(avx512, amx, amx::gemm_conv_bf16_arrange, amx::gemm_conv_bf16, amx::gemm_conv_split),
+    DIFUSORES_TABLE(avx512, amx, amx::gemm_conv_bf16_arrange, amx::gemm_conv_bf16, DIFUSORES_INT16,
+                    amx::gemm_conv_split),
 #endif
 #ifdef DIFUSORES_HAS_AVX512_BF16
-    DIFUSORES_TABLE(avx512, avx512_bf16, avx512_bf16::gemm_conv_bf16_arrange, avx512_bf16::gemm_conv_bf16, nullptr),
+    DIFUSORES_TABLE(avx512, avx512_bf16, avx512_bf16::gemm_conv_bf16_arrange, avx512_bf16::gemm_conv_bf16,
+                    DIFUSORES_INT16, nullptr),
 #endif
 #ifdef DIFUSORES_HAS_AVX512
-    DIFUSORES_TABLE(avx512, avx512, nullptr, nullptr, nullptr),
+    DIFUSORES_TABLE(avx512, avx512, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr),
 #endif
 #ifdef DIFUSORES_HAS_AVX2
-    DIFUSORES_TABLE(avx2, avx2, nullptr, nullptr, nullptr),
+    DIFUSORES_TABLE(avx2, avx2, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr),
 #endif
-    DIFUSORES_TABLE(base, base, nullptr, nullptr, nullptr),
+    DIFUSORES_TABLE(base, base, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr),
 };
 
 // Whether the processor has tiles of bf16 and Linux lets this process use them, which it has to be asked for.
@@ -83,7 +88,7 @@ bool cpu_has(const char* isa) {
 
 bool cpu_has_avx512_bf16() {
 #if defined(__x86_64__)
-    return cpu_has("avx512") && __builtin_cpu_supports("avx512bf16");
+    return cpu_has("avx512") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #else
     return false;
 #endif

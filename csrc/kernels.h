@@ -194,6 +194,23 @@ struct WinogradConvArgs {
     float* v;             // [groups, C / 64][36 * (64 * tiles of a group + kMaxWidth)]: the transformed tiles
 };
 
+// int16 of one point of a block of weights in 16-bit fixed point: pairs, and 64 scales.
+constexpr int64_t kWinogradPairs = kWinogradBlock * kWinogradBlock + 2 * kWinogradBlock;
+
+// See cpu/winograd_int16.cpp.
+struct WinogradInt16Args : WinogradConvArgs {
+    const int16_t* packed16;  // what winograd_int16_pack wrote
+    int16_t* v16;             // [groups][winograd_int16_group]: the transformed tiles and their scales
+};
+
+// int16 of the transformed tiles of a group, and of their scales.
+inline int64_t winograd_int16_group(const WinogradInt16Args& a) {
+    const int64_t tiles = a.group_n * a.group_h * a.group_w;
+    const int64_t blocks = (a.c + kWinogradBlock - 1) / kWinogradBlock;
+    const int64_t scales = (2 * blocks * tiles + 31) / 32 * 32;
+    return 36 * (blocks * tiles * kWinogradBlock + 2 * kMaxWidth) + scales;
+}
+
 constexpr int64_t kGemmColumns = 64;  // of a panel of packed weights
 constexpr int64_t kGemmChunk = 512;   // of the depth: what of a run's rows stays in L2 at a time
 
@@ -330,6 +347,15 @@ constexpr int64_t kAttentionKeys = 256;    // keys of a task of packing
     /* tasks: runs of tiles * shares of O; scratch: 512 run floats */              \
     void gemm_conv_bf16(const GemmPairsArgs&, float* scratch, int64_t begin, int64_t end);
 
+// Beside them, with AVX512_VNNI.
+#define DIFUSORES_DECLARE_INT16                                                                           \
+    /* tasks: groups * blocks of C; scratch: 36 * 64 + (4 group_h + 2) (4 group_w + 2) * 64 floats */     \
+    void winograd_int16_input(const WinogradInt16Args&, float* scratch, int64_t begin, int64_t end);      \
+    /* tasks: groups * blocks of O; scratch: 36 * (64 * tiles of a group + kMaxWidth) floats */           \
+    void winograd_int16_output(const WinogradInt16Args&, float* scratch, int64_t begin, int64_t end);     \
+    /* task of winograd_conv_pack, points: what it wrote; packed: [O / 64][36][C / 64][kWinogradPairs] */ \
+    void winograd_int16_pack(const WinogradInt16Args&, const float* points, int16_t* packed, int64_t task);
+
 // The functions of one ISA level. They work on tasks [begin, end).
 #define DIFUSORES_DECLARE_KERNELS(isa)                                                                                \
     namespace isa {                                                                                                   \
@@ -356,7 +382,8 @@ constexpr int64_t kAttentionKeys = 256;    // keys of a task of packing
     void winograd_conv_input(const WinogradConvArgs&, float* scratch, int64_t, int64_t);                              \
     /* tasks: groups * blocks of O; scratch: 21 * kWinogradPoint + 36 * (64 * tiles of a group + kMaxWidth) floats */ \
     void winograd_conv_output(const WinogradConvArgs&, float* scratch, int64_t, int64_t);                             \
-    /* tasks: blocks of O * blocks of C; packed: tasks * 36 kWinogradPoint floats; scratch: 9 kWinogradPoint */       \
+    /* tasks: blocks of O * blocks of C; packed: 36 kWinogradPoint floats each, from `begin` on;                      \
+       scratch: 9 kWinogradPoint */                                                                                   \
     void winograd_conv_pack(const WinogradConvArgs&, float* packed, float* scratch, int64_t, int64_t);                \
     /* tasks: blocks of O * blocks of C; gathered: tasks * 9 kWinogradPoint floats */                                 \
     void winograd_conv_gather(const WinogradConvArgs&, float* gathered, int64_t begin, int64_t end);                  \
@@ -372,6 +399,7 @@ DIFUSORES_DECLARE_KERNELS(avx512)
 namespace avx512_bf16 {
 DIFUSORES_DECLARE_PRODUCTS
 DIFUSORES_DECLARE_PAIRS
+DIFUSORES_DECLARE_INT16
 }  // namespace avx512_bf16
 namespace amx {
 DIFUSORES_DECLARE_PRODUCTS
@@ -407,6 +435,9 @@ struct Kernels {
     // nullptr without products of bf16 pairs
     void (*gemm_conv_bf16_arrange)(const GemmPairsArgs&, int64_t begin, int64_t end);
     void (*gemm_conv_bf16)(const GemmPairsArgs&, float* scratch, int64_t begin, int64_t end);
+    void (*winograd_int16_input)(const WinogradInt16Args&, float* scratch, int64_t begin, int64_t end);
+    void (*winograd_int16_output)(const WinogradInt16Args&, float* scratch, int64_t begin, int64_t end);
+    void (*winograd_int16_pack)(const WinogradInt16Args&, const float* points, int16_t* packed, int64_t task);
     // nullptr without AMX
     void (*gemm_conv_split)(const GemmSplitArgs&, float* scratch, int64_t begin, int64_t end);
 };

@@ -24,6 +24,7 @@ from difusores.acceleration.session import Forward, Session
 from difusores.models.lora import LowRank, make_adapters
 from difusores.ops import BackendUnavailable
 from difusores.ops.gemm_conv import NEEDS_PAIRS, multiplies_pairs
+from difusores.ops.winograd_conv import NEEDS_INT16, multiplies_int16
 
 BOUND = 5e-5  # of a whole network, relative L2, against float64
 HALF = 1.25  # in bfloat16: times the error of the plain model in bfloat16
@@ -205,6 +206,32 @@ def test_which_convolutions_in_bfloat16_are_the_own_product(monkeypatch: pytest.
     assert not (fuses(16, 3, 33) or fuses(16, 16, 33, stride=2) or fuses(3, 16, 33) or fuses(3, 16, 32))
     monkeypatch.setattr(layers, "fast_bfloat16_convolution", lambda: False)
     assert not fuses(16, 16, 32)
+
+
+@pytest.mark.skipif(not multiplies_int16(), reason=NEEDS_INT16)
+def test_which_convolutions_in_bfloat16_are_in_16_bit_fixed_point() -> None:
+    """Those in float32 images of 16 tiles and more; the same bits whether the weights may be kept or not."""
+
+    def layer(dtype: torch.dtype | None, images: torch.dtype | None, budget: int) -> Any:
+        conv = nn.Conv2d(64, 128, 3, 1, 1)
+        conv.load_state_dict(weights)
+        return layers.ConvForward(conv, Session((), dtype, images, budget))
+
+    weights = nn.Conv2d(64, 128, 3, 1, 1).state_dict()
+    x = torch.randn(1, 64, 16, 16).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        exact, kept, made = (
+            layer(dtype, None, budget)
+            for dtype, budget in ((None, 1 << 24), (torch.bfloat16, 1 << 24), (torch.bfloat16, 0))
+        )
+        assert kept.way(x).winograd.int16 and not exact.way(x).winograd.int16
+        assert "16-bit fixed point" in kept.how and "16-bit fixed point" not in exact.how
+        assert kept.way(x).invariant and not kept.way(x[..., :12]).winograd.int16
+        assert not layer(torch.bfloat16, torch.bfloat16, 0).int16
+        want = exact.run(x).double()
+        assert 1e-5 < distance(kept.run(x), want) < 1e-3
+        assert torch.equal(kept.run(x), made.run(x))
+        assert kept.transformed.bytes and not made.transformed.bytes
 
 
 def test_autoencoder_halves(library: str) -> None:

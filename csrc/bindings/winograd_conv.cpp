@@ -12,6 +12,7 @@ constexpr int64_t kTiles = 64;           // of a group at most: its products for
 constexpr int64_t kTogether = 16 << 20;  // bytes of transformed tiles that are made before they are multiplied
 constexpr int64_t kShared = 64 << 20;    // bytes of transformed weights that several groups of one call may share
 constexpr int64_t kBlock = kWinogradBlock;
+constexpr const char* kNoInt16 = "winograd_conv: the product of int16 needs AVX-512 with VNNI and BF16";
 
 thread_local Scratch t_tiles, t_weights, t_norm;
 
@@ -54,8 +55,48 @@ void run(int64_t tasks, int64_t work_per_task, int64_t scratch, const Kernel& ke
 void pack(const WinogradConvArgs& args, float* packed) {
     run(parts(args.o, kBlock) * parts(args.c, kBlock), 100 * kBlock * kBlock, 9 * kWinogradPoint,
         [&](float* scratch, int64_t begin, int64_t end) {
-            g_kernels->winograd_conv_pack(args, packed, scratch, begin, end);
+            g_kernels->winograd_conv_pack(args, packed + begin * 36 * kWinogradPoint, scratch, begin, end);
         });
+}
+
+int64_t packed_pairs(const WinogradConvArgs& args) {
+    return parts(args.o, kBlock) * parts(args.c, kBlock) * 36 * kWinogradPairs;
+}
+
+void pack_int16(const WinogradInt16Args& args, int16_t* packed) {
+    constexpr int64_t kPoints = 36 * kWinogradPoint;
+    run(parts(args.o, kBlock) * parts(args.c, kBlock), 200 * kBlock * kBlock, kPoints + 9 * kWinogradPoint,
+        [&](float* scratch, int64_t begin, int64_t end) {
+            for (int64_t task = begin; task < end; ++task) {
+                g_kernels->winograd_conv_pack(args, scratch, scratch + kPoints, task, task + 1);
+                g_kernels->winograd_int16_pack(args, scratch, packed, task);
+            }
+        });
+}
+
+void convolve_int16(WinogradInt16Args& args) {
+    if (!args.packed16) {
+        int16_t* const packed = reinterpret_cast<int16_t*>(t_weights.of(packed_pairs(args) / 2));
+        pack_int16(args, packed);
+        args.packed16 = packed;
+    }
+    const int64_t groups = cut_into_groups(args), tiles = args.group_n * args.group_h * args.group_w;
+    const int64_t in_blocks = parts(args.c, kBlock), out_blocks = parts(args.o, kBlock);
+    const int64_t size = winograd_int16_group(args) / 2;  // floats of a group's tiles
+    const int64_t together = std::clamp<int64_t>(kTogether / (size * int64_t{sizeof(float)}), 1, groups);
+    args.v16 = reinterpret_cast<int16_t*>(t_tiles.of(together * size));
+    const int64_t patch = (4 * args.group_h + 2) * (4 * args.group_w + 2) * kBlock;
+    for (args.first_group = 0; args.first_group < groups; args.first_group += together) {
+        const int64_t count = std::min(together, groups - args.first_group);
+        run(count * in_blocks, 300 * tiles * kBlock, 36 * kBlock + patch,
+            [&](float* scratch, int64_t begin, int64_t end) {
+                g_kernels->winograd_int16_input(args, scratch, begin, end);
+            });
+        run(count * out_blocks, 18 * tiles * args.c * kBlock, 36 * (kBlock * tiles + kMaxWidth),
+            [&](float* scratch, int64_t begin, int64_t end) {
+                g_kernels->winograd_int16_output(args, scratch, begin, end);
+            });
+    }
 }
 
 void convolve(WinogradConvArgs& args) {
@@ -102,7 +143,7 @@ void set_norm(WinogradConvArgs& args, int64_t groups, const OptionalTensor& weig
 Tensor winograd_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor multiplier, OptionalTensor offset,
                      bool silu, OptionalTensor add, OptionalTensor residual, double output_scale, OptionalTensor packed,
                      int64_t norm_groups, OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps) {
-    WinogradConvArgs args{};
+    WinogradInt16Args args{};
     args.x = image("winograd_conv", x, "x");
     set_weight(args, weight);
     args.n = x.size(0), args.h = x.size(2), args.w = x.size(3);
@@ -125,6 +166,14 @@ Tensor winograd_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTenso
         args.residual = image("winograd_conv", *residual, "residual");
     }
     args.silu = silu, args.output_scale = static_cast<float>(output_scale);
+    if (packed && packed->scalar_type() == ScalarType::Short) {
+        STD_TORCH_CHECK(g_kernels->winograd_int16_output, kNoInt16);
+        STD_TORCH_CHECK(packed->is_contiguous() && (packed->numel() == packed_pairs(args) || packed->numel() == 0),
+                        "winograd_conv: packed is not of this weight");
+        if (packed->numel()) args.packed16 = static_cast<const int16_t*>(packed->data_ptr());
+        convolve_int16(args);
+        return y;
+    }
     if (packed) {
         const bool transformed = packed->numel() == packed_floats(args, true);
         STD_TORCH_CHECK(packed->is_contiguous() && packed->scalar_type() == ScalarType::Float &&
@@ -154,10 +203,25 @@ Tensor winograd_conv_pack(Tensor weight, bool transformed) {
     return packed;
 }
 
+Tensor winograd_conv_pack_int16(Tensor weight) {
+    WinogradInt16Args args{};
+    set_weight(args, weight);
+    STD_TORCH_CHECK(g_kernels->winograd_int16_pack, kNoInt16);
+    const int64_t size = packed_pairs(args), stride = 1;
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_int16(),
+                                                    aoti_torch_device_type_cpu(), 0, &handle));
+    Tensor packed(handle);
+    want_huge_pages(packed);
+    pack_int16(args, static_cast<int16_t*>(packed.data_ptr()));
+    return packed;
+}
+
 }  // namespace
 }  // namespace difusores
 
 STABLE_TORCH_LIBRARY_IMPL(difusores, CPU, m) {
     m.impl("winograd_conv", TORCH_BOX(&difusores::winograd_conv));
     m.impl("winograd_conv_pack", TORCH_BOX(&difusores::winograd_conv_pack));
+    m.impl("winograd_conv_pack_int16", TORCH_BOX(&difusores::winograd_conv_pack_int16));
 }

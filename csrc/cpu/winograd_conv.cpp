@@ -178,35 +178,6 @@ void multiply_row(const float* v, const float* u, float* m, int64_t stride, int6
                                  tiles);
 }
 
-// --- output ---
-
-void points_to_image(const WinogradConvArgs& args, const Group& group, const float* m, int64_t stride, int64_t o0,
-                     int64_t wide) {
-    for (int64_t n = group.n0; n < group.n1; ++n) {
-        alignas(64) float constant[kBlock];
-        for (int64_t o = 0; o < wide; ++o)
-            constant[o] = o0 + o < args.o ? param(args.bias, 0, o0 + o, 0.0f) + param(args.add, n, o0 + o, 0.0f) : 0.0f;
-        for (int64_t ty = group.ty0; ty < group.ty1; ++ty)
-            for (int64_t tx = group.tx0; tx < group.tx1; ++tx, m += wide)
-                for (int64_t o = 0; o < wide && o0 + o < args.o; o += kWidth) {
-                    f32v half[kTile][kInner], y[kTile][kTile];
-                    for (int x = 0; x < kInner; ++x) {
-                        f32v line[kInner], out[kTile];
-                        for (int k = 0; k < kInner; ++k) {
-                            const float* const from = m + (kInner * k + x) * stride + o;
-                            line[k] = get(from);
-                            __builtin_prefetch(from + wide);  // of the next tile
-                        }
-                        points_to_outputs(line, out);
-                        for (int k = 0; k < kTile; ++k) half[k][x] = out[k];
-                    }
-                    for (int k = 0; k < kTile; ++k) points_to_outputs(half[k], y[k]);
-                    const int count = static_cast<int>(at_most(args.o - o0 - o, kWidth));
-                    store_tile(args, y, n, ty, tx, o0 + o, count, get(constant + o));
-                }
-    }
-}
-
 }  // namespace
 
 void winograd_conv_input(const WinogradConvArgs& args, float* scratch, int64_t begin, int64_t end) {
@@ -258,7 +229,7 @@ void winograd_conv_pack(const WinogradConvArgs& args, float* packed, float* scra
         const int64_t o0 = task / blocks * kBlock, wide = at_most(padded - o0, kBlock), c0 = task % blocks * kBlock;
         if (!args.gathered) gather_weights(args, o0, wide, c0, scratch);
         const float* const g = args.gathered ? args.gathered + task * 9 * kPoint : scratch;
-        float* const block = packed + task * kPoints * kPoint;
+        float* const block = packed + (task - begin) * kPoints * kPoint;
         for (int pair = 0; pair < 3; ++pair)
             kWeightsRows[pair](g, at_most(args.c - c0, kBlock), wide, block + kPairs[pair][0] * kInner * kPoint,
                                block + kPairs[pair][1] * kInner * kPoint);

@@ -83,6 +83,8 @@ DIFUSORES_INLINE int64_t point_stride(const WinogradConvArgs& args) {
 
 // --- input ---
 
+constexpr int64_t kPixelsAhead = 8;  // asked for while one is mapped: a few lines of each, far apart
+
 // act(multiplier * x + offset) of kBlock channels from c0 on: rows [first, last) of the pixels that the tiles of image
 // n read, zeros outside, into patch[rows][columns][width]. a, b: the affine map of these channels.
 void fill_rows(const WinogradConvArgs& args, const Group& group, int64_t n, int64_t c0, int64_t width, const float* a,
@@ -101,6 +103,8 @@ void fill_rows(const WinogradConvArgs& args, const Group& group, int64_t n, int6
                 continue;
             }
             const float* const in = args.x + ((n * args.h + iy) * args.w + ix) * args.c + c0;
+            const float* const next = in + kPixelsAhead * args.c;
+            for (int64_t k = 0; k < count; k += kLine) __builtin_prefetch(next + k);
             int64_t c = 0;
             for (; c + kTogether * kWidth <= count; c += kTogether * kWidth) {
                 f32v t[kTogether];
@@ -142,6 +146,34 @@ DIFUSORES_INLINE void store_tile(const WinogradConvArgs& args, const f32v (&y)[4
                 store_tail<DType::f32>(args.y, place, value * args.output_scale, count);
             }
         }
+}
+
+// y of a group for the output channels [o0, o0 + wide), from M, whose points are `stride` apart.
+void points_to_image(const WinogradConvArgs& args, const Group& group, const float* m, int64_t stride, int64_t o0,
+                     int64_t wide) {
+    for (int64_t n = group.n0; n < group.n1; ++n) {
+        alignas(64) float constant[kBlock];
+        for (int64_t o = 0; o < wide; ++o)
+            constant[o] = o0 + o < args.o ? param(args.bias, 0, o0 + o, 0.0f) + param(args.add, n, o0 + o, 0.0f) : 0.0f;
+        for (int64_t ty = group.ty0; ty < group.ty1; ++ty)
+            for (int64_t tx = group.tx0; tx < group.tx1; ++tx, m += wide)
+                for (int64_t o = 0; o < wide && o0 + o < args.o; o += kWidth) {
+                    f32v half[kTile][kInner], y[kTile][kTile];
+                    for (int x = 0; x < kInner; ++x) {
+                        f32v line[kInner], out[kTile];
+                        for (int k = 0; k < kInner; ++k) {
+                            const float* const from = m + (kInner * k + x) * stride + o;
+                            line[k] = get(from);
+                            __builtin_prefetch(from + wide);  // of the next tile
+                        }
+                        points_to_outputs(line, out);
+                        for (int k = 0; k < kTile; ++k) half[k][x] = out[k];
+                    }
+                    for (int k = 0; k < kTile; ++k) points_to_outputs(half[k], y[k]);
+                    const int count = static_cast<int>(at_most(args.o - o0 - o, kWidth));
+                    store_tile(args, y, n, ty, tx, o0 + o, count, get(constant + o));
+                }
+    }
 }
 
 }  // namespace

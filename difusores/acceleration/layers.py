@@ -25,7 +25,17 @@ from difusores.models.layers import GroupNormAct
 from difusores.ops import gemm_conv, group_norm_affine, group_norm_silu, winograd_conv
 from difusores.ops.gemm_conv import LANES, gemm_rows, multiplies_pairs, packed_numbers, splits
 from difusores.ops.gemm_conv import pack_weight as pack_for_gemm
-from difusores.ops.winograd_conv import LayerPlan, Norm, Prepared, pack_weight, plan, prepared
+from difusores.ops.winograd_conv import (
+    IN_CALL,
+    LayerPlan,
+    Norm,
+    Prepared,
+    multiplies_int16,
+    pack_weight,
+    plan,
+    plan_int16,
+    prepared,
+)
 
 CHANNELS_LAST = torch.channels_last
 _MKLDNN = torch.ops.mkldnn
@@ -35,6 +45,7 @@ PACKED_GAIN = 1.4  # of weights packed for the own product: time without over ti
 WORTH_PACKING = 1.1  # of weights transformed for Winograd, from which on they take their memory
 SPLIT_CHANNELS = 32  # in and out, from which on float32 as pairs of bfloat16 is faster: AMX's tiles
 SPLIT = "in float32, tokens and pixels as pairs of bfloat16 on AMX, error 5e-6"
+INT16 = "3x3 by Winograd in 16-bit fixed point, error 5e-4, where that pays"
 POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1))  # kernel, stride, padding, dilation
 WINOGRAD = ((3, 3), (1, 1), (1, 1), (1, 1))
 
@@ -337,6 +348,7 @@ class ConvForward(LayerForward):
 
     Attributes:
         shape: kernel, stride, padding, dilation.
+        int16: whether Winograd's products may be in 16-bit fixed point: in bfloat16 where images are not.
     """
 
     # `invariant` tells about the last call
@@ -354,6 +366,10 @@ class ConvForward(LayerForward):
         self.invariant = session.invariant
         if self.shape == POINTWISE and multiplies_split(m.weight):
             self.how = f"{type(self).how}; {SPLIT}"
+        images_stay = session.dtype is torch.bfloat16 and session.image_dtype is None
+        self.int16 = images_stay and not keep_dtype and multiplies_int16()
+        if self.shape == WINOGRAD and self.int16:
+            self.how = f"{type(self).how}; {INT16}"
         self._ways: dict[tuple[Any, ...], Way] = {}
 
     @classmethod
@@ -437,7 +453,7 @@ class ConvForward(LayerForward):
         dtype = m._parameters["weight"].dtype
         if self.shape != WINOGRAD or dtype is not torch.float32 or (self.dtype or dtype) is not torch.float32:
             return None
-        layer = winograd_plan(m.in_channels, m.out_channels, x.shape[2], x.shape[3])
+        layer = winograd_plan(m.in_channels, m.out_channels, x.shape[2], x.shape[3], self.int16)
         return layer if layer.winograd else None
 
     def _winograd(self, x: Tensor, around: Surroundings, layer: LayerPlan) -> Tensor:
@@ -467,12 +483,17 @@ class ConvForward(LayerForward):
         )
 
     def _form_for_winograd(self, layer: LayerPlan) -> Tensor | None:
-        if layer.gain < WORTH_PACKING:
-            return None
-        weight = self.module._parameters["weight"]
-        return self.transformed.get(
-            (weight,), lambda: pack_weight(weight, layer.transformed), layer.packed_bytes, layer.gain
-        )
+        form, weight = None, self.module._parameters["weight"]
+        dtype = torch.int16 if layer.int16 else torch.float32
+        if layer.gain >= WORTH_PACKING:
+            form = self.transformed.get(
+                (weight,),
+                lambda: pack_weight(weight, layer.transformed, dtype),
+                layer.packed_bytes,
+                layer.gain,
+                dtype,
+            )
+        return IN_CALL if form is None and layer.int16 else form
 
     def prepare(self, like: Tensor, norm: Any) -> Prepared | None:
         """The convolution of images of this size behind a norm and SiLU, with its weights as they are now.
@@ -566,9 +587,9 @@ def normalized_by(around: Surroundings, x: Tensor) -> tuple[Tensor, Tensor | Non
 
 
 @cache
-def winograd_plan(in_channels: int, out_channels: int, height: int, width: int) -> LayerPlan:
-    """`winograd_conv.plan`, which never changes within a process."""
-    return plan(in_channels, out_channels, height, width)
+def winograd_plan(in_channels: int, out_channels: int, height: int, width: int, int16: bool) -> LayerPlan:
+    """`winograd_conv.plan` or `plan_int16`, which never change within a process."""
+    return (plan_int16 if int16 else plan)(in_channels, out_channels, height, width)
 
 
 class GroupNormForward(Forward):

@@ -12,7 +12,7 @@ with rounding errors that depend on the points of interpolation (docs/kernels/wi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ LIBRARY.define(
     "Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=0.0) -> Tensor"
 )
 LIBRARY.define("winograd_conv_pack(Tensor weight, bool transformed) -> Tensor")
+LIBRARY.define("winograd_conv_pack_int16(Tensor weight) -> Tensor")
 register("winograd_conv", "cpu")
 
 LANES = 16  # output channels are computed in multiples of it
@@ -60,6 +61,18 @@ WEIGHTS = 800.0  # gathering them and transforming them, once a call
 GATHERED, TRANSFORMED = 500.0, 100.0  # what is left of that with packed weights
 CACHED = 4 << 20  # bytes; transformed weights that are larger are slower to read than to make
 
+# The same of products in 16-bit fixed point, measured on Zen 5; csrc/cpu/winograd_int16.cpp has the layout.
+PAIRS = BLOCK * BLOCK + 2 * BLOCK  # int16 of a point of a block, and of the 64 scales of its outputs
+PRODUCT_INT16, TRANSFORM_INT16, WEIGHTS_INT16 = 20.0, 1000.0, 1000.0
+FEW_TILES = (
+    16  # of an image, below which the weights decide, and those of int16 are twice as large as the layer's
+)
+LARGEST, LARGEST_WEIGHT, WEIGHT_SUM = 16383.0, 32767.0, 131000.0
+IN_CALL = torch.empty(
+    0, dtype=torch.int16
+)  # in place of packed weights: int16, of weights packed in the call
+NEEDS_INT16 = "the product of int16 needs AVX-512 with VNNI and BF16"
+
 
 class Norm(NamedTuple):
     """A group norm before the convolution: what `group_norm_affine` takes beside x."""
@@ -80,6 +93,7 @@ class LayerPlan:
         transformed: which form of packed weights is better, see `pack_weight`.
         packed_bytes: size of that form.
         gain: expected time of a call with one image without packed weights over one with them.
+        int16: whether the form is that of products in 16-bit fixed point.
     """
 
     winograd: bool
@@ -87,6 +101,7 @@ class LayerPlan:
     transformed: bool
     packed_bytes: int
     gain: float
+    int16: bool = False
 
 
 @cache
@@ -118,34 +133,72 @@ def plan(in_channels: int, out_channels: int, height: int, width: int) -> LayerP
     )
 
 
-def pack_weight(weight: Tensor, transformed: bool = True) -> Tensor:
+def multiplies_int16() -> bool:
+    """Whether this process has a kernel for products in 16-bit fixed point."""
+    return native.status("cpu") is None and native.build_info()["isa_used"] in ("avx512_bf16", "amx")
+
+
+@cache
+def plan_int16(in_channels: int, out_channels: int, height: int, width: int) -> LayerPlan:
+    """`plan` where an error of 1e-3 is allowed: products in 16-bit fixed point, where those are faster."""
+    layer = plan(in_channels, out_channels, height, width)
+    tiles = -(-height // 4) * -(-width // 4)
+    if not layer.winograd or not multiplies_int16() or tiles < FEW_TILES:
+        return layer
+    lanes = -(-out_channels // BLOCK) * BLOCK / out_channels
+    alone = tiles * (PRODUCT_INT16 * lanes + TRANSFORM_INT16 / out_channels + TRANSFORM_INT16 / in_channels)
+    return replace(
+        layer,
+        transformed=True,
+        packed_bytes=2 * _packed_int16(out_channels, in_channels),
+        gain=(alone + WEIGHTS_INT16) / alone,
+        int16=True,
+    )
+
+
+def pack_weight(weight: Tensor, transformed: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weights as `winograd_conv` works on them, which it then need not make in each call.
 
     Worth its memory where a call has few tiles (small images, small batches). The tensor is read as it is:
     make it anew when `weight` changes, and do not save it, for its layout belongs to this version.
 
     Args:
-        weight: [O, C, 3, 3] fp32 on the CPU.
+        weight: [O, C, 3, 3] fp32 on the CPU, contiguous or channels_last.
         transformed: the 36 points of the transform, four times as large as the weights; else the nine
             weights, block by block, which are read without a detour and transformed in each call.
+        dtype: int16 for products in 16-bit fixed point: a call that gets these weights, always transformed,
+            has an error (relative L2) of 4 to 7e-4, up to 2e-3 where a number of a tile is a hundred times
+            the others, and is up to twice as fast. To be asked for where `multiplies_int16`.
 
     Returns:
-        [ceil(O / 64) * ceil(C / 64) * (36 or 9) * 4112] fp32.
+        [ceil(O / 64) * ceil(C / 64) * (36 or 9) * 4112] fp32, or [ceil(O / 64) * ceil(C / 64) * 36 * 4224]
+        int16.
 
     Raises:
-        ValueError: another shape, dtype or device.
+        ValueError: another shape, dtype or device. RuntimeError: int16, of which the kernels in use have no
+        product.
     """
+    if dtype not in (torch.float32, torch.int16):
+        raise ValueError(f"weights are packed as float32 or int16, not {dtype}")
     if weight.ndim != 4 or weight.shape[2:] != (3, 3):
         raise ValueError(f"weight must have shape [O, C, 3, 3], got {tuple(weight.shape)}")
     if weight.dtype is not torch.float32 or not weight.is_cpu:
         raise ValueError(f"weight must be float32 on the CPU, got {weight.dtype} on {weight.device}")
+    packed: Tensor
     with torch.no_grad():
-        packed: Tensor = torch.ops.difusores.winograd_conv_pack(weight, transformed)
+        if dtype is torch.int16:
+            packed = torch.ops.difusores.winograd_conv_pack_int16(weight)
+        else:
+            packed = torch.ops.difusores.winograd_conv_pack(weight, transformed)
     return packed
 
 
 def _packed_size(out_channels: int, in_channels: int, transformed: bool) -> int:
     return -(-out_channels // BLOCK) * -(-in_channels // BLOCK) * (36 if transformed else 9) * POINT
+
+
+def _packed_int16(out_channels: int, in_channels: int) -> int:
+    return -(-out_channels // BLOCK) * -(-in_channels // BLOCK) * 36 * PAIRS
 
 
 def pack_reference(weight: Tensor, transformed: bool) -> Tensor:
@@ -154,18 +207,8 @@ def pack_reference(weight: Tensor, transformed: bool) -> Tensor:
     Not transformed: of each block [channels out / 16, channels in, 9, 16] and zeros.
     """
     o, c = weight.shape[:2]
-    near, far = 1 / (2 * A * A * (A * A - B * B)), 1 / (2 * B * B * (B * B - A * A))
-    g = weight.new_tensor(
-        [
-            [1 / (A * A * B * B), 0, 0],
-            *([near, sign * A * near, A * A * near] for sign in (1, -1)),
-            *([far, sign * B * far, B * B * far] for sign in (1, -1)),
-            [0, 0, 1],
-        ],
-        dtype=torch.float64,
-    )
     if transformed:
-        u = torch.einsum("iy,ocyx,jx->ijco", g, weight.double(), g).reshape(36, c, o).to(weight.dtype)
+        u = transform_weight(weight).to(weight.dtype)
     else:
         u = weight.permute(2, 3, 1, 0).reshape(9, c, o)
     u = F.pad(u, (0, -o % LANES))
@@ -184,6 +227,48 @@ LIBRARY.impl("winograd_conv_pack", pack_reference, "CompositeExplicitAutograd")
 @torch.library.register_fake("difusores::winograd_conv_pack", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _pack_fake(weight: Tensor, transformed: bool) -> Tensor:
     return weight.new_empty(_packed_size(weight.shape[0], weight.shape[1], transformed))
+
+
+def transform_weight(weight: Tensor) -> Tensor:
+    """[O, C, 3, 3] to its 36 points [36, C, O], in float64."""
+    o, c = weight.shape[:2]
+    near, far = 1 / (2 * A * A * (A * A - B * B)), 1 / (2 * B * B * (B * B - A * A))
+    g = weight.new_tensor(
+        [
+            [1 / (A * A * B * B), 0, 0],
+            *([near, sign * A * near, A * A * near] for sign in (1, -1)),
+            *([far, sign * B * far, B * B * far] for sign in (1, -1)),
+            [0, 0, 1],
+        ],
+        dtype=torch.float64,
+    )
+    return torch.einsum("iy,ocyx,jx->ijco", g, weight.double(), g).reshape(36, c, o)
+
+
+def pack_int16_reference(weight: Tensor) -> Tensor:
+    """[blocks of O, 36, blocks of C, PAIRS]: [32 pairs of channels, 64 outputs, 2] and 64 scales in float32.
+
+    The channels of a block lie as AVX-512 packs two vectors of 32-bit numbers.
+    """
+    o, c = weight.shape[:2]
+    u = F.pad(transform_weight(weight).float(), (0, -o % BLOCK, 0, -c % BLOCK))
+    u = u.view(36, -1, BLOCK, u.shape[2] // BLOCK, BLOCK).permute(3, 0, 1, 2, 4)
+    unit = torch.maximum(
+        u.abs().amax(3, keepdim=True).clamp_min(1e-30) / LARGEST_WEIGHT,
+        u.abs().sum(3, keepdim=True) / WEIGHT_SUM,
+    )
+    numbers = (u / unit).round().to(torch.int16)
+    lanes = numbers.unflatten(3, (2, 2, 4, 4)).transpose(4, 5).flatten(3, 6)  # of two vectors, four in turn
+    pairs = lanes.unflatten(3, (-1, 2)).transpose(4, 5).flatten(3)
+    return torch.cat([pairs, unit.flatten(3).contiguous().view(torch.int16)], dim=3).flatten()
+
+
+LIBRARY.impl("winograd_conv_pack_int16", pack_int16_reference, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("difusores::winograd_conv_pack_int16", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _pack_int16_fake(weight: Tensor) -> Tensor:
+    return weight.new_empty(_packed_int16(weight.shape[0], weight.shape[1]), dtype=torch.int16)
 
 
 def _per_channel(t: Tensor, x: Tensor) -> Tensor:
@@ -278,6 +363,8 @@ def supports(
         return "the kernel takes channels_last images, not other strides"
     if residual is not None and not residual.is_contiguous(memory_format=torch.channels_last):
         return "the kernel takes a channels_last residual"
+    if packed is not None and packed.dtype is torch.int16 and not multiplies_int16():
+        return NEEDS_INT16
     return None
 
 
@@ -309,12 +396,13 @@ def _check(
             f"residual must be like the output, {(n, o, height, width)} {x.dtype}, "
             f"got {tuple(residual.shape)} {residual.dtype}"
         )
-    sizes = [_packed_size(o, c, transformed) for transformed in (True, False)]
-    if packed is not None and (
-        packed.ndim != 1 or packed.shape[0] not in sizes or packed.dtype is not torch.float32
-    ):
+    sizes = {
+        torch.float32: [_packed_size(o, c, transformed) for transformed in (True, False)],
+        torch.int16: [_packed_int16(o, c), 0],
+    }
+    if packed is not None and (packed.ndim != 1 or packed.shape[0] not in sizes.get(packed.dtype, ())):
         raise ValueError(
-            f"packed must be what pack_weight made of this weight, {sizes} torch.float32, "
+            f"packed must be what pack_weight made of this weight, of one of {sizes} numbers, "
             f"got {tuple(packed.shape)} {packed.dtype}"
         )
     named = {"weight": weight, "bias": bias, "multiplier": multiplier, "offset": offset, "add": add}
@@ -379,13 +467,16 @@ def winograd_conv(
         add: [N, O] (a time embedding) or None.
         residual: like y, or None.
         output_scale: the factor of the whole.
-        packed: `pack_weight(weight)`, or None.
+        packed: `pack_weight(weight)`, or None. In int16 the products are of 16-bit fixed-point numbers: a
+            tile's inputs have a scale for 64 channels, weights one for a point, an output and 64 channels.
+            `IN_CALL`: int16 too, packed within the call, the same bits.
         norm: of x, in place of a multiplier and an offset, whose bits are those of `group_norm_affine`.
 
     Returns:
-        y [N, O, H, W] in x's dtype and layout. Relative L2 error at most 1e-5. A NaN or Inf in x makes NaN of
-        the 4x4 tiles of outputs which read it, not only of the outputs next to it. Where a gradient is needed
-        the reference runs, in whose every tensor but `packed` the call is differentiable.
+        y [N, O, H, W] in x's dtype and layout. Relative L2 error at most 1e-5; with weights in int16 see
+        `pack_weight`. A NaN or Inf in x makes NaN of the 4x4 tiles of outputs which read it, not only of the
+        outputs next to it. Where a gradient is needed the reference runs, in whose every tensor but `packed`
+        the call is differentiable.
 
     Raises:
         ValueError: shapes or devices that do not fit, named; or norm beside a multiplier or offset.

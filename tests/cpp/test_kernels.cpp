@@ -428,13 +428,14 @@ struct GroupShape {
 };
 
 // fused: with everything around the convolution, and weights [O, 3, 3, C] that were packed before; else they were
-// gathered, if asked for.
-void winograd(const Kernels& k, ConvShape shape, GroupShape group, bool fused, bool gathered = false) {
+// gathered, if asked for. int16: packed for products in 16-bit fixed point.
+void winograd(const Kernels& k, ConvShape shape, GroupShape group, bool fused, bool gathered = false,
+              bool int16 = false) {
     const auto [n, c, o, h, w] = shape;
     const auto x = normal(n * h * w * c, 1), weight = normal(o * c * 9, 2), residual = normal(n * h * w * o, 3);
     const auto bias = normal(o, 4), add = normal(n * o, 5), multiplier = normal(n * c, 6), offset = normal(n * c, 7);
     std::vector<float> y(n * h * w * o);
-    WinogradConvArgs a{};
+    WinogradInt16Args a{};
     a.x = x.data(), a.weight = weight.data(), a.weight_last = fused, a.y = y.data();
     a.n = n, a.c = c, a.o = o, a.h = h, a.w = w, a.output_scale = fused ? 0.5f : 1.0f, a.silu = fused;
     a.group_n = group.n, a.group_h = group.h, a.group_w = group.w;
@@ -458,8 +459,22 @@ void winograd(const Kernels& k, ConvShape shape, GroupShape group, bool fused, b
         k.winograd_conv_gather(a, ready.data(), 0, blocks_o * blocks_c);
         a.gathered = ready.data();
     }
-    k.winograd_conv_input(a, patch.data(), 0, groups * blocks_c);
-    k.winograd_conv_output(a, products.data(), 0, groups * blocks_o);
+    std::vector<int16_t> pairs(int16 ? blocks_o * blocks_c * 36 * kWinogradPairs : 0);
+    std::vector<int16_t> tiles(int16 ? groups * winograd_int16_group(a) : 0);
+    if (int16) {
+        for (int64_t task = 0; task < blocks_o * blocks_c; ++task) {
+            k.winograd_conv_pack(a, packed.data(), weights.data(), task, task + 1);
+            k.winograd_int16_pack(a, packed.data(), pairs.data(), task);
+        }
+        a.packed16 = pairs.data(), a.v16 = tiles.data();
+        patch.resize(patch.size() + 36 * kWinogradBlock);
+        products.resize(points);
+        k.winograd_int16_input(a, patch.data(), 0, groups * blocks_c);
+        k.winograd_int16_output(a, products.data(), 0, groups * blocks_o);
+    } else {
+        k.winograd_conv_input(a, patch.data(), 0, groups * blocks_c);
+        k.winograd_conv_output(a, products.data(), 0, groups * blocks_o);
+    }
     double error = 0, size = 0;
     const auto weight_at = [&](int64_t out, int64_t in, int64_t tap) {
         return static_cast<double>(weight[fused ? (out * 9 + tap) * c + in : (out * c + in) * 9 + tap]);
@@ -481,8 +496,10 @@ void winograd(const Kernels& k, ConvShape shape, GroupShape group, bool fused, b
                 if (fused) want = 0.5 * (want + bias[out] + add[i * o + out] + residual[place]);
                 error += (y[place] - want) * (y[place] - want), size += want * want;
             }
-    expect(error <= 1e-12 * size, std::string(k.isa) + " winograd_conv " + std::to_string(c) + " to " +
-                                      std::to_string(o) + ": " + std::to_string(std::sqrt(error / size)));
+    const std::string name = int16 ? " winograd_conv in int16 " : " winograd_conv ";
+    expect(error <= (int16 ? 1e-6 : 1e-12) * size, std::string(k.isa) + name + std::to_string(c) + " to " +
+                                                       std::to_string(o) + ": " +
+                                                       std::to_string(std::sqrt(error / size)));
 }
 
 // q, k, v as views of [B, L, H, D]; mask: 0 none, 1 a bool of each head, 2 added, the same for every query.
@@ -599,6 +616,12 @@ int main() {
                 gemm_pairs(*k, 3, 700, 65, 3, 3, 1, 1, fused);  // more than one chunk
             }
         }
+        if (k->winograd_int16_output)
+            for (const bool fused : {false, true}) {
+                winograd(*k, {1, 1, 1, 1, 1}, {1, 1, 1}, fused, false, true);
+                winograd(*k, {2, 67, 70, 6, 9}, {2, 2, 3}, fused, false, true);
+                winograd(*k, {1, 40, 130, 19, 22}, {1, 3, 2}, fused, false, true);
+            }
         if (k->gemm_conv_split) {
             gemm_split(*k, 1, 1, 1, false);
             gemm_split(*k, 77, 1300, 70, false);  // two blocks of the depth, two shares

@@ -11,10 +11,23 @@ from torch import Tensor
 
 from difusores import ops
 from difusores.ops import dispatch
-from difusores.ops.winograd_conv import Norm, pack_reference, pack_weight, plan
+from difusores.ops.winograd_conv import (
+    IN_CALL,
+    NEEDS_INT16,
+    PAIRS,
+    Norm,
+    multiplies_int16,
+    pack_int16_reference,
+    pack_reference,
+    pack_weight,
+    plan,
+    plan_int16,
+)
 
 OP = "winograd_conv"
 LIMIT = 1e-5  # relative L2; the named exception to the tolerance rule (docs/design.md, section 5)
+INT16_LIMIT = 1e-3  # the same of products in 16-bit fixed point
+int16 = pytest.mark.skipif(not multiplies_int16(), reason=NEEDS_INT16)
 
 # (N, C, O, H, W): single elements and tiles, tails in every dimension, several blocks of channels and tiles
 CASES = [
@@ -119,6 +132,119 @@ def test_bitwise(case: tuple[int, ...]) -> None:
         assert torch.equal(run("cpu", alone), one[image : image + 1])
 
 
+def with_int16(call: dict[str, Any]) -> dict[str, Any]:
+    return {**call, "packed": pack_weight(call["weight"], dtype=torch.int16)}
+
+
+@int16
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_int16_against_the_oracle(case: tuple[int, ...]) -> None:
+    for options in OPTIONS.values():
+        call = make(case, options)
+        y = run("cpu", with_int16(call))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert distance(y, run("reference", wide(call))) <= INT16_LIMIT, options
+
+
+@int16
+@pytest.mark.parametrize("case", [(3, 70, 130, 13, 22), (5, 96, 48, 8, 8), (2, 24, 32, 70, 61)], ids=str)
+def test_int16_bitwise(case: tuple[int, ...]) -> None:
+    """The same call twice, an image alone or beside one that is 1e6 times as large, one thread or several."""
+    call = with_int16(make(case, ("bias", "multiplier", "offset", "add", "residual")))
+    call["x"][0] *= 1e6
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run("cpu", call)
+        torch.set_num_threads(3)
+        several, again = run("cpu", call), run("cpu", call)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one, several) and torch.equal(several, again)
+    assert torch.equal(run("cpu", {**call, "packed": IN_CALL}), one)
+    for image in range(case[0]):
+        per_image = ("x", "multiplier", "offset", "add", "residual")
+        alone = {k: v[image : image + 1] if k in per_image else v for k, v in call.items()}
+        assert torch.equal(run("cpu", alone), one[image : image + 1])
+
+
+@int16
+def test_int16_sums_do_not_overflow() -> None:
+    """Where all products of a block of channels are the largest there can be and have one sign."""
+    x, weight = torch.randn(1, 1, 8, 8).expand(1, 128, 8, 8), torch.randn(5, 1, 3, 3).expand(5, 128, 3, 3)
+    for scale in (1.0, 1e-25, 1e25):
+        call = {
+            "x": (x * scale).contiguous(memory_format=torch.channels_last),
+            "weight": weight.contiguous(),
+        }
+        assert distance(run("cpu", with_int16(call)), run("reference", wide(call))) <= INT16_LIMIT
+
+
+@int16
+@pytest.mark.parametrize("size", [100.0, 1e4])
+@pytest.mark.parametrize(("name", "place"), [("x", (0, 7, 2, 3)), ("weight", (3, 70, 1, 1))])
+def test_int16_keeps_its_error_beside_a_number_far_beyond_the_others(
+    size: float, name: str, place: tuple[int, ...]
+) -> None:
+    call = make((1, 128, 5, 8, 8), ())
+    call[name][place] = size * call[name].std()
+    assert distance(run("cpu", with_int16(call)), run("reference", wide(call))) <= 2 * INT16_LIMIT
+
+
+@int16
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_int16_nan_and_inf(value: float) -> None:
+    """No output of the tiles that read one is finite, and none of an output whose weight is one."""
+    call = make((2, 70, 17, 13, 14), ("bias", "residual"))
+    clean = run("cpu", with_int16(call))
+    spoiled = {**call, "x": call["x"].clone(memory_format=torch.preserve_format)}
+    spoiled["x"][1, 3, 5, 8] = value  # read by the tiles of rows 4 to 7 and of columns 4 to 11
+    y = run("cpu", with_int16(spoiled))
+    touched = y[1, :, 4:8, 4:12]
+    assert not torch.isfinite(touched).any()
+    touched.copy_(clean[1, :, 4:8, 4:12])
+    assert torch.equal(y, clean)
+    call["weight"][4, 69, 1, 2] = value
+    y = run("cpu", with_int16(call))
+    assert not torch.isfinite(y[:, 4]).any()
+    y[:, 4] = clean[:, 4]
+    assert torch.equal(y, clean)
+
+
+@int16
+@pytest.mark.parametrize(("c", "o"), [(3, 5), (70, 130)])
+def test_int16_weights_are_the_transform(c: int, o: int) -> None:
+    weight = torch.randn(o, c, 3, 3)
+    packed = pack_weight(weight, dtype=torch.int16)
+    assert torch.equal(pack_weight(weight.to(memory_format=torch.channels_last), dtype=torch.int16), packed)
+    got, expected = packed.view(-1, PAIRS), pack_int16_reference(weight).view(-1, PAIRS)
+    scales = [part[:, -128:].contiguous().view(torch.float32) for part in (got, expected)]
+    torch.testing.assert_close(*scales, rtol=1e-5, atol=0)
+    assert (got[:, :-128].int() - expected[:, :-128]).abs().max() <= 1, "rounded the other way"
+    torch.library.opcheck(torch.ops.difusores.winograd_conv_pack_int16.default, (weight,))
+
+
+@pytest.mark.skipif(multiplies_int16(), reason="for kernels of which none needs AVX-512")
+@pytest.mark.skipif(dispatch.status("cpu") is not None, reason=dispatch.status("cpu") or "")
+def test_int16_is_refused_in_words() -> None:
+    call = make((1, 8, 8, 8, 8), ())
+    with pytest.raises(RuntimeError, match="needs AVX-512"):
+        pack_weight(call["weight"], dtype=torch.int16)
+    with pytest.raises(ops.BackendUnavailable, match="needs AVX-512"):
+        run("cpu", {**call, "packed": pack_int16_reference(call["weight"])})
+
+
+def test_plan_int16() -> None:
+    """Where the kernel is there, for images of 16 tiles and more."""
+    layer = plan_int16(128, 256, 32, 32)
+    assert layer.int16 == multiplies_int16()
+    if layer.int16:
+        assert layer.packed_bytes == 2 * pack_int16_reference(torch.zeros(256, 128, 3, 3)).numel()
+        assert plan_int16(256, 256, 16, 16).gain > layer.gain > plan_int16(128, 256, 128, 128).gain > 1
+    assert plan_int16(256, 256, 12, 16) == plan(256, 256, 12, 16)
+    assert plan_int16(4, 320, 64, 64) == plan(4, 320, 64, 64)
+
+
 @pytest.mark.parametrize("case", CASES[2:5], ids=str)
 def test_norm_is_its_multiplier_and_offset(backend: str, case: tuple[int, ...]) -> None:
     """In one call or two: the same bits, and near the oracle."""
@@ -220,6 +346,8 @@ def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
 def test_other_types_and_strides() -> None:
     with pytest.raises(TypeError, match="floating-point"):
         ops.winograd_conv(torch.ones(1, 2, 4, 4, dtype=torch.int64), torch.ones(2, 2, 3, 3))
+    with pytest.raises(ValueError, match="packed as float32 or int16"):
+        pack_weight(torch.ones(2, 2, 3, 3), dtype=torch.float64)
     with pytest.raises(ValueError, match="float32 on the CPU"):
         pack_weight(torch.ones(2, 2, 3, 3).half())
     with pytest.raises(ValueError, match=r"\[O, C, 3, 3\]"):
