@@ -235,8 +235,9 @@ constexpr int64_t kGemmTileRows = 16;     // output pixels in one
 constexpr int64_t kGemmRunTiles = 32;     // of a task at most
 
 // y = conv(act(multiplier x + offset), weight) + bias + add + residual, or GEGLU of it, plus residual; see
-// cpu/gemm_conv_bf16.cpp. x, y, residual and packed are bf16; multiplier and offset fp32.
+// cpu/gemm_conv_bf16.cpp. packed is bf16; multiplier and offset fp32.
 struct GemmPairsArgs {
+    DType dtype;               // of x, residual and y: bf16, or f32, where x is rounded as it is arranged
     const void* x;             // [N, H, W, C]
     const void* packed;        // [O / 32][C / 32][taps][16][32][2], C and O rounded up, zeros beyond
     bool geglu;                // packed: 16 values and their 16 gates in turn; O is a multiple of 32; there is no add

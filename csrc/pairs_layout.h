@@ -15,7 +15,8 @@ inline int64_t lay_out(GemmPairsArgs& a, int64_t* place) {
     const int64_t taps = a.kernel_h * a.kernel_w, blocks = pair_steps(a) / taps, pixels = a.out_h * a.out_w;
     const bool as_it_is = taps == 1 && a.stride_h == 1 && a.stride_w == 1 && !a.pad_h && !a.pad_w;
     a.place = place;
-    if (as_it_is && !a.multiplier.ptr && a.c % kGemmPairStep == 0 && pixels >= kGemmTileRows) {
+    if (as_it_is && a.dtype == DType::bf16 && !a.multiplier.ptr && a.c % kGemmPairStep == 0 &&
+        pixels >= kGemmTileRows) {
         for (int64_t block = 0; block < blocks; ++block) place[block] = block * kPixel;
         return 0;
     }

@@ -234,6 +234,19 @@ def test_which_convolutions_in_bfloat16_are_in_16_bit_fixed_point() -> None:
         assert kept.transformed.bytes and not made.transformed.bytes
 
 
+@pytest.mark.skipif(not multiplies_pairs(), reason=NEEDS_PAIRS)
+def test_which_images_in_float32_are_rounded() -> None:
+    """In a session in bfloat16 small ones and those of convolutions with strides, if weights may be kept."""
+
+    def fuses(size: int, stride: int = 1, out: int = 16, budget: int = 1 << 20, keep: bool = False) -> bool:
+        session = Session((), torch.bfloat16, None, budget)
+        layer = layers.ConvForward(nn.Conv2d(16, out, 3, stride, 1), session, keep)
+        return layer.way(torch.empty(1, 16, size, size, device="meta")).fuses
+
+    assert fuses(4) and fuses(5) and fuses(64, stride=2)
+    assert not (fuses(6) or fuses(4, out=3) or fuses(4, budget=0) or fuses(4, keep=True))
+
+
 def test_autoencoder_halves(library: str) -> None:
     model = make(library, "vae")
     image = inputs("vae")[0]

@@ -129,6 +129,13 @@ int64_t gated(int64_t o) {
     return o / 2;
 }
 
+// Of the weight [O, C, ...] as pairs of bf16; as two of them it has twice as many.
+int64_t pair_numbers(const Tensor& weight) {
+    const int64_t taps = weight.dim() == 4 ? weight.size(2) * weight.size(3) : 1;
+    return taps * parts(weight.size(0), kGemmPairColumns) * kGemmPairColumns * parts(weight.size(1), kGemmPairStep) *
+           kGemmPairStep;
+}
+
 const void* packed_of(const Tensor& packed, ScalarType type, int64_t numbers) {
     STD_TORCH_CHECK(packed.is_contiguous() && packed.scalar_type() == type && packed.numel() == numbers,
                     "gemm_conv: packed is not of a weight of this shape");
@@ -170,11 +177,12 @@ Tensor gemm_conv_pairs(const Tensor& x, const Tensor& weight, const OptionalTens
                        const OptionalTensor& add, const OptionalTensor& residual, const int64_t (&geometry)[4],
                        const Tensor& packed, bool geglu) {
     STD_TORCH_CHECK(g_kernels->gemm_conv_bf16, "gemm_conv: ISA level ", g_kernels->isa, " has no bf16 kernel");
+    const ScalarType type = x.scalar_type();
     GemmPairsArgs a{};
-    a.x = pixels_of(x, weight, ScalarType::BFloat16);
+    a.dtype = type == ScalarType::Float ? DType::f32 : DType::bf16;
+    a.x = pixels_of(x, weight, type);
     Sizes sizes = set_geometry(a, x, weight, geometry);
-    const int64_t padded = parts(a.o, kGemmPairColumns) * kGemmPairColumns;
-    a.packed = packed_of(packed, ScalarType::BFloat16, pair_steps(a) * kGemmPairStep * padded);
+    a.packed = packed_of(packed, ScalarType::BFloat16, pair_numbers(weight));
     a.multiplier = floats("gemm_conv", multiplier, sizes.n, a.c, "multiplier");
     a.offset = floats("gemm_conv", offset, sizes.n, a.c, "offset");
     STD_TORCH_CHECK(!multiplier == !offset, "gemm_conv: multiplier and offset go together");
@@ -185,7 +193,7 @@ Tensor gemm_conv_pairs(const Tensor& x, const Tensor& weight, const OptionalTens
     a.geglu = geglu;
     STD_TORCH_CHECK(!geglu || !add, "gemm_conv: with GEGLU the kernel adds nothing but a bias and a residual");
     if (geglu) sizes.o = gated(a.o);
-    a.residual = residual_of(residual, x, sizes, ScalarType::BFloat16);
+    a.residual = residual_of(residual, x, sizes, type);
     Tensor y = new_output(x, sizes);
     if (y.numel() == 0) return y;
     a.y = y.data_ptr();
@@ -219,18 +227,18 @@ Tensor gemm_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor mu
                  bool silu, OptionalTensor add, OptionalTensor residual, int64_t stride_h, int64_t stride_w,
                  int64_t padding_h, int64_t padding_w, Tensor packed, bool geglu) {
     const int64_t geometry[4] = {stride_h, stride_w, padding_h, padding_w};
-    if (x.scalar_type() == ScalarType::BFloat16)
+    const bool pairs = packed.scalar_type() == ScalarType::BFloat16;
+    if (x.scalar_type() == ScalarType::BFloat16 || (pairs && packed.numel() == pair_numbers(weight)))
         return gemm_conv_pairs(x, weight, bias, multiplier, offset, silu, add, residual, geometry, packed, geglu);
     STD_TORCH_CHECK(!multiplier && !offset && !silu && !add,
-                    "gemm_conv: the kernel takes multiplier, offset, silu and add in bfloat16 alone");
+                    "gemm_conv: the kernel takes multiplier, offset, silu and add with weights in bfloat16 alone");
     GemmConvArgs a{};
     a.x = pixels_of(x, weight, ScalarType::Float);
     Sizes sizes = set_geometry(a, x, weight, geometry);
     a.n = sizes.n, a.geglu = geglu;
     if (geglu) sizes.o = gated(a.o);
     const int64_t rows = a.n * a.out_h * a.out_w, depth = a.kernel_h * a.kernel_w * a.c;
-    const bool split = packed.scalar_type() == ScalarType::BFloat16;
-    if (split)
+    if (pairs)
         a.packed = packed_of(
             packed, ScalarType::BFloat16,
             2 * parts(depth, kGemmPairStep) * kGemmPairStep * parts(a.o, kGemmPairColumns) * kGemmPairColumns);
@@ -241,7 +249,7 @@ Tensor gemm_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor mu
     if (rows == 0) return y;
     a.y = y.data_ptr();
     a.gathers = a.kernel_h * a.kernel_w != 1 || a.stride_h != 1 || a.stride_w != 1 || a.pad_h || a.pad_w;
-    if (split) {
+    if (pairs) {
         multiply_split(a);
         return y;
     }

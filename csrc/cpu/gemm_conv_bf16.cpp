@@ -1,4 +1,4 @@
-// gemm_conv in bf16, sums in fp32: for the levels with products of bf16 pairs.
+// gemm_conv in bf16, sums in fp32: for the levels with products of bf16 pairs. x, y and the residual may be fp32.
 //
 // y = conv(act(multiplier x + offset), weight) + bias + add + residual, or GEGLU of the product and bias, plus
 // residual; x, y, residual are [N, H, W, C] in memory. Weights come in panels of 32 columns, packed as pairs of input
@@ -79,7 +79,7 @@ struct Terms {
 };
 
 // y of a block of which a tile has fewer than 16 rows, or of a panel of fewer than 32 columns, from its sums.
-template <bool kGeglu>
+template <bool kGeglu, DType kY>
 void finish_tail(const Pending& p, const Block& block, int64_t wide) {
     for (int64_t k = 0; k < block.tiles; ++k)
         for (int64_t r = 0; r < block.rows[k]; ++r)
@@ -92,9 +92,10 @@ void finish_tail(const Pending& p, const Block& block, int64_t wide) {
                     const f32v gates[1] = {load<DType::f32>(m, kWidth) + load<DType::f32>(p.terms[k], kWidth)};
                     gate<false, true>(y, gates);
                 }
-                if (p.residual) y[0] += load_tail<DType::bf16>(p.residual + at, o, left);
-                const auto rounded = (__m256i)_mm512_cvtneps_pbh((__m512)y[0]);
-                _mm256_mask_storeu_epi16(p.y + at + 2 * o, static_cast<__mmask16>((1 << left) - 1), rounded);
+                if (p.residual) y[0] += load_tail<kY>(p.residual + at, o, left);
+                const auto there = static_cast<__mmask16>((1 << left) - 1);
+                if constexpr (kY == DType::f32) _mm512_mask_storeu_ps(p.y + at + 4 * o, there, (__m512)y[0]);
+                else _mm256_mask_storeu_epi16(p.y + at + 2 * o, there, (__m256i)_mm512_cvtneps_pbh((__m512)y[0]));
             }
 }
 
@@ -113,8 +114,8 @@ DIFUSORES_INLINE void rounded_silu(f32v (&x)[kCount]) {
 }
 
 // act(multiplier x + offset) of kBlocks blocks of 32 channels from c on, `bytes` from one block to the next in `to`;
-// channels from C on are zero.
-template <int kBlocks, bool kSilu>
+// channels from C on are zero. Without a multiplier x itself.
+template <int kBlocks, bool kAffine, bool kSilu, DType kX>
 DIFUSORES_INLINE void activate(const GemmPairsArgs& a, const char* x, int64_t n, int64_t c, char* to, int64_t bytes) {
     constexpr int kVectors = 2 * kBlocks;
     const float* const multiplier = static_cast<const float*>(a.multiplier.ptr) + n * a.multiplier.row_stride;
@@ -123,11 +124,13 @@ DIFUSORES_INLINE void activate(const GemmPairsArgs& a, const char* x, int64_t n,
     for (int k = 0; k < kVectors; ++k) {
         const int64_t at = c + k * kWidth;
         if (at + kWidth <= a.c) {
-            t[k] = load<DType::bf16>(x, at) * load<DType::f32>(multiplier, at) + load<DType::f32>(offset, at);
+            t[k] = load<kX>(x, at);
+            if constexpr (kAffine) t[k] = t[k] * load<DType::f32>(multiplier, at) + load<DType::f32>(offset, at);
         } else {
             const int left = at < a.c ? static_cast<int>(a.c - at) : 0;
-            t[k] = load_tail<DType::bf16>(x, at, left) * load_tail<DType::f32>(multiplier, at, left) +
-                   load_tail<DType::f32>(offset, at, left);
+            t[k] = load_tail<kX>(x, at, left);
+            if constexpr (kAffine)
+                t[k] = t[k] * load_tail<DType::f32>(multiplier, at, left) + load_tail<DType::f32>(offset, at, left);
         }
     }
     if constexpr (kSilu) rounded_silu(t);
@@ -137,24 +140,35 @@ DIFUSORES_INLINE void activate(const GemmPairsArgs& a, const char* x, int64_t n,
     }
 }
 
+template <bool kAffine, bool kSilu, DType kX>
+void activate_pixel(const GemmPairsArgs& a, const char* x, int64_t n, char* to, int64_t bytes) {
+    int64_t c = 0;
+    for (; c + kStep < a.c; c += 2 * kStep, to += 2 * bytes) activate<2, kAffine, kSilu, kX>(a, x, n, c, to, bytes);
+    if (c < a.c) activate<1, kAffine, kSilu, kX>(a, x, n, c, to, bytes);
+}
+
 // A pixel's channels, or zeros where x is nullptr, to `to`, `bytes` from one block of 32 to the next.
 void arrange_pixel(const GemmPairsArgs& a, const char* x, int64_t n, char* to, int64_t bytes) {
-    int64_t c = 0;
+    const bool rounds = a.dtype == DType::f32;
     if (x && a.multiplier.ptr) {
-        const auto two = a.silu ? activate<2, true> : activate<2, false>;
-        const auto one = a.silu ? activate<1, true> : activate<1, false>;
-        for (; c + kStep < a.c; c += 2 * kStep, to += 2 * bytes) two(a, x, n, c, to, bytes);
-        if (c < a.c) one(a, x, n, c, to, bytes);
-        return;
-    }
-    for (; c < a.c; c += kStep, to += bytes) {
-        const __mmask64 there = x ? ~0ULL >> (64 - 2 * at_most(a.c - c, kStep)) : 0;
-        _mm512_storeu_si512(to, _mm512_maskz_loadu_epi8(there, x + 2 * c));
+        if (rounds)
+            (a.silu ? activate_pixel<true, true, DType::f32> : activate_pixel<true, false, DType::f32>)(a, x, n, to,
+                                                                                                        bytes);
+        else
+            (a.silu ? activate_pixel<true, true, DType::bf16> : activate_pixel<true, false, DType::bf16>)(a, x, n, to,
+                                                                                                          bytes);
+    } else if (x && rounds) {
+        activate_pixel<false, false, DType::f32>(a, x, n, to, bytes);
+    } else {
+        for (int64_t c = 0; c < a.c; c += kStep, to += bytes) {
+            const __mmask64 there = x ? ~0ULL >> (64 - 2 * at_most(a.c - c, kStep)) : 0;
+            _mm512_storeu_si512(to, _mm512_maskz_loadu_epi8(there, x + 2 * c));
+        }
     }
 }
 
 // The blocks of a run times the panels [p0, p1).
-template <bool kGeglu>
+template <bool kGeglu, DType kY>
 void multiply_run(const GemmPairsArgs& a, const Block* blocks, int64_t count, int64_t p0, int64_t p1, float* scratch) {
     const int64_t steps = a.kernel_h * a.kernel_w * ((a.c + kStep - 1) / kStep);
     const int64_t chunks = (steps + kChunk - 1) / kChunk, chunk = (steps + chunks - 1) / chunks;
@@ -163,7 +177,7 @@ void multiply_run(const GemmPairsArgs& a, const Block* blocks, int64_t count, in
     alignas(64) float sums[2][2 * kTileSums];
     Pending pending{};
     pending.y = static_cast<char*>(a.y), pending.residual = static_cast<const char*>(a.residual);
-    pending.apart = 2 * (kGeglu ? a.o / 2 : a.o);
+    pending.apart = kBytes<kY> * (kGeglu ? a.o / 2 : a.o);
     Part part{};
     part.row = 2 * (a.arranged ? kStep * (a.split_w ? 1 : a.stride_w) : a.c), part.y_row = pending.apart;
     for (int64_t q0 = p0, which = 0; q0 < p1; q0 += group) {
@@ -188,29 +202,30 @@ void multiply_run(const GemmPairsArgs& a, const Block* blocks, int64_t count, in
                     part.m = last ? sums[which] : kept;
                     part.next = p == p0 && !a.arranged && t + 1 < count ? blocks[t + 1].a[0] : nullptr;
                     if (part.ahead >= end) part.lines = 0;
-                    const int64_t first = pending.apart * block.row[0] + 2 * p * columns;
+                    const int64_t first = pending.apart * block.row[0] + kBytes<kY> * p * columns;
                     const bool whole = block.rows[0] == kTile && (block.tiles == 1 || block.rows[1] == kTile) &&
                                        (p + 1) * kColumns <= a.o;
                     part.y = last && whole ? pending.y + first : nullptr;
                     part.residual = pending.residual ? pending.residual + first : nullptr;
-                    if (block.tiles == 2) multiply<2, kGeglu>(part, pending);
-                    else multiply<1, kGeglu>(part, pending);
+                    if (block.tiles == 2) multiply<2, kGeglu, kY>(part, pending);
+                    else multiply<1, kGeglu, kY>(part, pending);
                     part.ahead += 64 * part.lines * part.steps;
                     if (!last) continue;
-                    finish_rest<kGeglu>(pending);
+                    finish_rest<kGeglu, kY>(pending);
                     pending.m = part.m, pending.unit = 0, pending.units = whole ? block.tiles * kUnits : 0;
                     for (int64_t k = 0; k < block.tiles; ++k) {
                         const int64_t image = a.add.ptr ? block.image[k] : 0;
                         pending.terms[k] = terms[p - q0][a.add.ptr && image != block.image[0]].of(a, image, p);
-                        pending.place[k] = pending.apart * block.row[k] + 2 * p * columns;
+                        pending.place[k] = pending.apart * block.row[k] + kBytes<kY> * p * columns;
                     }
                     if (!whole)
-                        finish_tail<kGeglu>(pending, block, kGeglu ? kWidth : at_most(a.o - p * kColumns, kColumns));
+                        finish_tail<kGeglu, kY>(pending, block,
+                                                kGeglu ? kWidth : at_most(a.o - p * kColumns, kColumns));
                     which ^= 1;
                 }
             }
         }
-        finish_rest<kGeglu>(pending);
+        finish_rest<kGeglu, kY>(pending);
     }
 }
 
@@ -227,8 +242,8 @@ void gemm_conv_bf16_arrange(const GemmPairsArgs& a, int64_t begin, int64_t end) 
         for (int64_t u = 0; u < reach_w; ++u) {
             const int64_t ix = u - a.pad_w;
             const bool inside = iy >= 0 && iy < a.h && ix >= 0 && ix < a.w;
-            const char* const x =
-                inside ? static_cast<const char*>(a.x) + 2 * (((a.first + n) * a.h + iy) * a.w + ix) * a.c : nullptr;
+            const int64_t at = (((a.first + n) * a.h + iy) * a.w + ix) * a.c * (a.dtype == DType::f32 ? 4 : 2);
+            const char* const x = inside ? static_cast<const char*>(a.x) + at : nullptr;
             const char* made = nullptr;
             for (int64_t ky = 0; ky < down; ++ky)
                 for (int64_t kx = 0; kx < across; ++kx) {
@@ -263,8 +278,10 @@ void gemm_conv_bf16(const GemmPairsArgs& a, float* scratch, int64_t begin, int64
         const int64_t p0 = task % shares * a.panels, p1 = at_most(p0 + a.panels, panels);
         Block blocks[(kGemmRunTiles + 1) / 2];
         for (int64_t t = 0; t < count; t += 2) blocks[t / 2] = block_of(a, first + t, at_most(2, count - t));
-        if (a.geglu) multiply_run<true>(a, blocks, (count + 1) / 2, p0, p1, scratch);
-        else multiply_run<false>(a, blocks, (count + 1) / 2, p0, p1, scratch);
+        constexpr auto kF32 = DType::f32, kBf16 = DType::bf16;
+        const auto run = a.geglu ? (a.dtype == kF32 ? multiply_run<true, kF32> : multiply_run<true, kBf16>)
+                                 : (a.dtype == kF32 ? multiply_run<false, kF32> : multiply_run<false, kBf16>);
+        run(a, blocks, (count + 1) / 2, p0, p1, scratch);
     }
 }
 

@@ -29,8 +29,8 @@ struct Pending {
     int64_t unit, units;      // those written, and all
 };
 
-// The next four rows.
-template <bool kGeglu>
+// The next four rows, of y in bf16 or fp32.
+template <bool kGeglu, DType kY>
 DIFUSORES_INLINE void finish_unit(Pending& p) {
     const int64_t tile = p.unit / kUnits, at = p.place[tile] + p.unit % kUnits * kUnit * p.apart;
     const float* const m = p.m + p.unit * kUnit * kColumns;
@@ -48,17 +48,20 @@ DIFUSORES_INLINE void finish_unit(Pending& p) {
         char* const y = p.y + at + i * p.apart;
         if (p.residual) {
             const char* const residual = p.residual + at + i * p.apart;
-            low[i] += load<DType::bf16>(residual, 0);
-            if constexpr (!kGeglu) high[i] += load<DType::bf16>(residual, kWidth);
+            low[i] += load<kY>(residual, 0);
+            if constexpr (!kGeglu) high[i] += load<kY>(residual, kWidth);
         }
-        if constexpr (kGeglu) _mm256_storeu_si256((__m256i*)y, (__m256i)_mm512_cvtneps_pbh((__m512)low[i]));
+        if constexpr (kY == DType::f32) {
+            store<kY>(y, 0, low[i]);
+            if constexpr (!kGeglu) store<kY>(y, kWidth, high[i]);
+        } else if constexpr (kGeglu) _mm256_storeu_si256((__m256i*)y, (__m256i)_mm512_cvtneps_pbh((__m512)low[i]));
         else _mm512_storeu_si512(y, (__m512i)_mm512_cvtne2ps_pbh((__m512)high[i], (__m512)low[i]));
     }
 }
 
-template <bool kGeglu>
+template <bool kGeglu, DType kY>
 DIFUSORES_INLINE void finish_rest(Pending& p) {
-    while (p.unit < p.units) finish_unit<kGeglu>(p);
+    while (p.unit < p.units) finish_unit<kGeglu, kY>(p);
 }
 
 // One or two tiles of rows times a part of a panel.
@@ -100,7 +103,7 @@ DIFUSORES_INLINE void ask_unit(const Part& p, int64_t unit) {
 }
 
 #if defined(__AMX_BF16__)
-template <int kTiles, bool kGeglu>
+template <int kTiles, bool kGeglu, DType kY>
 __attribute__((noinline)) void multiply(const Part& p, Pending& pending) {
     settle_memory();
     if (p.before) {
@@ -135,7 +138,7 @@ __attribute__((noinline)) void multiply(const Part& p, Pending& pending) {
         product([&] {
             if (p.y) ask_unit(p, step);
             if (p.next) ask_rows(p, step);
-            if (pending.unit < pending.units) finish_unit<kGeglu>(pending);
+            if (pending.unit < pending.units) finish_unit<kGeglu, kY>(pending);
         });
     if (p.next) {
         while (step < steps) product([&] { ask_rows(p, step); });
@@ -149,7 +152,7 @@ __attribute__((noinline)) void multiply(const Part& p, Pending& pending) {
     settle_memory();
 }
 #else
-template <int kTiles, bool kGeglu>
+template <int kTiles, bool kGeglu, DType kY>
 void multiply(const Part& p, Pending& pending) {
     constexpr int kRows = 8, kVectors = 2;
     float* m = p.m;
@@ -175,7 +178,7 @@ void multiply(const Part& p, Pending& pending) {
         for (int i = 0; i < kRows; ++i)
             for (int k = 0; k < kVectors; ++k) _mm512_storeu_ps(m + i * kColumns + k * kWidth, sum[i][k]);
     }
-    finish_rest<kGeglu>(pending);
+    finish_rest<kGeglu, kY>(pending);
 }
 #endif
 

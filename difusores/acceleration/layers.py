@@ -40,6 +40,7 @@ from difusores.ops.winograd_conv import (
 CHANNELS_LAST = torch.channels_last
 _MKLDNN = torch.ops.mkldnn
 OWN_PRODUCT = 1024  # pixels up to which strides and few channels out are the own product's in bfloat16 too
+ROUNDED = 32  # pixels out up to which images in float32 are multiplied in bfloat16, of 3x3 without strides
 FEW_CHANNELS = 16  # less of them fill less than half a tile of the own product in bfloat16
 PACKED_GAIN = 1.4  # of weights packed for the own product: time without over time with them
 WORTH_PACKING = 1.1  # of weights transformed for Winograd, from which on they take their memory
@@ -330,7 +331,7 @@ class Way(NamedTuple):
     Attributes:
         winograd: by Winograd's algorithm, as this says; or None.
         own: by the package's own product where not.
-        fuses: that in bfloat16, with what surrounds it.
+        fuses: that in bfloat16, with what surrounds it; an image in float32 is rounded within it.
         invariant: whether an image's bits are its own.
     """
 
@@ -349,6 +350,7 @@ class ConvForward(LayerForward):
     Attributes:
         shape: kernel, stride, padding, dilation.
         int16: whether Winograd's products may be in 16-bit fixed point: in bfloat16 where images are not.
+        rounds: whether images may be rounded and multiplied in bfloat16: there too, if weights may be kept.
     """
 
     # `invariant` tells about the last call
@@ -368,6 +370,8 @@ class ConvForward(LayerForward):
             self.how = f"{type(self).how}; {SPLIT}"
         images_stay = session.dtype is torch.bfloat16 and session.image_dtype is None
         self.int16 = images_stay and not keep_dtype and multiplies_int16()
+        # without a budget weights would be packed in every call
+        self.rounds = images_stay and not keep_dtype and multiplies_pairs() and session.budget > 0
         if self.shape == WINOGRAD and self.int16:
             self.how = f"{type(self).how}; {INT16}"
         self._ways: dict[tuple[Any, ...], Way] = {}
@@ -429,11 +433,19 @@ class ConvForward(LayerForward):
         key = (x.shape[2:], x.dtype, weight.dtype, active)
         way = self._ways.get(key)
         if way is None:
-            layer = None if active else self._winograd_plan(x)
-            own = self._by_gemm_conv(x)
-            fuses = own and not active and (self.dtype or weight.dtype) is torch.bfloat16
+            rounded = not active and x.dtype is torch.float32 and self._rounds(x)
+            layer = None if active or rounded else self._winograd_plan(x)
+            own = rounded or self._by_gemm_conv(x)
+            fuses = rounded or (own and not active and (self.dtype or weight.dtype) is torch.bfloat16)
             way = self._ways[key] = Way(layer, own, fuses, layer is not None or own)
         return way
+
+    def _rounds(self, x: Tensor) -> bool:
+        """Whether an image in float32 is multiplied in bfloat16, faster than Winograd's and oneDNN's ways."""
+        m = self.module
+        if not self.rounds or m.dilation != (1, 1) or min(m.in_channels, m.out_channels) < FEW_CHANNELS:
+            return False
+        return m.stride != (1, 1) or (self.shape == WINOGRAD and x.shape[2] * x.shape[3] <= ROUNDED)
 
     def _by_gemm_conv(self, x: Tensor) -> bool:
         if self.module.dilation != (1, 1):
@@ -513,6 +525,9 @@ class ConvForward(LayerForward):
         x, multiplier, offset = normalized_by(around, x)
         if residual is not None:
             residual = cast(residual, x.dtype).contiguous(memory_format=CHANNELS_LAST)
+        form = form_for_gemm(weight, self.products, torch.bfloat16)
+        if form is None:
+            form = pack_for_gemm(weight, torch.bfloat16)  # the same bits, slower
         return gemm_conv(
             x,
             weight,
@@ -524,7 +539,7 @@ class ConvForward(LayerForward):
             residual=residual,
             stride=m.stride,
             padding=m.padding,
-            packed=form_for_gemm(weight, self.products, x.dtype),
+            packed=form,
         )
 
     def _direct(self, x: Tensor, residual: Tensor | None, owned: bool) -> Tensor:

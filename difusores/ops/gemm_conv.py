@@ -8,6 +8,9 @@ or GEGLU of the product and bias (half of it times GELU of the other half), plus
 the latter with sums in fp32 and on processors with products of bf16 pairs. The kernel in fp32 has no
 multiplier, offset and add, for which there are passes of their own.
 
+An image in fp32 may be multiplied in bf16 too: by a weight that was packed for bf16 x is rounded where it
+is read, after what comes before it, and bias, add, residual and y are fp32.
+
 With AMX a 1x1 convolution in fp32 can be multiplied as pairs of bf16, x = h + l with h = bf16(x) and
 l = bf16(x - h), as h_x h_w + h_x l_w + l_x h_w with sums in fp32. |l| is at most 2^-8 |x|, and so l_x l_w,
 which is left out, and what rounding l_x and l_w changes are each at most 2^-16 of a product: together
@@ -234,11 +237,12 @@ def supports(
     residual: Tensor | None,
     geglu: bool = False,
     split: bool = False,
+    rounded: bool = False,
 ) -> str | None:
     """None if `backend` takes this call, else the reason in words."""
     if x.dtype not in DTYPES:
         return f"the kernel takes float32 and bfloat16, not {x.dtype}"
-    if x.dtype is torch.bfloat16 and not multiplies_pairs():
+    if (rounded or x.dtype is torch.bfloat16) and not multiplies_pairs():
         return NEEDS_PAIRS
     if split and not splits():
         return NEEDS_SPLIT
@@ -284,8 +288,10 @@ def gemm_conv(
         add: [N, O] (a time embedding) or None.
         residual: like y, or None.
         stride, padding: down and across; what is outside the image is zero.
-        packed: `pack_weight(weight, x.dtype, geglu)`, made anew in the call if None; or the same with
-            `split`, for a 1x1 convolution in fp32, stride 1 and without padding.
+        packed: `pack_weight(weight, x.dtype, geglu)`, made anew in the call if None; of x in fp32 also
+            `pack_weight(weight, torch.bfloat16, geglu)`, with which x and weight are rounded to bf16 before
+            they are multiplied; or the first with `split`, for a 1x1 convolution in fp32, stride 1 and
+            without padding.
         geglu: y = GEGLU(conv(…) + bias + add) + residual: the first half of the channels times GELU (by
             erf) of the second. The kernel takes it without add, of O a multiple of 32.
 
@@ -297,8 +303,9 @@ def gemm_conv(
         ValueError: shapes that do not fit, named.
     """
     terms = (multiplier, offset, add)
-    of_pairs = x.dtype is torch.bfloat16
-    split = packed is not None and packed.dtype is torch.bfloat16 and x.dtype is torch.float32
+    halves = packed is not None and packed.dtype is torch.bfloat16 and x.dtype is torch.float32
+    rounded = halves and packed is not None and packed.numel() == packed_numbers(weight, torch.bfloat16)
+    of_pairs, split = rounded or x.dtype is torch.bfloat16, halves and not rounded
     if packed is not None and straight_to_cpu(x, weight, bias, *terms, residual, packed):
         try:
             with torch._C._AutoDispatchBelowAutograd():
@@ -308,13 +315,13 @@ def gemm_conv(
             return y
         except (RuntimeError, TypeError):
             pass  # the kernel refused; what follows finds another way or the words for it
-    _check(x, weight, bias, *terms, residual, stride, padding, packed, geglu, split)
+    _check(x, weight, bias, *terms, residual, stride, padding, packed, geglu, split, rounded)
     geometry = (*stride, *padding)
     tensors = (x, weight, bias, *terms, residual)
     nothing = x.new_empty(0)
     if needs_grad(*tensors):
         return reference(x, weight, bias, multiplier, offset, silu, add, residual, *geometry, nothing, geglu)
-    backend = choose("gemm_conv", x.device.type, supports, *tensors, geglu, split)
+    backend = choose("gemm_conv", x.device.type, supports, *tensors, geglu, split, rounded)
     if backend == "reference":
         return reference(x, weight, bias, multiplier, offset, silu, add, residual, *geometry, nothing, geglu)
     if packed is None:
@@ -396,6 +403,7 @@ def _check(
     packed: Tensor | None,
     geglu: bool,
     split: bool,
+    rounded: bool,
 ) -> None:
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1]:
         raise ValueError(
@@ -422,7 +430,8 @@ def _check(
     if residual is not None and residual.shape != shape:
         raise ValueError(f"residual must have y's shape {shape}, got {tuple(residual.shape)}")
     split = split and weight.shape[2:] == stride == (1, 1) and padding == (0, 0)
-    numbers, dtype = packed_numbers(weight, x.dtype, split), torch.bfloat16 if split else x.dtype
+    dtype = torch.bfloat16 if split or rounded else x.dtype
+    numbers = packed_numbers(weight, x.dtype if split else dtype, split)
     if packed is not None and (packed.shape != (numbers,) or packed.dtype is not dtype):
         raise ValueError(
             f"packed must be pack_weight(weight, {x.dtype}, {geglu}), [{numbers}], "

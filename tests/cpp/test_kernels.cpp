@@ -320,9 +320,9 @@ void gemm(const Kernels& k, int64_t n, int64_t c, int64_t o, int64_t h, int64_t 
                                 [&](int64_t i) { return y[i]; }, 1e-6, 0));
 }
 
-// The same in bf16, with a norm and SiLU before it and a sum for each image where `fused`.
+// The same in bf16, of images in bf16 or fp32, with a norm and SiLU before it and a sum for each image where `fused`.
 void gemm_pairs(const Kernels& k, int64_t n, int64_t c, int64_t o, int64_t h, int64_t w, int64_t kernel, int64_t stride,
-                bool fused) {
+                bool fused, DType dtype) {
     Convolved given(n, c, o, h, w, kernel, stride);
     const auto xh = to_half(given.x, DType::bf16), wh = to_half(given.weight, DType::bf16);
     const auto rh = to_half(given.residual, DType::bf16);
@@ -344,10 +344,13 @@ void gemm_pairs(const Kernels& k, int64_t n, int64_t c, int64_t o, int64_t h, in
                 const int64_t o0 = i / kGemmPairColumns * kGemmPairColumns;
                 packed[o0 * depth + d / 2 * 2 * kGemmPairColumns + 2 * (i - o0) + d % 2] = wh[(tap * c + in) * o + i];
             }
-    a.x = xh.data(), a.packed = packed.data(), a.residual = rh.data(), a.run = 3, a.panels = 2;
+    const bool wide = dtype == DType::f32;
+    a.dtype = dtype, a.packed = packed.data(), a.run = 3, a.panels = 2;
+    a.x = wide ? static_cast<const void*>(given.x.data()) : xh.data();
+    a.residual = wide ? static_cast<const void*>(given.residual.data()) : rh.data();
     // Some images at a time, in bands of `tall` rows.
     const auto compute = [&](GemmPairsArgs b, int64_t images, int64_t tall) {
-        std::vector<uint16_t> y(given.rows() * o);
+        std::vector<uint16_t> y(given.rows() * o * (wide ? 2 : 1));
         std::vector<int64_t> place(pair_steps(b));
         std::vector<float> scratch(b.run * kGemmTileRows * kGemmPairColumns);
         b.images = images, b.down = tall, b.y = y.data();
@@ -374,8 +377,12 @@ void gemm_pairs(const Kernels& k, int64_t n, int64_t c, int64_t o, int64_t h, in
         return t / (1 + std::exp(-t));
     };
     const auto added = [&](int64_t image, int64_t i) { return fused ? add[image * o + i] : 0.0; };
-    const auto found = [&](int64_t i) { return from_half(y[i], DType::bf16); };
-    given.report(k, given.right(before, added, found, fused ? 1.0 / 256 : 1e-6, 1.0 / 256));
+    const auto found = [&](int64_t i) {
+        float value = wide ? 0 : from_half(y[i], DType::bf16);
+        if (wide) std::memcpy(&value, y.data() + 2 * i, sizeof value);
+        return value;
+    };
+    given.report(k, given.right(before, added, found, fused ? 1.0 / 256 : 1e-6, wide ? 0 : 1.0 / 256));
 }
 
 // The same in fp32 as pairs of bf16, of rows.
@@ -606,14 +613,15 @@ int main() {
                 attention(*k, 1, 1, 20, 5, 130, 40, dtype, masked);
             }
         if (k->gemm_conv_bf16) {
-            for (const bool fused : {false, true}) {
-                gemm_pairs(*k, 2, 5, 17, 7, 4, 3, 2, fused);    // a copy of each tap
-                gemm_pairs(*k, 1, 70, 70, 5, 6, 3, 1, fused);   // of each tap across
-                gemm_pairs(*k, 2, 70, 33, 3, 32, 3, 2, fused);  // of none: whole tiles
-                gemm_pairs(*k, 1, 96, 64, 16, 2, 1, 1, fused);  // x itself
-                gemm_pairs(*k, 1, 33, 1, 3, 7, 1, 1, fused);
-                gemm_pairs(*k, 2, 96, 64, 37, 1, 1, 1, fused);  // and a last tile that begins earlier
-                gemm_pairs(*k, 3, 700, 65, 3, 3, 1, 1, fused);  // more than one chunk
+            for (const auto& [fused, dtype] :
+                 {std::pair{false, DType::bf16}, {true, DType::bf16}, {false, DType::f32}, {true, DType::f32}}) {
+                gemm_pairs(*k, 2, 5, 17, 7, 4, 3, 2, fused, dtype);    // a copy of each tap
+                gemm_pairs(*k, 1, 70, 70, 5, 6, 3, 1, fused, dtype);   // of each tap across
+                gemm_pairs(*k, 2, 70, 33, 3, 32, 3, 2, fused, dtype);  // of none: whole tiles
+                gemm_pairs(*k, 1, 96, 64, 16, 2, 1, 1, fused, dtype);  // x itself
+                gemm_pairs(*k, 1, 33, 1, 3, 7, 1, 1, fused, dtype);
+                gemm_pairs(*k, 2, 96, 64, 37, 1, 1, 1, fused, dtype);  // and a last tile that begins earlier
+                gemm_pairs(*k, 3, 700, 65, 3, 3, 1, 1, fused, dtype);  // more than one chunk
             }
         }
         if (k->winograd_int16_output)

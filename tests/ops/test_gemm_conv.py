@@ -360,6 +360,45 @@ def test_bands(backend: str, case: Any, check: Any) -> None:
     check(y, eager, F.conv2d(h.double(), weight.double(), bias.double(), **geometry) + residual.double())
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rounded(backend: str, case: Any, check: Any) -> None:
+    """An image in float32 by a weight packed for bfloat16: of numbers that rounding leaves, as in float32."""
+    needs(backend, torch.bfloat16)
+    x, weight, bias, residual, geometry = make(case)
+    weight, add = weight.bfloat16().float(), torch.randn(x.shape[0], weight.shape[0])
+    packed, even = pack_weight(weight, torch.bfloat16), x.bfloat16().float()
+    multiplier, offset = torch.randn(2, *x.shape[:2])
+    norm = {"multiplier": multiplier, "offset": offset, "silu": True}
+    terms = {"add": add, "residual": residual}
+    with ops.use_backend(backend):
+        y = ops.gemm_conv(even, weight, bias, **terms, packed=packed, **geometry)
+        z = ops.gemm_conv(x, weight, bias, **norm, **terms, packed=packed, **geometry)
+        last = {name: t if name == "silu" else t[-1:] for name, t in {**norm, **terms}.items()}
+        alone = ops.gemm_conv(x[-1:], weight, bias, **last, packed=packed, **geometry)
+    assert y.dtype is z.dtype is torch.float32 and y.is_contiguous(memory_format=torch.channels_last)
+    if backend == "cpu":
+        assert torch.equal(alone, z[-1:])
+    exact = F.conv2d(even.double(), weight.double(), bias.double(), **geometry)
+    after = add.double()[:, :, None, None] + residual.double()
+    check(y, F.conv2d(even, weight, bias, **geometry) + after.float(), exact + after)
+    h = F.silu(multiplier[:, :, None, None].double() * x + offset[:, :, None, None])
+    eager = F.conv2d(h.bfloat16(), weight.bfloat16(), bias.bfloat16(), **geometry)
+    exact = F.conv2d(h, weight.double(), bias.double(), **geometry)
+    check(z, eager + after.float(), exact + after)
+
+
+def test_rounded_geglu(backend: str, check: Any) -> None:
+    needs(backend, torch.bfloat16)
+    x, weight, bias, residual, geometry = make(((2, 70, 96, 5, 4), (3, 3), (1, 1), (1, 1)))
+    x, weight = x.bfloat16().float(), weight.bfloat16().float()
+    residual, packed = residual[:, :48], pack_weight(weight, torch.bfloat16, geglu=True)
+    with ops.use_backend(backend):
+        y = ops.gemm_conv(x, weight, bias, residual=residual, packed=packed, geglu=True, **geometry)
+    wide = gated(F.conv2d(x.double(), weight.double(), bias.double(), **geometry), residual.double())
+    halves = (t.bfloat16() for t in (x, weight, bias))  # the kernel's GELU is right to what bfloat16 keeps
+    check(y, gated(F.conv2d(*halves, **geometry), residual), wide)
+
+
 def test_registration(backend: str) -> None:
     x, weight, bias, residual, geometry = make(CASES[4])
     op = torch.ops.difusores.gemm_conv.default
@@ -434,7 +473,7 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="packed must be"):
         ops.gemm_conv(x, weight, packed=torch.zeros(3), **geometry)
     with pytest.raises(ValueError, match="packed must be"):
-        ops.gemm_conv(x, weight, packed=pack_weight(weight, torch.bfloat16), **geometry)
+        ops.gemm_conv(x.bfloat16(), weight, packed=pack_weight(weight), **geometry)
     with pytest.raises(ValueError, match="with geglu O is even"):
         ops.gemm_conv(x, weight[:19], geglu=True)
     with pytest.raises(ValueError, match="weight must be float32 or bfloat16"):
