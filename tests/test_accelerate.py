@@ -247,6 +247,17 @@ def test_which_images_in_float32_are_rounded() -> None:
     assert not (fuses(6) or fuses(4, out=3) or fuses(4, budget=0) or fuses(4, keep=True))
 
 
+def test_which_convolutions_in_float32_are_the_own_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "own_product_is_faster", lambda dtype: True)
+
+    def own(size: int, stride: int, channels: int = 16, budget: int = 1 << 20) -> bool:
+        layer = layers.ConvForward(nn.Conv2d(channels, 16, 3, stride, 1), Session((), None, None, budget))
+        return layer.way(torch.empty(1, channels, size, size, device="meta")).own
+
+    assert own(8, 2) and own(5, 2)
+    assert not (own(9, 2) or own(8, 1) or own(8, 2, channels=15) or own(8, 2, budget=0))
+
+
 def test_autoencoder_halves(library: str) -> None:
     model = make(library, "vae")
     image = inputs("vae")[0]

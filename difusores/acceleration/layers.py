@@ -41,6 +41,7 @@ CHANNELS_LAST = torch.channels_last
 _MKLDNN = torch.ops.mkldnn
 OWN_PRODUCT = 1024  # pixels up to which strides and few channels out are the own product's in bfloat16 too
 ROUNDED = 32  # pixels out up to which images in float32 are multiplied in bfloat16, of 3x3 without strides
+FEW_PIXELS = 64  # up to which convolutions with strides are the own product's in float32
 FEW_CHANNELS = 16  # less of them fill less than half a tile of the own product in bfloat16
 PACKED_GAIN = 1.4  # of weights packed for the own product: time without over time with them
 WORTH_PACKING = 1.1  # of weights transformed for Winograd, from which on they take their memory
@@ -450,11 +451,15 @@ class ConvForward(LayerForward):
     def _by_gemm_conv(self, x: Tensor) -> bool:
         if self.module.dilation != (1, 1):
             return False
-        if self.session.invariant or x.dtype is torch.float32:
-            return self.session.invariant
+        m = self.module
+        if self.session.invariant:
+            return True
+        if x.dtype is torch.float32:
+            few = x.shape[2] * x.shape[3] <= FEW_PIXELS and m.in_channels >= FEW_CHANNELS
+            fits = few and m.stride != (1, 1) and self.session.budget > 0
+            return fits and own_product_is_faster(x.dtype)
         if self.shape == POINTWISE:
             return own_product_is_faster(x.dtype)
-        m = self.module
         if m.in_channels < FEW_CHANNELS or not (fast_bfloat16_convolution() and multiplies_pairs()):
             return False
         small = x.shape[2] * x.shape[3] <= OWN_PRODUCT
