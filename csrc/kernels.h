@@ -169,17 +169,18 @@ struct StepRow {
 };
 
 constexpr int64_t kWinogradBlock = 64;  // channels of a block, in and out
-// Floats of one of the 36 points of a block of transformed weights: a line more than a power of two, so that the points
+// Floats of one of the points of a block of transformed weights: a line more than a power of two, so that the points
 // do not meet in one set of the cache.
 constexpr int64_t kWinogradPoint = kWinogradBlock * kWinogradBlock + kMaxWidth;
 
-// See cpu/winograd_conv.cpp for the formula and the steps. Tiles of 4x4 outputs are taken in groups: rectangles of
-// group_h x group_w tiles, or group_n whole images. All tensors are fp32.
+// See cpu/winograd_conv.cpp for the formula and the steps. Tiles of 4x4 or 6x6 outputs are taken in groups: rectangles
+// of group_h x group_w tiles, or group_n whole images. All tensors are fp32.
 struct WinogradConvArgs {
     const float* x;       // [N, H, W, C]
     const float* weight;  // [O, C, 3, 3] or, weight_last, [O, 3, 3, C]
     bool weight_last;
-    const float* packed;       // what winograd_conv_pack wrote, or nullptr
+    int64_t tile;              // outputs down and across, 4 or 6
+    const float* packed;       // what winograd_conv_pack wrote for this size of tile, or nullptr
     const float* gathered;     // what winograd_conv_gather wrote, or nullptr
     Param bias;                // [O]
     Param multiplier, offset;  // [N, C]
@@ -191,7 +192,7 @@ struct WinogradConvArgs {
     int64_t n, h, w, c, o;
     int64_t group_n, group_h, group_w;
     int64_t first_group;  // the one of task 0
-    float* v;             // [groups, C / 64][36 * (64 * tiles of a group + kMaxWidth)]: the transformed tiles
+    float* v;             // [groups, C / 64][(tile + 2)^2 * (64 * tiles of a group + kMaxWidth)]: the transformed tiles
 };
 
 // int16 of one point of a block of weights in 16-bit fixed point: pairs, and 64 scales.

@@ -8,9 +8,13 @@
 namespace difusores {
 namespace {
 
-constexpr int64_t kTiles = 64;           // of a group at most: its products for 64 channels fill a third of 2 MB
-constexpr int64_t kTogether = 16 << 20;  // bytes of transformed tiles that are made before they are multiplied
-constexpr int64_t kShared = 64 << 20;    // bytes of transformed weights that several groups of one call may share
+// Tiles of a group at most: their products for 64 channels take half a megabyte of L2.
+constexpr int64_t kTiles = 64, kLargeTiles = 36;
+constexpr int64_t kWorthLarge = 64;  // of them, 6x6, in an image, from which on they are used
+constexpr int64_t kTogether =
+    2 << 20;                    // bytes of transformed tiles, for each thread, that are made before they are multiplied
+constexpr int64_t kShares = 8;  // groups for each thread, of which one more or less does not matter
+constexpr int64_t kShared = 72 << 20;  // bytes of transformed weights that several groups of one call may share
 constexpr int64_t kBlock = kWinogradBlock;
 constexpr const char* kNoInt16 = "winograd_conv: the product of int16 needs AVX-512 with VNNI and BF16";
 
@@ -19,15 +23,16 @@ thread_local Scratch t_tiles, t_weights, t_norm;
 // Groups as large as kTiles allows and of even sizes: whole images, or rectangles near a square, which share fewer
 // pixels. Returns their number.
 int64_t cut_into_groups(WinogradConvArgs& args) {
-    const int64_t down = parts(args.h, 4), across = parts(args.w, 4);
+    const int64_t down = parts(args.h, args.tile), across = parts(args.w, args.tile);
+    const int64_t most = args.tile == 4 ? kTiles : kLargeTiles;
     const auto even = [](int64_t total, int64_t most) { return parts(total, parts(total, most)); };
     args.group_n = 1;
-    if (down * across <= kTiles) {
-        args.group_n = even(args.n, kTiles / (down * across));
+    if (down * across <= most) {
+        args.group_n = even(args.n, most / (down * across));
         args.group_h = down, args.group_w = across;
     } else {
-        args.group_w = even(across, std::max<int64_t>(8, kTiles / down));
-        args.group_h = even(down, kTiles / args.group_w);
+        args.group_w = even(across, std::max<int64_t>(8, most / down));
+        args.group_h = even(down, most / args.group_w);
     }
     return parts(args.n, args.group_n) * parts(down, args.group_h) * parts(across, args.group_w);
 }
@@ -42,8 +47,19 @@ void set_weight(WinogradConvArgs& args, const Tensor& weight) {
         args.weight_last ? image("winograd_conv", weight, "weight") : static_cast<const float*>(weight.data_ptr());
 }
 
-int64_t packed_floats(const WinogradConvArgs& args, bool transformed) {
-    return parts(args.o, kBlock) * parts(args.c, kBlock) * (transformed ? 36 : 9) * kWinogradPoint;
+// 4, or 6 where larger tiles need a tenth fewer multiplications: what they save, in large images, but for what they
+// compute beyond the edges, and the level has them.
+int64_t tile_of(int64_t h, int64_t w) {
+    const bool wide = std::strcmp(g_kernels->isa, "base") != 0 && std::strcmp(g_kernels->isa, "avx2") != 0;
+    const int64_t small = parts(h, 4) * parts(w, 4), large = parts(h, 6) * parts(w, 6);
+    return wide && large >= kWorthLarge && 64 * large * 10 <= 36 * small * 9 ? 6 : 4;
+}
+
+int64_t points_of(const WinogradConvArgs& args) { return (args.tile + 2) * (args.tile + 2); }
+
+// Of weights of `points` points, or of the nine.
+int64_t packed_floats(const WinogradConvArgs& args, int64_t points) {
+    return parts(args.o, kBlock) * parts(args.c, kBlock) * points * kWinogradPoint;
 }
 
 template <class Kernel>
@@ -53,9 +69,9 @@ void run(int64_t tasks, int64_t work_per_task, int64_t scratch, const Kernel& ke
 }
 
 void pack(const WinogradConvArgs& args, float* packed) {
-    run(parts(args.o, kBlock) * parts(args.c, kBlock), 100 * kBlock * kBlock, 9 * kWinogradPoint,
+    run(parts(args.o, kBlock) * parts(args.c, kBlock), 3 * points_of(args) * kBlock * kBlock, 9 * kWinogradPoint,
         [&](float* scratch, int64_t begin, int64_t end) {
-            g_kernels->winograd_conv_pack(args, packed + begin * 36 * kWinogradPoint, scratch, begin, end);
+            g_kernels->winograd_conv_pack(args, packed + begin * points_of(args) * kWinogradPoint, scratch, begin, end);
         });
 }
 
@@ -74,53 +90,74 @@ void pack_int16(const WinogradInt16Args& args, int16_t* packed) {
         });
 }
 
+// The tasks of the two kernels of a group: how many, their floats of scratch and their multiplications; and the floats
+// of a group's transformed tiles between them.
+struct Steps {
+    int64_t in_tasks, in_scratch, in_work, out_tasks, out_scratch, out_work, tiles;
+};
+
+// Where it divides evenly, each thread multiplies the groups that it has transformed, out of its L2; else all threads
+// transform some groups and then multiply them.
+template <class Args, class Kernel, class Place>
+void run_groups(Args& args, int64_t groups, const Steps& s, Kernel input, Kernel output, const Place& place) {
+    const int64_t threads = torch::stable::get_num_threads();
+    if (groups % threads == 0 || groups >= kShares * threads) {
+        run(groups, s.in_tasks * s.in_work + s.out_tasks * s.out_work, s.tiles + std::max(s.in_scratch, s.out_scratch),
+            [&](float* scratch, int64_t begin, int64_t end) {
+                Args mine = args;
+                place(mine, scratch);
+                for (mine.first_group = begin; mine.first_group < end; ++mine.first_group) {
+                    input(mine, scratch + s.tiles, 0, s.in_tasks);
+                    output(mine, scratch + s.tiles, 0, s.out_tasks);
+                }
+            });
+        return;
+    }
+    const int64_t together = std::clamp<int64_t>(threads * kTogether / (s.tiles * int64_t{sizeof(float)}), 1, groups);
+    place(args, t_tiles.of(together * s.tiles));
+    for (args.first_group = 0; args.first_group < groups; args.first_group += together) {
+        const int64_t count = std::min(together, groups - args.first_group);
+        run(count * s.in_tasks, s.in_work, s.in_scratch,
+            [&](float* scratch, int64_t begin, int64_t end) { input(args, scratch, begin, end); });
+        run(count * s.out_tasks, s.out_work, s.out_scratch,
+            [&](float* scratch, int64_t begin, int64_t end) { output(args, scratch, begin, end); });
+    }
+}
+
+int64_t patch_of(const WinogradConvArgs& args) {
+    return (args.tile * args.group_h + 2) * (args.tile * args.group_w + 2) * kBlock;
+}
+
 void convolve_int16(WinogradInt16Args& args) {
+    args.tile = 4;
     if (!args.packed16) {
         int16_t* const packed = reinterpret_cast<int16_t*>(t_weights.of(packed_pairs(args) / 2));
         pack_int16(args, packed);
         args.packed16 = packed;
     }
     const int64_t groups = cut_into_groups(args), tiles = args.group_n * args.group_h * args.group_w;
-    const int64_t in_blocks = parts(args.c, kBlock), out_blocks = parts(args.o, kBlock);
-    const int64_t size = winograd_int16_group(args) / 2;  // floats of a group's tiles
-    const int64_t together = std::clamp<int64_t>(kTogether / (size * int64_t{sizeof(float)}), 1, groups);
-    args.v16 = reinterpret_cast<int16_t*>(t_tiles.of(together * size));
-    const int64_t patch = (4 * args.group_h + 2) * (4 * args.group_w + 2) * kBlock;
-    for (args.first_group = 0; args.first_group < groups; args.first_group += together) {
-        const int64_t count = std::min(together, groups - args.first_group);
-        run(count * in_blocks, 300 * tiles * kBlock, 36 * kBlock + patch,
-            [&](float* scratch, int64_t begin, int64_t end) {
-                g_kernels->winograd_int16_input(args, scratch, begin, end);
-            });
-        run(count * out_blocks, 18 * tiles * args.c * kBlock, 36 * (kBlock * tiles + kMaxWidth),
-            [&](float* scratch, int64_t begin, int64_t end) {
-                g_kernels->winograd_int16_output(args, scratch, begin, end);
-            });
-    }
+    const Steps steps{parts(args.c, kBlock),         36 * kBlock + patch_of(args),      300 * tiles * kBlock,
+                      parts(args.o, kBlock),         36 * (kBlock * tiles + kMaxWidth), 18 * tiles * args.c * kBlock,
+                      winograd_int16_group(args) / 2};
+    run_groups(args, groups, steps, g_kernels->winograd_int16_input, g_kernels->winograd_int16_output,
+               [](WinogradInt16Args& a, float* v) { a.v16 = reinterpret_cast<int16_t*>(v); });
 }
 
 void convolve(WinogradConvArgs& args) {
     const int64_t groups = cut_into_groups(args), tiles = args.group_n * args.group_h * args.group_w;
-    const int64_t in_blocks = parts(args.c, kBlock), out_blocks = parts(args.o, kBlock);
-    const int64_t points = 36 * (kBlock * tiles + kMaxWidth);  // of a group's block of channels
-    if (!args.packed && groups >= 4 && packed_floats(args, true) * int64_t{sizeof(float)} <= kShared) {
-        float* const packed = t_weights.of(packed_floats(args, true));
+    const int64_t points = points_of(args) * (kBlock * tiles + kMaxWidth);  // of a group's block of channels
+    const int64_t transformed = packed_floats(args, points_of(args));
+    if (!args.packed && groups >= 4 && transformed * int64_t{sizeof(float)} <= kShared) {
+        float* const packed = t_weights.of(transformed);
         pack(args, packed);
         args.packed = packed;
     }
-    const int64_t together = std::clamp<int64_t>(kTogether / (in_blocks * points * int64_t{sizeof(float)}), 1, groups);
-    args.v = t_tiles.of(together * in_blocks * points);
-    const int64_t patch = (4 * args.group_h + 2) * (4 * args.group_w + 2) * kBlock;
-    for (args.first_group = 0; args.first_group < groups; args.first_group += together) {
-        const int64_t count = std::min(together, groups - args.first_group);
-        run(count * in_blocks, 300 * tiles * kBlock, patch, [&](float* scratch, int64_t begin, int64_t end) {
-            g_kernels->winograd_conv_input(args, scratch, begin, end);
-        });
-        run(count * out_blocks, 36 * tiles * args.c * kBlock, 21 * kWinogradPoint + points,
-            [&](float* scratch, int64_t begin, int64_t end) {
-                g_kernels->winograd_conv_output(args, scratch, begin, end);
-            });
-    }
+    const int64_t weights = (9 + 2 * (args.tile + 2)) * kWinogradPoint;  // gathered, and two rows of points
+    const Steps steps{parts(args.c, kBlock),         patch_of(args),   8 * points_of(args) * tiles * kBlock,
+                      parts(args.o, kBlock),         weights + points, points_of(args) * tiles * args.c * kBlock,
+                      parts(args.c, kBlock) * points};
+    run_groups(args, groups, steps, g_kernels->winograd_conv_input, g_kernels->winograd_conv_output,
+               [](WinogradConvArgs& a, float* v) { a.v = v; });
 }
 
 // multiplier and offset of a group norm of x, in memory that the thread keeps.
@@ -147,6 +184,7 @@ Tensor winograd_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTenso
     args.x = image("winograd_conv", x, "x");
     set_weight(args, weight);
     args.n = x.size(0), args.h = x.size(2), args.w = x.size(3);
+    args.tile = tile_of(args.h, args.w);
     STD_TORCH_CHECK(x.size(1) == args.c, "winograd_conv: weight must be [O, C, 3, 3] with the C of x");
     const int64_t sizes[4] = {args.n, args.o, args.h, args.w};
     const int64_t strides[4] = {args.h * args.w * args.o, 1, args.w * args.o, args.o};
@@ -175,11 +213,12 @@ Tensor winograd_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTenso
         return y;
     }
     if (packed) {
-        const bool transformed = packed->numel() == packed_floats(args, true);
+        const bool transformed = packed->numel() == packed_floats(args, 36);
         STD_TORCH_CHECK(packed->is_contiguous() && packed->scalar_type() == ScalarType::Float &&
-                            (transformed || packed->numel() == packed_floats(args, false)),
+                            (transformed || packed->numel() == packed_floats(args, 9)),
                         "winograd_conv: packed is not of this weight");
-        (transformed ? args.packed : args.gathered) = static_cast<const float*>(packed->data_ptr());
+        if (!transformed) args.gathered = static_cast<const float*>(packed->data_ptr());
+        else if (args.tile == 4) args.packed = static_cast<const float*>(packed->data_ptr());
     }
     convolve(args);
     return y;
@@ -188,7 +227,8 @@ Tensor winograd_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTenso
 Tensor winograd_conv_pack(Tensor weight, bool transformed) {
     WinogradConvArgs args{};
     set_weight(args, weight);
-    const int64_t size = packed_floats(args, transformed), stride = 1;
+    args.tile = 4;
+    const int64_t size = packed_floats(args, transformed ? 36 : 9), stride = 1;
     Tensor packed = new_empty(weight, 1, &size, &stride);
     want_huge_pages(packed);
     float* const to = static_cast<float*>(packed.data_ptr());
@@ -206,6 +246,7 @@ Tensor winograd_conv_pack(Tensor weight, bool transformed) {
 Tensor winograd_conv_pack_int16(Tensor weight) {
     WinogradInt16Args args{};
     set_weight(args, weight);
+    args.tile = 4;
     STD_TORCH_CHECK(g_kernels->winograd_int16_pack, kNoInt16);
     const int64_t size = packed_pairs(args), stride = 1;
     AtenTensorHandle handle = nullptr;

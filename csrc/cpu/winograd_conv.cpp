@@ -1,6 +1,7 @@
 // y = output_scale * (conv3x3(act(multiplier * x + offset), weight) + bias + add + residual), stride 1, zeros around,
 // by F(4x4, 3x3) (Lavin & Gray 2016): a tile of 4x4 outputs is  A^T [ (G g G^T) . (B^T d B) ] A  of its 6x6 inputs d
-// and the weights g, the product summed over C: 36 multiplications instead of 144. Points 0, +-a, +-b and infinity.
+// and the weights g, the product summed over C: 36 multiplications instead of 144. Points 0, +-a, +-b and infinity. Or
+// by F(6x6, 3x3): 64 instead of 324, points 0, +-p, +-q, +-r and infinity. What follows gives the numbers of the first.
 //
 // x and y are [N, H, W, C] and [N, H, W, O]. Tiles come in groups (whole images, or a rectangle of one). Of a group
 //     input   act, then V = B^T d B             [C / 64][36][tiles][64]      read once, 2.25 times as large as x
@@ -20,7 +21,9 @@ namespace {
 // --- input ---
 
 // V of one row of tiles, whose pixels begin at `patch`.
+template <int kTile>
 void patch_to_points(const Group& group, const float* patch, int64_t width, int64_t stride, float* v) {
+    constexpr int kInner = kTile + 2;
     const int64_t columns = kTile * group.columns() + 2;
     for (int64_t tx = 0; tx < group.columns(); ++tx)
         for (int64_t c = 0; c < width; c += kWidth) {
@@ -42,8 +45,10 @@ void patch_to_points(const Group& group, const float* patch, int64_t width, int6
 }
 
 // V of kBlock channels of a group: row of tiles by row of tiles, while its pixels are in L1.
+template <int kTile>
 void image_block(const WinogradConvArgs& args, const Group& group, int64_t c0, float* patch, float* v) {
     const int64_t count = at_most(args.c - c0, kBlock), width = rounded(count, kWidth);
+    constexpr int kInner = kTile + 2;
     const int64_t row = (kTile * group.columns() + 2) * width;
     alignas(64) float a[kBlock], b[kBlock];
     for (int64_t n = group.n0; n < group.n1; ++n) {
@@ -55,7 +60,7 @@ void image_block(const WinogradConvArgs& args, const Group& group, int64_t c0, f
             const int64_t last = kTile * ty + kInner;
             fill_rows(args, group, n, c0, width, a, b, filled, last, patch);
             filled = last;
-            patch_to_points(group, patch + kTile * ty * row, width, point_stride(args), v);
+            patch_to_points<kTile>(group, patch + kTile * ty * row, width, point_stride(args), v);
         }
     }
 }
@@ -128,17 +133,24 @@ void gather_weights(const WinogradConvArgs& args, int64_t o0, int64_t wide, int6
         }
 }
 
-// Two rows of U = G g G^T, whose parts are the same: six points each, kPoint apart, of
-// a vector or of a block [channels][wide].
-constexpr int kPairs[3][2] = {{0, 5}, {1, 2}, {3, 4}};
-template <int kPair>
+// Two rows of U = G g G^T, whose parts are the same: their points kPoint apart, of a vector or of a block
+// [channels][wide]. The first pair is the row at 0 and that at infinity.
+template <int kTile>
+constexpr int pair_row(int pair, int half) {
+    return pair ? 2 * pair - 1 + half : half * (kTile + 1);
+}
+template <int kTile, int kPair>
 DIFUSORES_INLINE void weights_pair(const float* g, float* first, float* second) {
+    constexpr int kInner = kTile + 2;
     f32v above[3], below[3], points[kInner];
     for (int x = 0; x < 3; ++x) {
         const float* const from = g + x * kMaxWidth;
         const f32v g0 = get(from), g2 = get(from + 6 * kMaxWidth);
         if constexpr (kPair == 0) {
-            above[x] = g0 * kZero, below[x] = g2;
+            above[x] = g0 * (kTile == 4 ? kZero : kOrigin), below[x] = g2;
+        } else if constexpr (kTile == 6) {
+            const f32v even = even_part<kPair - 1>(g0, g2), odd = odd_part<kPair - 1>(get(from + 3 * kMaxWidth));
+            above[x] = even + odd, below[x] = even - odd;
         } else {
             const f32v g1 = get(from + 3 * kMaxWidth);
             const f32v even = kPair == 1 ? even_near(g0, g2) : even_far(g0, g2);
@@ -152,42 +164,56 @@ DIFUSORES_INLINE void weights_pair(const float* g, float* first, float* second) 
     for (int x = 0; x < kInner; ++x) put(second + x * kPoint, points[x]);
 }
 
-template <int kPair>
+template <int kTile, int kPair>
 void weights_rows(const float* g, int64_t channels, int64_t wide, float* first, float* second) {
     for (int64_t o = 0; o < wide; o += kWidth) {
         const float* const from = g + o / kMaxWidth * channels * kNine + o % kMaxWidth;
         for (int64_t c = 0; c < channels; ++c)
-            weights_pair<kPair>(from + c * kNine, first + c * wide + o, second + c * wide + o);
+            weights_pair<kTile, kPair>(from + c * kNine, first + c * wide + o, second + c * wide + o);
     }
 }
-constexpr decltype(&weights_rows<0>) kWeightsRows[3] = {weights_rows<0>, weights_rows<1>, weights_rows<2>};
+
+template <int kTile>
+void weights_rows(int pair, const float* g, int64_t channels, int64_t wide, float* first, float* second) {
+    if (pair == 0) weights_rows<kTile, 0>(g, channels, wide, first, second);
+    if (pair == 1) weights_rows<kTile, 1>(g, channels, wide, first, second);
+    if (pair == 2) weights_rows<kTile, 2>(g, channels, wide, first, second);
+    if constexpr (kTile == 6)
+        if (pair == 3) weights_rows<kTile, 3>(g, channels, wide, first, second);
+}
 
 // --- product ---
 
 // Weights are asked for while a group of so many tiles is multiplied: kAhead floats of the gathered ones for each
-// point.
+// point of a 4x4 tile.
 constexpr int64_t kAskTiles = 16, kAhead = 9 * kPoint / kPoints;
 
-// Six points. ahead: what weights to ask for meanwhile; nullptr: the points of u that follow.
-template <bool kFirst>
+// kCount points. ahead: what weights to ask for meanwhile; nullptr: the points of u that follow.
+template <int kCount, bool kFirst>
 void multiply_row(const float* v, const float* u, float* m, int64_t stride, int64_t wide, int64_t channels,
                   int64_t tiles, const float* ahead) {
-    const int64_t step = ahead ? (kAhead / kBlock + tiles - 1) / tiles : 1;
-    for (int64_t f = 0; f < kInner; ++f, v += stride, m += stride, u += kPoint)
+    const int64_t step = ((ahead ? kAhead / kBlock : wide) + tiles - 1) / tiles;
+    for (int64_t f = 0; f < kCount; ++f, v += stride, m += stride, u += kPoint)
         multiply_columns<kFirst>(Panel{v, u, m, kBlock, wide, channels, ahead ? ahead + f * kAhead : u + kPoint, step},
                                  tiles);
 }
 
-}  // namespace
+// Levels of fewer than 32 registers have no tiles of 6x6.
+constexpr bool kHasLarge = kWidth == 16;
+constexpr int kLarge = kHasLarge ? 6 : 4;
 
-void winograd_conv_input(const WinogradConvArgs& args, float* scratch, int64_t begin, int64_t end) {
+template <int kTile>
+void input(const WinogradConvArgs& args, float* scratch, int64_t begin, int64_t end) {
+    constexpr int kPoints = (kTile + 2) * (kTile + 2);
     const int64_t blocks = (args.c + kBlock - 1) / kBlock;
     for (int64_t task = begin; task < end; ++task)
-        image_block(args, group_of(args, args.first_group + task / blocks), task % blocks * kBlock, scratch,
-                    args.v + task * kPoints * point_stride(args));
+        image_block<kTile>(args, group_of(args, args.first_group + task / blocks), task % blocks * kBlock, scratch,
+                           args.v + task * kPoints * point_stride(args));
 }
 
-void winograd_conv_output(const WinogradConvArgs& args, float* scratch, int64_t begin, int64_t end) {
+template <int kTile>
+void output(const WinogradConvArgs& args, float* scratch, int64_t begin, int64_t end) {
+    constexpr int kInner = kTile + 2, kPoints = kInner * kInner;
     const int64_t padded = rounded(args.o, kMaxWidth), wide_blocks = (args.o + kBlock - 1) / kBlock;
     const int64_t blocks = (args.c + kBlock - 1) / kBlock, stride = point_stride(args);
     float *const here = scratch, *const rows = here + 9 * kPoint, *const m = rows + 2 * kInner * kPoint;
@@ -201,39 +227,58 @@ void winograd_conv_output(const WinogradConvArgs& args, float* scratch, int64_t 
             const float* const ready = args.packed ? args.packed + block * kPoints * kPoint : nullptr;
             const float* const g = args.gathered ? args.gathered + block * 9 * kPoint : here;
             if (!ready && !args.gathered) gather_weights(args, o0, wide, c0, here);
-            if (!ready && group.tiles() <= kFewTiles) {
-                multiply_block(v, g, m, stride, wide, channels, group.tiles(), k == 0,
-                               args.gathered ? g + 9 * kPoint : nullptr);
-                continue;
-            }
-            const bool asks = !ready && args.gathered && group.tiles() <= kAskTiles;
-            for (int pair = 0; pair < 3; ++pair) {
-                if (!ready) kWeightsRows[pair](g, channels, wide, rows, rows + kInner * kPoint);
+            if constexpr (kTile == 4)
+                if (!ready && group.tiles() <= kFewTiles) {
+                    multiply_block(v, g, m, stride, wide, channels, group.tiles(), k == 0,
+                                   args.gathered ? g + 9 * kPoint : nullptr);
+                    continue;
+                }
+            const bool asks = kTile == 4 && !ready && args.gathered && group.tiles() <= kAskTiles;
+            for (int pair = 0; pair < kInner / 2; ++pair) {
+                if (!ready) weights_rows<kTile>(pair, g, channels, wide, rows, rows + kInner * kPoint);
                 for (int half = 0; half < 2; ++half) {
-                    const int64_t y = kPairs[pair][half];
+                    const int64_t y = pair_row<kTile>(pair, half);
                     const float* const u = ready ? ready + y * kInner * kPoint : rows + half * kInner * kPoint;
-                    (k ? multiply_row<false>
-                       : multiply_row<true>)(v + y * kInner * stride, u, m + y * kInner * stride, stride, wide,
-                                             channels, group.tiles(),
-                                             asks ? g + 9 * kPoint + (2 * pair + half) * kInner * kAhead : nullptr);
+                    (k ? multiply_row<kInner, false>
+                       : multiply_row<kInner, true>)(v + y * kInner * stride, u, m + y * kInner * stride, stride, wide,
+                                                     channels, group.tiles(),
+                                                     asks ? g + 9 * kPoint + (2 * pair + half) * kInner * kAhead
+                                                          : nullptr);
                 }
             }
         }
-        points_to_image(args, group, m, stride, o0, wide);
+        points_to_image<kTile>(args, group, m, stride, o0, wide);
     }
 }
 
-void winograd_conv_pack(const WinogradConvArgs& args, float* packed, float* scratch, int64_t begin, int64_t end) {
+template <int kTile>
+void pack(const WinogradConvArgs& args, float* packed, float* scratch, int64_t begin, int64_t end) {
+    constexpr int kInner = kTile + 2;
     const int64_t padded = rounded(args.o, kMaxWidth), blocks = (args.c + kBlock - 1) / kBlock;
     for (int64_t task = begin; task < end; ++task) {
         const int64_t o0 = task / blocks * kBlock, wide = at_most(padded - o0, kBlock), c0 = task % blocks * kBlock;
         if (!args.gathered) gather_weights(args, o0, wide, c0, scratch);
         const float* const g = args.gathered ? args.gathered + task * 9 * kPoint : scratch;
-        float* const block = packed + (task - begin) * kPoints * kPoint;
-        for (int pair = 0; pair < 3; ++pair)
-            kWeightsRows[pair](g, at_most(args.c - c0, kBlock), wide, block + kPairs[pair][0] * kInner * kPoint,
-                               block + kPairs[pair][1] * kInner * kPoint);
+        float* const block = packed + (task - begin) * kInner * kInner * kPoint;
+        for (int pair = 0; pair < kInner / 2; ++pair)
+            weights_rows<kTile>(pair, g, at_most(args.c - c0, kBlock), wide,
+                                block + pair_row<kTile>(pair, 0) * kInner * kPoint,
+                                block + pair_row<kTile>(pair, 1) * kInner * kPoint);
     }
+}
+
+}  // namespace
+
+void winograd_conv_input(const WinogradConvArgs& args, float* scratch, int64_t begin, int64_t end) {
+    (kHasLarge && args.tile == 6 ? input<kLarge> : input<4>)(args, scratch, begin, end);
+}
+
+void winograd_conv_output(const WinogradConvArgs& args, float* scratch, int64_t begin, int64_t end) {
+    (kHasLarge && args.tile == 6 ? output<kLarge> : output<4>)(args, scratch, begin, end);
+}
+
+void winograd_conv_pack(const WinogradConvArgs& args, float* packed, float* scratch, int64_t begin, int64_t end) {
+    (kHasLarge && args.tile == 6 ? pack<kLarge> : pack<4>)(args, packed, scratch, begin, end);
 }
 
 void winograd_conv_gather(const WinogradConvArgs& args, float* gathered, int64_t begin, int64_t end) {

@@ -217,7 +217,7 @@ void winograd_int16_output(const WinogradInt16Args& args, float* m, int64_t begi
                 (k ? multiply_block16<false> : multiply_block16<true>)(v + p * layout.point + k * layout.tiles * kBlock,
                                                                        u, scales + k * layout.tiles, m + p * stride,
                                                                        group.tiles());
-        points_to_image(args, group, m, stride, block * kBlock, kBlock);
+        points_to_image<kTile>(args, group, m, stride, block * kBlock, kBlock);
     }
 }
 

@@ -1,4 +1,5 @@
-// What kernels of F(4x4, 3x3) share: the transforms of a line, groups of tiles, and the image on its way in and out.
+// What kernels of F(4x4, 3x3) and F(6x6, 3x3) share: the transforms of a line, groups of tiles, and the image on its
+// way in and out. Lines of 6 and 4 values are of the first, of 8 and 6 of the second.
 #pragma once
 #include "product.h"
 
@@ -15,7 +16,7 @@ constexpr int64_t kNine = 9 * kMaxWidth;  // the weights of an input channel and
 
 // --- the three transforms, of one line ---
 
-// B^T: six values of the image to six points.
+// B^T: values of the image to as many points.
 DIFUSORES_INLINE void image_to_points(const f32v (&d)[6], f32v (&v)[6]) {
     const f32v even_a = d[4] - kB2 * d[2], odd_a = d[3] - kB2 * d[1];
     const f32v even_b = d[4] - kA2 * d[2], odd_b = d[3] - kA2 * d[1];
@@ -27,7 +28,24 @@ DIFUSORES_INLINE void image_to_points(const f32v (&d)[6], f32v (&v)[6]) {
     v[5] = (d[1] * (kA2 * kB2) + d[5]) - (kA2 + kB2) * d[3];
 }
 
-// G: three weights to six points; the rows at a and -a, and at b and -b, are an even and an odd part.
+// Points 0, +-p, +-q, +-r and infinity: the parts of a pair are polynomials in the squares of the other two.
+constexpr float kP = 0.5f, kQ = 1.0f, kR = 2.0f;
+constexpr float kP2 = kP * kP, kQ2 = kQ * kQ, kR2 = kR * kR;
+static_assert(kQ == 1.0f && kP * kR == 1.0f);  // so that two of the cubic's coefficients are one, and two the same
+DIFUSORES_INLINE f32v cubic(f32v d0, f32v d2, f32v d4, f32v d6) { return (d6 - d0) + (kP2 + kQ2 + kR2) * (d2 - d4); }
+DIFUSORES_INLINE void image_to_points(const f32v (&d)[8], f32v (&v)[8]) {
+    const auto pair = [&](float at, float s, float t, f32v& above, f32v& below) __attribute__((always_inline)) {
+        const f32v even = (d[6] - (s + t) * d[4]) + (s * t) * d[2], odd = (d[5] - (s + t) * d[3]) + (s * t) * d[1];
+        above = even + at * odd, below = even - at * odd;
+    };
+    v[0] = cubic(d[0], d[2], d[4], d[6]);
+    pair(kP, kQ2, kR2, v[1], v[2]);
+    pair(kQ, kP2, kR2, v[3], v[4]);
+    pair(kR, kP2, kQ2, v[5], v[6]);
+    v[7] = cubic(d[1], d[3], d[5], d[7]);
+}
+
+// G: three weights to the points; the rows at a and -a, and at b and -b, are an even and an odd part.
 constexpr float kNear = 1.0f / (2.0f * kA2 * (kA2 - kB2)), kFar = 1.0f / (2.0f * kB2 * (kB2 - kA2));
 constexpr float kZero = 1.0f / (kA2 * kB2);
 DIFUSORES_INLINE f32v even_near(f32v g0, f32v g2) { return g0 * kNear + g2 * (kA2 * kNear); }
@@ -45,7 +63,30 @@ DIFUSORES_INLINE void weights_to_points(const f32v (&g)[3], f32v (&u)[6]) {
     u[5] = g[2];
 }
 
-// A^T: six points to four outputs.
+// The even and the odd part of the pair +-p, +-q or +-r, and the row at 0, of three weights.
+constexpr float kPairAt[3] = {kP, kQ, kR};
+constexpr float kPairScale[3] = {1.0f / (2.0f * kP2 * (kP2 - kQ2) * (kP2 - kR2)),
+                                 1.0f / (2.0f * kQ2 * (kQ2 - kP2) * (kQ2 - kR2)),
+                                 1.0f / (2.0f * kR2 * (kR2 - kP2) * (kR2 - kQ2))};
+constexpr float kOrigin = -1.0f / (kP2 * kQ2 * kR2);
+template <int kPair>
+DIFUSORES_INLINE f32v even_part(f32v g0, f32v g2) {
+    constexpr float kScale = kPairScale[kPair], kAt = kPairAt[kPair];
+    return g0 * kScale + g2 * (kAt * kAt * kScale);
+}
+template <int kPair>
+DIFUSORES_INLINE f32v odd_part(f32v g1) {
+    return g1 * (kPairAt[kPair] * kPairScale[kPair]);
+}
+DIFUSORES_INLINE void weights_to_points(const f32v (&g)[3], f32v (&u)[8]) {
+    const f32v even[3] = {even_part<0>(g[0], g[2]), even_part<1>(g[0], g[2]), even_part<2>(g[0], g[2])};
+    const f32v odd[3] = {odd_part<0>(g[1]), odd_part<1>(g[1]), odd_part<2>(g[1])};
+    u[0] = g[0] * kOrigin;
+    for (int k = 0; k < 3; ++k) u[2 * k + 1] = even[k] + odd[k], u[2 * k + 2] = even[k] - odd[k];
+    u[7] = g[2];
+}
+
+// A^T: points to two outputs fewer.
 DIFUSORES_INLINE void points_to_outputs(const f32v (&m)[6], f32v (&y)[4]) {
     const f32v sum_a = m[1] + m[2], difference_a = m[1] - m[2];
     const f32v sum_b = m[3] + m[4], difference_b = m[3] - m[4];
@@ -53,6 +94,17 @@ DIFUSORES_INLINE void points_to_outputs(const f32v (&m)[6], f32v (&y)[4]) {
     y[1] = kA * difference_a + kB * difference_b;
     y[2] = kA2 * sum_a + kB2 * sum_b;
     y[3] = (kA2 * kA) * difference_a + ((kB2 * kB) * difference_b + m[5]);
+}
+DIFUSORES_INLINE void points_to_outputs(const f32v (&m)[8], f32v (&y)[6]) {
+    const f32v sum_p = m[1] + m[2], sum_q = m[3] + m[4], sum_r = m[5] + m[6];
+    const f32v difference_p = m[1] - m[2], difference_q = m[3] - m[4], difference_r = m[5] - m[6];
+    y[0] = (m[0] + sum_p) + (sum_q + sum_r);
+    y[1] = kP * difference_p + (kR * difference_r + kQ * difference_q);
+    y[2] = kP2 * sum_p + (kR2 * sum_r + kQ2 * sum_q);
+    y[3] = (kP2 * kP) * difference_p + ((kR2 * kR) * difference_r + (kQ2 * kQ) * difference_q);
+    y[4] = (kP2 * kP2) * sum_p + ((kR2 * kR2) * sum_r + (kQ2 * kQ2) * sum_q);
+    y[5] =
+        (kP2 * kP2 * kP) * difference_p + ((kR2 * kR2 * kR) * difference_r + ((kQ2 * kQ2 * kQ) * difference_q + m[7]));
 }
 
 // --- groups of tiles ---
@@ -66,7 +118,7 @@ struct Group {
 };
 
 DIFUSORES_INLINE Group group_of(const WinogradConvArgs& args, int64_t g) {
-    const int64_t tiles_h = (args.h + kTile - 1) / kTile, tiles_w = (args.w + kTile - 1) / kTile;
+    const int64_t tiles_h = (args.h + args.tile - 1) / args.tile, tiles_w = (args.w + args.tile - 1) / args.tile;
     const int64_t down = (tiles_h + args.group_h - 1) / args.group_h,
                   across = (tiles_w + args.group_w - 1) / args.group_w;
     const int64_t n0 = g / (down * across) * args.group_n;
@@ -92,11 +144,11 @@ void fill_rows(const WinogradConvArgs& args, const Group& group, int64_t n, int6
     constexpr int kTogether = kWidth == 16 ? 4 : 2;
     const int64_t count = at_most(args.c - c0, kBlock);
     const bool affine = args.multiplier.ptr || args.offset.ptr;
-    const int64_t columns = kTile * group.columns() + 2;
+    const int64_t columns = args.tile * group.columns() + 2;
     for (int64_t row = first; row < last; ++row) {
-        const int64_t iy = kTile * group.ty0 + row - 1;
+        const int64_t iy = args.tile * group.ty0 + row - 1;
         for (int64_t column = 0; column < columns; ++column) {
-            const int64_t ix = kTile * group.tx0 + column - 1;
+            const int64_t ix = args.tile * group.tx0 + column - 1;
             float* const out = patch + (row * columns + column) * width;
             if (iy < 0 || iy >= args.h || ix < 0 || ix >= args.w) {
                 for (int64_t c = 0; c < width; c += kWidth) put(out + c, f32v{});
@@ -129,8 +181,9 @@ void fill_rows(const WinogradConvArgs& args, const Group& group, int64_t n, int6
 // --- output ---
 
 // The outputs of a tile for kWidth channels from o on, `count` of which exist.
-DIFUSORES_INLINE void store_tile(const WinogradConvArgs& args, const f32v (&y)[4][4], int64_t n, int64_t ty, int64_t tx,
-                                 int64_t o, int count, f32v constant) {
+template <int kTile>
+DIFUSORES_INLINE void store_tile(const WinogradConvArgs& args, const f32v (&y)[kTile][kTile], int64_t n, int64_t ty,
+                                 int64_t tx, int64_t o, int count, f32v constant) {
     const int64_t rows = at_most(args.h - kTile * ty, kTile), columns = at_most(args.w - kTile * tx, kTile);
     for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < columns; ++j) {
@@ -149,8 +202,10 @@ DIFUSORES_INLINE void store_tile(const WinogradConvArgs& args, const f32v (&y)[4
 }
 
 // y of a group for the output channels [o0, o0 + wide), from M, whose points are `stride` apart.
+template <int kTile>
 void points_to_image(const WinogradConvArgs& args, const Group& group, const float* m, int64_t stride, int64_t o0,
                      int64_t wide) {
+    constexpr int kInner = kTile + 2;
     for (int64_t n = group.n0; n < group.n1; ++n) {
         alignas(64) float constant[kBlock];
         for (int64_t o = 0; o < wide; ++o)
@@ -171,7 +226,7 @@ void points_to_image(const WinogradConvArgs& args, const Group& group, const flo
                     }
                     for (int k = 0; k < kTile; ++k) points_to_outputs(half[k], y[k]);
                     const int count = static_cast<int>(at_most(args.o - o0 - o, kWidth));
-                    store_tile(args, y, n, ty, tx, o0 + o, count, get(constant + o));
+                    store_tile<kTile>(args, y, n, ty, tx, o0 + o, count, get(constant + o));
                 }
     }
 }

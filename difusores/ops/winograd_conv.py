@@ -1,12 +1,13 @@
-"""3x3 convolution by Winograd's minimal filtering, F(4x4, 3x3), with what surrounds it in a diffusion UNet.
+"""3x3 convolution by Winograd's minimal filtering, with what surrounds it in a diffusion UNet.
 
     h = act(multiplier[n, c] * x + offset[n, c])               a group norm with SiLU, its statistics known,
                                                                or the norm itself
     y = output_scale * (conv3x3(h, weight) + bias[o] + add[n, o] + residual)
 
 stride 1, one row of zeros around h (Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks").
-A 4x4 tile of outputs takes 36 multiplications per pair of channels instead of 144; what that saves, it pays
-with rounding errors that depend on the points of interpolation (docs/kernels/winograd_conv.md).
+A 4x4 tile of outputs takes 36 multiplications per pair of channels instead of 144, and of large images a 6x6
+tile 64 instead of 324; what that saves, it pays with rounding errors that depend on the points of
+interpolation (docs/kernels/winograd_conv.md).
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ LANES = 16  # output channels are computed in multiples of it
 BLOCK = 64  # channels, in and out, of a block of a packed weight
 POINT = BLOCK * BLOCK + LANES  # floats of one of the 36 points of a block
 
-# The points at which the polynomials are evaluated: 0, +-A, +-B and infinity. With (5/8, 3/2) the images'
-# transforms have coefficients that are exact in fp32, and errors are half those of the usual (1, 2).
+# The points at which the polynomials of 4x4 tiles are evaluated: 0, +-A, +-B and infinity. With (5/8, 3/2)
+# the images' transforms have coefficients that are exact in fp32, and errors are half those of (1, 2).
 A, B = 5 / 8, 3 / 2
 
 
@@ -165,10 +166,11 @@ def pack_weight(weight: Tensor, transformed: bool = True, dtype: torch.dtype = t
     Args:
         weight: [O, C, 3, 3] fp32 on the CPU, contiguous or channels_last.
         transformed: the 36 points of the transform, four times as large as the weights; else the nine
-            weights, block by block, which are read without a detour and transformed in each call.
+            weights, block by block, which are read without a detour and transformed in each call. Tiles of
+            6x6, which large images are computed in, read the second form alone.
         dtype: int16 for products in 16-bit fixed point: a call that gets these weights, always transformed,
-            has an error (relative L2) of 4 to 7e-4, up to 2e-3 where a number of a tile is a hundred times
-            the others, and is up to twice as fast. To be asked for where `multiplies_int16`.
+            has tiles of 4x4 and an error (relative L2) of 4 to 7e-4, up to 2e-3 where a number of a tile is a
+            hundred times the others, and is up to twice as fast. To be asked for where `multiplies_int16`.
 
     Returns:
         [ceil(O / 64) * ceil(C / 64) * (36 or 9) * 4112] fp32, or [ceil(O / 64) * ceil(C / 64) * 36 * 4224]
@@ -474,9 +476,9 @@ def winograd_conv(
 
     Returns:
         y [N, O, H, W] in x's dtype and layout. Relative L2 error at most 1e-5; with weights in int16 see
-        `pack_weight`. A NaN or Inf in x makes NaN of the 4x4 tiles of outputs which read it, not only of the
-        outputs next to it. Where a gradient is needed the reference runs, in whose every tensor but `packed`
-        the call is differentiable.
+        `pack_weight`. A NaN or Inf in x makes NaN of the tiles of outputs which read it, 4x4 or 6x6, not only
+        of the outputs next to it. Where a gradient is needed the reference runs, in whose every tensor but
+        `packed` the call is differentiable.
 
     Raises:
         ValueError: shapes or devices that do not fit, named; or norm beside a multiplier or offset.

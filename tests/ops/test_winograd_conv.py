@@ -42,6 +42,8 @@ CASES = [
     (5, 32, 16, 12, 20),
     (1, 64, 80, 33, 2),
 ]
+# In tiles of 6x6 where a level has them: tails as above
+LARGE = [(1, 20, 33, 49, 47), (2, 67, 70, 48, 50), (1, 3, 130, 43, 60)]
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -90,7 +92,7 @@ def distance(y: Tensor, oracle: Tensor) -> float:
     return float((y.double() - oracle).norm() / oracle.norm())
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
 def test_against_the_oracle(backend: str, case: tuple[int, ...]) -> None:
     for options in OPTIONS.values():
         call = make(case, options)
@@ -106,7 +108,9 @@ def test_against_the_oracle(backend: str, case: tuple[int, ...]) -> None:
             assert distance(y, oracle) <= LIMIT, (options, weights)
 
 
-@pytest.mark.parametrize("case", [(3, 70, 130, 13, 22), (5, 96, 48, 8, 8), (2, 24, 32, 70, 61)], ids=str)
+@pytest.mark.parametrize(
+    "case", [(3, 70, 130, 13, 22), (5, 96, 48, 8, 8), (2, 24, 32, 70, 61), (2, 96, 70, 48, 50)], ids=str
+)
 def test_bitwise(case: tuple[int, ...]) -> None:
     """The same call twice, an image alone or in a batch, one thread or several, weights packed or not."""
     reason = dispatch.status("cpu")
@@ -271,6 +275,31 @@ def test_nan_and_inf_stay_in_the_tiles_that_read_them(backend: str, value: float
     assert not torch.isfinite(y[1, :, 4:7, 7:10]).any(), "what the convolution itself makes of it"
     touched.copy_(clean[1, :, 4:8, 4:12])
     assert torch.equal(y, clean)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_nan_and_inf_stay_in_large_tiles(backend: str, value: float) -> None:
+    call = make((2, 20, 17, 49, 51), ("bias", "residual"))
+    clean = run(backend, call)
+    call["x"] = call["x"].clone(memory_format=torch.preserve_format)
+    call["x"][1, 3, 5, 8] = (
+        value  # rows 0 to 11 and columns 6 to 11 in tiles of 6x6, 4 to 7 and 4 to 11 of 4x4
+    )
+    y = run(backend, call)
+    assert not torch.isfinite(y[1, :, 4:7, 7:10]).any(), "what the convolution itself makes of it"
+    y[1, :, :12, 4:12] = clean[1, :, :12, 4:12]
+    assert torch.equal(y, clean)
+
+
+@pytest.mark.parametrize("mean", [0.0, 2.0])
+def test_error_of_large_tiles(mean: float) -> None:
+    """On activations as in a network, with channels of outliers: half the limit."""
+    if dispatch.status("cpu") is not None:
+        pytest.skip(dispatch.status("cpu") or "")
+    call = make((1, 256, 64, 48, 48), ("silu", "bias"))
+    call["x"] = call["x"] + mean
+    call["x"][:, ::50] *= 40
+    assert distance(run("cpu", call), run("reference", wide(call))) <= LIMIT / 2
 
 
 def test_error_is_that_of_the_direct_sum() -> None:
