@@ -91,8 +91,9 @@ DIFUSORES_INLINE void add_pair(i32v (&sum)[kCount][kVectors16], const int16_t* v
     }
 }
 
-// m[kCount][64] (+)= v[kCount][64] u[32][64][2], times the scales of both; asks for what comes next in v and u.
-template <int kCount, bool kFirst>
+// m[kCount][64] (+)= v[kCount][64] u[32][64][2], times the scales of both. Meanwhile it asks for what
+// comes next in v and, from next_u on, kLines for each two pairs.
+template <int kCount, bool kFirst, int kLines>
 void multiply_pairs(const int16_t* v, const int16_t* u, const float* v_scale, float* m, const int16_t* next_u) {
     i32v sum[kCount][kVectors16];
     DIFUSORES_UNROLL
@@ -105,7 +106,9 @@ void multiply_pairs(const int16_t* v, const int16_t* u, const float* v_scale, fl
     for (int64_t pair = 0; pair < kPairs; pair += 2) {
         __builtin_prefetch(next_v), next_v += kLine16;
         add_pair<kCount>(sum, v + 2 * pair, u + 2 * pair * kBlock);
-        __builtin_prefetch(next_u), next_u += kLine16;
+        DIFUSORES_UNROLL
+        for (int line = 0; line < kLines; ++line) __builtin_prefetch(next_u + line * kLine16);
+        next_u += kLines * kLine16;
         add_pair<kCount>(sum, v + 2 * pair + 2, u + 2 * (pair + 1) * kBlock);
     }
     DIFUSORES_UNROLL
@@ -120,23 +123,29 @@ void multiply_pairs(const int16_t* v, const int16_t* u, const float* v_scale, fl
     }
 }
 
-// A block of channels of one point, all tiles in runs of even lengths.
-template <bool kFirst>
-void multiply_block16(const int16_t* v, const int16_t* u, const float* v_scale, float* m, int64_t tiles) {
-    constexpr int64_t kRun = 6;
+// A block of channels of one point, all tiles in runs of even lengths, while all of the next u is asked for.
+template <bool kFirst, int kLines>
+void multiply_runs(const int16_t* v, const int16_t* u, const float* v_scale, float* m, int64_t tiles, int64_t runs) {
     const int16_t* next_u = u + kWinogradPairs;
-    for (int64_t t = 0, runs = (tiles + kRun - 1) / kRun; runs; --runs) {
+    for (int64_t t = 0; runs; --runs) {
         const int64_t count = (tiles - t + runs - 1) / runs;
         switch (count) {
-            case 6: multiply_pairs<6, kFirst>(v, u, v_scale, m, next_u); break;
-            case 5: multiply_pairs<5, kFirst>(v, u, v_scale, m, next_u); break;
-            case 4: multiply_pairs<4, kFirst>(v, u, v_scale, m, next_u); break;
-            case 3: multiply_pairs<3, kFirst>(v, u, v_scale, m, next_u); break;
-            case 2: multiply_pairs<2, kFirst>(v, u, v_scale, m, next_u); break;
-            case 1: multiply_pairs<1, kFirst>(v, u, v_scale, m, next_u); break;
+            case 6: multiply_pairs<6, kFirst, kLines>(v, u, v_scale, m, next_u); break;
+            case 5: multiply_pairs<5, kFirst, kLines>(v, u, v_scale, m, next_u); break;
+            case 4: multiply_pairs<4, kFirst, kLines>(v, u, v_scale, m, next_u); break;
+            case 3: multiply_pairs<3, kFirst, kLines>(v, u, v_scale, m, next_u); break;
+            case 2: multiply_pairs<2, kFirst, kLines>(v, u, v_scale, m, next_u); break;
+            case 1: multiply_pairs<1, kFirst, kLines>(v, u, v_scale, m, next_u); break;
         }
-        t += count, v += count * kBlock, v_scale += count, m += count * kBlock, next_u += 8 * kBlock;
+        t += count, v += count * kBlock, v_scale += count, m += count * kBlock;
+        next_u += kPairs / 2 * kLines * kLine16;
     }
+}
+
+template <bool kFirst>
+void multiply_block16(const int16_t* v, const int16_t* u, const float* v_scale, float* m, int64_t tiles) {
+    const int64_t runs = (tiles + 5) / 6;
+    (runs < 9 ? multiply_runs<kFirst, 3> : multiply_runs<kFirst, 1>)(v, u, v_scale, m, tiles, runs);
 }
 
 // --- weights ---
