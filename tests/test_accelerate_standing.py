@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 import difusores
 from difusores import native
+from difusores.acceleration import layers
 from difusores.acceleration.network import NetworkForward
 from difusores.acceleration.resnet import ResnetForward
+from difusores.acceleration.transformer import ImageAttentionForward
 
 BOUND = 5e-5  # of a whole network, relative L2, against float64
 CASE = (torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3)), torch.tensor([5, 371]))
@@ -28,8 +30,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def model() -> nn.Module:
+def make(dtype: str | None = None) -> nn.Module:
     """Accelerated, after two passes: the second finds the weights prepared, and the network standing."""
     torch.manual_seed(1)
     model: nn.Module = difusores.UNet2DModel(
@@ -40,9 +41,14 @@ def model() -> nn.Module:
         norm_num_groups=8,
         layers_per_block=1,
     ).eval()
-    difusores.accelerate(model)
+    difusores.accelerate(model, dtype=dtype)
     run(model), run(model)
     return model
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return make()
 
 
 def run(model: nn.Module) -> Tensor:
@@ -59,18 +65,22 @@ def is_right(model: nn.Module) -> bool:
     return bool((run(model).double() - wanted).norm() <= BOUND * wanted.norm())
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_the_short_way_has_the_bits_of_the_long_one(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+    dtype: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    model = make(dtype)
     with monkeypatch.context() as patch:
         patch.setattr(NetworkForward, "_stands", lambda self: None)
         long_way = run(model)
-    assert is_right(model)
+    assert dtype or is_right(model)
 
     def unwanted(*args: object, **kwargs: object) -> None:
         raise AssertionError("the long way")
 
     monkeypatch.setattr(ResnetForward, "run", unwanted)
+    if layers.own_product_is_faster(torch.bfloat16 if dtype else torch.float32):
+        monkeypatch.setattr(ImageAttentionForward, "run", unwanted)
     assert torch.equal(run(model), long_way)
     with torch.inference_mode(), pytest.raises(AssertionError, match="the long way"):
         model(*CASE)  # an embedding without a version is projected by each block
@@ -78,12 +88,20 @@ def test_the_short_way_has_the_bits_of_the_long_one(
         model.mid_block.resnets[0](torch.ones(1, 96, 8, 8), torch.ones(1, 256))  # no pass
 
 
-@pytest.mark.parametrize(
-    "part", ["norm1", "conv1", "nonlinearity", "norm2", "dropout", "conv2", "conv_shortcut"]
-)
+RESNET, ATTENTION = "up_blocks.0.resnets.0.", "up_blocks.0.attentions.0."
+PARTS = [
+    *(
+        RESNET + part
+        for part in ("norm1", "conv1", "nonlinearity", "norm2", "dropout", "conv2", "conv_shortcut")
+    ),
+    *(ATTENTION + part for part in ("group_norm", "to_q", "to_v", "to_out.0", "to_out.1")),
+]
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_hooks_are_called(model: nn.Module, part: str) -> None:
     seen: list[nn.Module] = []
-    module = model.up_blocks[0].resnets[0].get_submodule(part)
+    module = model.get_submodule(part)
     handle = module.register_forward_hook(lambda module, args, out: seen.append(module))
     run(model)
     assert module in seen
@@ -99,49 +117,70 @@ def test_hooks_are_called(model: nn.Module, part: str) -> None:
     assert module in seen
 
 
-def _adds_to_weight(block: Any) -> None:
+def _adds_to_weight(block: Any, attention: Any) -> None:
     with torch.no_grad():
         block.conv1.weight.add_(0.1)
 
 
-def _through_data(block: Any) -> None:
+def _through_data(block: Any, attention: Any) -> None:
     block.conv2.weight.data = block.conv2.weight.data + 0.1
 
 
-def _other_parameter(block: Any) -> None:
+def _other_parameter(block: Any, attention: Any) -> None:
     block.norm2.weight = nn.Parameter(block.norm2.weight.detach() + 1)
 
 
-def _bias_in_place(block: Any) -> None:
+def _bias_in_place(block: Any, attention: Any) -> None:
     block.conv1.bias.data += 1
 
 
-def _other_module(block: Any) -> None:
+def _other_module(block: Any, attention: Any) -> None:
     block.conv2 = nn.Conv2d(96, 96, 3, padding=1).eval()
 
 
-def _other_number(block: Any) -> None:
+def _other_number(block: Any, attention: Any) -> None:
     block.norm1.eps = 0.5
 
 
-def _other_divisor(block: Any) -> None:
+def _other_divisor(block: Any, attention: Any) -> None:
     block.output_scale_factor = 2.0
 
 
-def _without_bias(block: Any) -> None:
+def _without_bias(block: Any, attention: Any) -> None:
     block.conv1.bias = None
 
 
-CHANGES: list[Callable[[Any], None]] = [
+def _other_key(block: Any, attention: Any) -> None:
+    attention.to_k = nn.Linear(96, 96).eval()
+
+
+def _other_query(block: Any, attention: Any) -> None:
+    attention.to_q.weight = nn.Parameter(attention.to_q.weight.detach() * 3)
+
+
+def _other_values(block: Any, attention: Any) -> None:
+    attention.to_v.bias.data += 1
+
+
+def _other_heads(block: Any, attention: Any) -> None:
+    attention.heads = 2
+
+
+def _processor(block: Any, attention: Any) -> None:
+    attention.set_processor(lambda layer, x, **kwargs: 2 * layer.attend(x))
+
+
+CHANGES: list[Callable[[Any, Any], None]] = [
     *(_adds_to_weight, _through_data, _other_parameter, _bias_in_place, _other_module),
     *(_other_number, _other_divisor, _without_bias),
+    *(_other_key, _other_query, _other_values, _other_heads, _processor),
 ]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
-def test_changes_are_seen(model: nn.Module, change: Callable[[Any], None]) -> None:
+def test_changes_are_seen(model: nn.Module, change: Callable[[Any, Any], None]) -> None:
     before = run(model)
-    change(model.up_blocks[0].resnets[0])
+    change(model.up_blocks[0].resnets[0], model.up_blocks[0].attentions[0])
     assert is_right(model) and is_right(model), "in the pass after it, and in the one after that"
     assert not torch.equal(run(model), before)
 
@@ -158,6 +197,6 @@ def test_copies_stand_for_themselves(model: nn.Module) -> None:
     wanted = run(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(run(twin), wanted)
-        _other_parameter(twin.mid_block.resnets[0])
+        _other_parameter(twin.mid_block.resnets[0], None)
         assert is_right(twin) and not torch.equal(run(twin), wanted)
     assert torch.equal(run(model), wanted)

@@ -9,7 +9,7 @@ layer's replacement, or call the layer where it has none or is watched by hooks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,9 @@ from difusores.acceleration.session import DTYPES, GPU_DTYPES, Forward, Packed, 
 from difusores.models.layers import GroupNormAct
 from difusores.ops import gemm_conv, group_norm_affine, group_norm_silu, winograd_conv
 from difusores.ops.gemm_conv import LANES, gemm_rows, multiplies_pairs, packed_numbers, splits
+from difusores.ops.gemm_conv import Prepared as PreparedProduct
 from difusores.ops.gemm_conv import pack_weight as pack_for_gemm
+from difusores.ops.gemm_conv import prepared as prepared_product
 from difusores.ops.winograd_conv import (
     IN_CALL,
     LayerPlan,
@@ -270,6 +272,26 @@ def product(
     if form is None:
         form = pack_for_gemm(as_kernel(weight), x.dtype, geglu, split)  # the same bits, slower
     return gemm_rows(x, weight, bias, residual=residual, packed=form, geglu=geglu)
+
+
+def prepare_product(forward: LinearForward | ConvForward, dtype: torch.dtype) -> PreparedProduct | None:
+    """The own product in this dtype with a layer's weight as it is now; None where another one is taken.
+
+    Of rows, or of the pixels of a channels_last image with a 1x1 convolution; the bits of `rows` and `apply`.
+    """
+    parameters, invariant = forward.module._parameters, forward.session.invariant
+    weight, bias = parameters["weight"], parameters["bias"]
+    if forward.quantized is not None or not (invariant or own_product_is_faster(dtype)):
+        return None
+    packed, gain = forward.weights, PACKED_GAIN if invariant else math.inf
+    if dtype is torch.bfloat16 and isinstance(forward, ConvForward):  # as `ConvForward.apply` keeps it
+        packed, gain = forward.products, PACKED_GAIN
+    split = dtype is torch.float32 and multiplies_split(weight)
+    form = form_for_gemm(weight, packed, dtype, gain, False, split)
+    if form is None:
+        return None
+    forward.invariant = True
+    return prepared_product(weight, bias, form)
 
 
 def multiplies_split(weight: Tensor) -> bool:
@@ -523,6 +545,16 @@ class ConvForward(LayerForward):
         parameters = self.module._parameters
         form = self._form_for_winograd(layer)
         return prepared(parameters["weight"], parameters["bias"], form, norm_before(norm))
+
+    def prepare_pixels(self, like: Tensor) -> Callable[[Tensor], Tensor]:
+        """The convolution of images like this one, channels_last, with its weight as it is now."""
+        dtype = self.dtype or self.module._parameters["weight"].dtype
+        product = prepare_product(self, dtype) if self.shape == POINTWISE else None
+        if product is None:
+            return lambda x: cast(self.apply(x, NOTHING), x.dtype)
+        if dtype is like.dtype:
+            return lambda x: product(x, None)
+        return lambda x: product(x.to(dtype), None).to(x.dtype)
 
     def _product(self, x: Tensor, around: Surroundings) -> Tensor:
         m = self.module

@@ -10,6 +10,7 @@ convolution.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 from difusores.acceleration.layers import (
     CHANNELS_LAST,
-    NOTHING,
     ConvForward,
     Surroundings,
     adds_for_free,
@@ -45,7 +45,7 @@ class Steady(NamedTuple):
     first: Prepared
     second: Prepared
     takes_time: bool
-    shortcut: ConvForward | None
+    shortcut: Callable[[Tensor], Tensor] | None
     scale: float
 
 
@@ -103,8 +103,8 @@ class ResnetForward(Forward):
         row = None if temb is None else self.session.times.row(self, temb)
         if row is None and temb is not None:
             return None
-        skip = x if known.shortcut is None else cast(known.shortcut.apply(x, NOTHING), x.dtype)
         try:
+            skip = x if known.shortcut is None else known.shortcut(x)
             with torch._C._AutoDispatchBelowAutograd():
                 return known.second(known.first(x, row, None, 1.0), None, skip, known.scale)
         except (RuntimeError, TypeError):  # the kernel refuses what it did not when this was prepared
@@ -127,7 +127,8 @@ class ResnetForward(Forward):
         first, second = forwards[0].prepare(x, parts["norm1"]), forwards[1].prepare(x, parts["norm2"])
         if first is None or second is None:
             return None
-        takes_time, shortcut = parts.get("time_emb_proj") is not None, (*forwards[2:], None)[0]
+        shortcut = forwards[2].prepare_pixels(x) if len(forwards) > 2 else None
+        takes_time = parts.get("time_emb_proj") is not None
         return Steady(first, second, takes_time, shortcut, 1 / m.output_scale_factor)
 
     def run(

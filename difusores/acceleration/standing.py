@@ -15,7 +15,10 @@ from torch.nn.modules import module as nn_module
 
 from difusores.acceleration.session import Samples
 
-_OF_MODULE = ("training", "eps", "num_groups", "output_scale_factor")
+_OF_MODULE = (
+    *("training", "eps", "num_groups", "heads", "processor"),
+    *("output_scale_factor", "rescale_output_factor", "residual_connection"),
+)
 
 
 class Standing:

@@ -24,6 +24,7 @@ not on the number of threads, neither of which libraries promise.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -257,6 +258,23 @@ def supports(
         if t is not None and t.dtype is not torch.float32:
             return f"the kernel takes a {name} in float32, not {t.dtype}"
     return None
+
+
+Prepared = Callable[[Tensor, "Tensor | None"], Tensor]
+
+
+def prepared(weight: Tensor, bias: Tensor | None, packed: Tensor) -> Prepared:
+    """The product of rows or pixels with a weight [O, C] or [O, C, 1, 1], as a function of x and residual.
+
+    For callers who have made sure that the kernel is to answer: it raises RuntimeError where it refuses.
+    """
+
+    def multiply(x: Tensor, residual: Tensor | None) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            y: Tensor = _OP(x, weight, bias, None, None, False, None, residual, 1, 1, 0, 0, packed, False)
+        return y
+
+    return multiply
 
 
 def gemm_conv(
