@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import difusores
 from difusores import native
-from difusores.acceleration import engine, layers
+from difusores.acceleration import engine, layers, products
 from difusores.acceleration.session import Forward, Session
 from difusores.models.lora import LowRank, make_adapters
 from difusores.ops import BackendUnavailable
@@ -158,7 +158,7 @@ def test_agrees_and_comes_back(
     if numbers != "float32" and native.status("cpu") is not None:
         pytest.skip(native.status("cpu") or "")  # the bound is for the kernels, which keep more in float32
     dtype = None if numbers == "float32" else "bfloat16"
-    monkeypatch.setattr(layers, "fast_bfloat16_convolution", lambda: numbers == "bfloat16")
+    monkeypatch.setattr(products, "fast_bfloat16_convolution", lambda: numbers == "bfloat16")
     plain = make(library, variant)
     model = copy.deepcopy(plain)
     odd = (16, 8) if VARIANTS[variant][0] == "UNet2DModel" else (11, 7)  # which that class does not take
@@ -201,10 +201,10 @@ def test_which_convolutions_in_bfloat16_are_the_own_product(monkeypatch: pytest.
         layer = layers.ConvForward(nn.Conv2d(channels, out, 3, stride, 1).bfloat16(), session)
         return layer.way(torch.empty(1, channels, size, size, dtype=torch.bfloat16, device="meta")).fuses
 
-    monkeypatch.setattr(layers, "fast_bfloat16_convolution", lambda: True)
+    monkeypatch.setattr(products, "fast_bfloat16_convolution", lambda: True)
     assert fuses(16, 16, 256) and fuses(32, 16, 33) and fuses(16, 3, 32) and fuses(16, 16, 32, stride=2)
     assert not (fuses(16, 3, 33) or fuses(16, 16, 33, stride=2) or fuses(3, 16, 33) or fuses(3, 16, 32))
-    monkeypatch.setattr(layers, "fast_bfloat16_convolution", lambda: False)
+    monkeypatch.setattr(products, "fast_bfloat16_convolution", lambda: False)
     assert not fuses(16, 16, 32)
 
 
@@ -248,7 +248,7 @@ def test_which_images_in_float32_are_rounded() -> None:
 
 
 def test_which_convolutions_in_float32_are_the_own_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "own_product_is_faster", lambda dtype: True)
+    monkeypatch.setattr(products, "own_product_is_faster", lambda dtype: True)
 
     def own(size: int, stride: int, channels: int = 16, budget: int = 1 << 20) -> bool:
         layer = layers.ConvForward(nn.Conv2d(channels, 16, 3, stride, 1), Session((), None, None, budget))
@@ -316,7 +316,7 @@ def test_idempotent_and_anew(model: nn.Module) -> None:
 
 def test_own_lora(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loaded, scaled and unloaded while accelerated; layers that it changes, merged ones too, and others."""
-    monkeypatch.setattr(layers, "linear_wants_packing", lambda dtype: True)
+    monkeypatch.setattr(products, "linear_wants_packing", lambda dtype: True)
     model, case = make("difusores", "latents"), inputs("latents")
     before = run(model, *case)
     difusores.accelerate(model)
@@ -414,8 +414,8 @@ def test_biases_that_change_unseen(model: nn.Module) -> None:
 )
 def test_merged_weights_follow(model: nn.Module, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight that is one of several in one product: changed in every way, and back by `restore`."""
-    monkeypatch.setattr(layers, "linear_wants_packing", lambda dtype: True)
-    monkeypatch.setattr(layers, "own_product_is_faster", lambda dtype: False)
+    monkeypatch.setattr(products, "linear_wants_packing", lambda dtype: True)
+    monkeypatch.setattr(products, "own_product_is_faster", lambda dtype: False)
     case, layer = inputs("latents"), model.get_submodule(name)
     plain, state = run(model, *case), copy.deepcopy(model.state_dict())
     difusores.accelerate(model)
@@ -462,7 +462,7 @@ def test_merged_weights_follow(model: nn.Module, name: str, monkeypatch: pytest.
 def test_merged_weights_and_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its adapters on a time projection, a query and a key: loaded, scaled, fused and unloaded."""
     peft = pytest.importorskip("peft")
-    monkeypatch.setattr(layers, "linear_wants_packing", lambda dtype: True)
+    monkeypatch.setattr(products, "linear_wants_packing", lambda dtype: True)
     model, case = make("diffusers", "latents"), inputs("latents")
     model_: Any = model
     plain = run(model, *case)
@@ -665,7 +665,7 @@ def test_own_product(library: str, dtype: str | None, monkeypatch: pytest.Monkey
     model, case = make(library, "latents"), inputs("latents")
     plain, wanted = run(model, *case), oracle(model, *case)
     bound = half_bounds(model, [case], [wanted])[0] if dtype else BOUND
-    monkeypatch.setattr(layers, "own_product_is_faster", lambda dtype: True)
+    monkeypatch.setattr(products, "own_product_is_faster", lambda dtype: True)
     report = difusores.accelerate(model, dtype=dtype)
     assert distance(run(model, *case), wanted) <= bound
     linears = [layer for layer in report.layers if layer.kind == "Linear"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 import difusores
 from difusores import native
-from difusores.acceleration import layers
+from difusores.acceleration import products
 from difusores.acceleration.network import NetworkForward
 from difusores.acceleration.resnet import ResnetForward
+from difusores.acceleration.standing import Prepared
 from difusores.acceleration.transformer import ImageAttentionForward
 
 BOUND = 5e-5  # of a whole network, relative L2, against float64
@@ -79,7 +81,7 @@ def test_the_short_way_has_the_bits_of_the_long_one(
         raise AssertionError("the long way")
 
     monkeypatch.setattr(ResnetForward, "run", unwanted)
-    if layers.own_product_is_faster(torch.bfloat16 if dtype else torch.float32):
+    if products.own_product_is_faster(torch.bfloat16 if dtype else torch.float32):
         monkeypatch.setattr(ImageAttentionForward, "run", unwanted)
     assert torch.equal(run(model), long_way)
     with torch.inference_mode(), pytest.raises(AssertionError, match="the long way"):
@@ -200,3 +202,17 @@ def test_copies_stand_for_themselves(model: nn.Module) -> None:
         _other_parameter(twin.mid_block.resnets[0], None)
         assert is_right(twin) and not torch.equal(run(twin), wanted)
     assert torch.equal(run(model), wanted)
+
+
+def test_what_was_prepared_goes_with_the_standing() -> None:
+    """Forms of weights that changed are not held by the sizes of images that are not asked for again."""
+    prepared: Prepared[object] = Prepared()
+    first, second = object(), object()
+    small, large = (weakref.ref(prepared.get(first, size, Form)) for size in (8, 16))
+    assert prepared.get(first, 8, Form) is small()
+    assert prepared.get(second, 8, Form) is not None and small() is None and large() is None
+    assert copy.deepcopy(prepared)._made == (None, {})
+
+
+class Form:
+    """Of a weight."""

@@ -13,15 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from difusores.acceleration.cuda_layers import leaves_its_bias
-from difusores.acceleration.layers import (
-    CHANNELS_LAST,
-    POINTWISE,
-    Surroundings,
-    apply_conv,
-    direct,
-    normalize,
-)
+from difusores.acceleration.layers import CHANNELS_LAST, POINTWISE, Surroundings, apply_conv, direct
 from difusores.acceleration.merged import Merged
+from difusores.acceleration.norms import normalize
 from difusores.acceleration.resnet import ResnetForward
 from difusores.acceleration.session import Session, hooked
 from difusores.acceleration.times import TimeProjections

@@ -22,9 +22,9 @@ from difusores.acceleration.layers import (
     LinearForward,
     Surroundings,
     Way,
-    normalize,
     why_not_weight,
 )
+from difusores.acceleration.norms import normalize
 from difusores.acceleration.session import Forward, Session, hooked
 from difusores.graphs import capturing
 from difusores.ops import bias_residual

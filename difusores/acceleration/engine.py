@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from difusores.acceleration import feature_cache, heap, layers
+from difusores.acceleration import feature_cache, heap, products
 from difusores.acceleration.approximations import Approximations, parse
 from difusores.acceleration.cuda_blocks import CudaTimeProjections
 from difusores.acceleration.layers import ConvForward, LayerForward, LinearForward
 from difusores.acceleration.network import NetworkForward
+from difusores.acceleration.norms import join_last_activation
 from difusores.acceleration.report import Report, size
 from difusores.acceleration.session import DTYPES, SESSION, Forward, Session
 from difusores.acceleration.table import KEEPS_DTYPE, OURS, THEIRS, replacement
@@ -160,7 +161,7 @@ def install(
         restore(model)
         session = None
     if session is None:
-        of_images = dtype if dtype is torch.float32 or layers.fast_bfloat16_convolution() else None
+        of_images = dtype if dtype is torch.float32 or products.fast_bfloat16_convolution() else None
         budget = int(BUDGETS[memory] * size(model))
         session = Session(settings, dtype, of_images, budget, device, cuda, dict(approximate), invariant)
         session.times = CudaTimeProjections(session) if cuda else TimeProjections(session)
@@ -179,7 +180,7 @@ def install(
             module.__dict__["forward"] = kind(module, session)
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), NetworkForward):
-            layers.join_last_activation(module, session)
+            join_last_activation(module, session)
     if "feature_cache" in session.approximate:
         feature_cache.install(model, session, session.approximate["feature_cache"].depth)
     return reason if reason is None else f"freed memory goes back to the system: {reason}"

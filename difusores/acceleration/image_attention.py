@@ -12,15 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from difusores.acceleration.layers import (
-    CHANNELS_LAST,
-    ConvForward,
-    LinearForward,
-    cast,
-    direct,
-    normalize,
-    prepare_product,
-)
+from difusores.acceleration.layers import CHANNELS_LAST, ConvForward, LinearForward, direct, prepare_product
+from difusores.acceleration.norms import normalize
+from difusores.acceleration.products import cast
 from difusores.acceleration.session import Forward
 from difusores.ops import attention
 

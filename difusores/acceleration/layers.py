@@ -1,4 +1,4 @@
-"""Replacements of single layers: convolution, linear layer, group normalisation.
+"""Replacements of single layers: convolution and linear layer.
 
 Images are computed in channels_last, where the pixels of an image are the rows of a matrix: a 1x1 convolution
 is a matrix product. In a session that is `invariant`, the package's own product takes what Winograd's
@@ -9,22 +9,33 @@ layer's replacement, or call the layer where it has none or is watched by hooks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difusores import native
+from difusores.acceleration import products
+from difusores.acceleration.norms import normalize
+from difusores.acceleration.products import (
+    MKLDNN,
+    PACKED_GAIN,
+    cast,
+    form_for_gemm,
+    kept,
+    library_product,
+    multiplies_split,
+    plus,
+    product,
+    sources,
+)
 from difusores.acceleration.quantized import Quantized
 from difusores.acceleration.session import DTYPES, GPU_DTYPES, Forward, Packed, Session, hooked
-from difusores.models.layers import GroupNormAct
-from difusores.ops import gemm_conv, group_norm_affine, group_norm_silu, winograd_conv
-from difusores.ops.gemm_conv import LANES, gemm_rows, multiplies_pairs, packed_numbers, splits
+from difusores.ops import gemm_conv, group_norm_affine, winograd_conv
 from difusores.ops.gemm_conv import Prepared as PreparedProduct
+from difusores.ops.gemm_conv import multiplies_pairs
 from difusores.ops.gemm_conv import pack_weight as pack_for_gemm
 from difusores.ops.gemm_conv import prepared as prepared_product
 from difusores.ops.winograd_conv import (
@@ -40,43 +51,15 @@ from difusores.ops.winograd_conv import (
 )
 
 CHANNELS_LAST = torch.channels_last
-_MKLDNN = torch.ops.mkldnn
 OWN_PRODUCT = 1024  # pixels up to which strides and few channels out are the own product's in bfloat16 too
 ROUNDED = 32  # pixels out up to which images in float32 are multiplied in bfloat16, of 3x3 without strides
 FEW_PIXELS = 64  # up to which convolutions with strides are the own product's in float32
 FEW_CHANNELS = 16  # less of them fill less than half a tile of the own product in bfloat16
-PACKED_GAIN = 4.0  # of weights packed for the own product: a byte of Winograd's saves a third of the time
 WORTH_PACKING = 1.1  # of weights transformed for Winograd, from which on they take their memory
-SPLIT_CHANNELS = 32  # in and out, from which on float32 as pairs of bfloat16 is faster: AMX's tiles
 SPLIT = "in float32, tokens and pixels as pairs of bfloat16 on AMX, error 5e-6"
 INT16 = "3x3 by Winograd in 16-bit fixed point, error 5e-4, where that pays"
 POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1))  # kernel, stride, padding, dilation
 WINOGRAD = ((3, 3), (1, 1), (1, 1), (1, 1))
-
-
-@cache
-def _cpuinfo() -> str:
-    file = Path("/proc/cpuinfo")
-    return file.read_text(encoding="utf-8") if file.is_file() else ""
-
-
-def fast_bfloat16_convolution() -> bool:
-    """Whether direct convolutions in bfloat16 beat Winograd's in float32: with AMX's tiles.
-
-    The dot products of AVX512_BF16 are twice as fast as float32's, and Winograd's algorithm saves more.
-    """
-    return "amx_bf16" in _cpuinfo()
-
-
-@cache
-def linear_wants_packing(dtype: torch.dtype) -> bool:
-    """Whether oneDNN with packed weights is faster than `F.linear`.
-
-    In float32 that is MKL, which reaches the peak on Intel's processors and half of it on others.
-    """
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype is torch.bfloat16 or "GenuineIntel" not in _cpuinfo()
 
 
 class LayerForward(Forward):
@@ -143,13 +126,6 @@ def rows(forward: LinearForward | ConvForward, x: Tensor, residual: Tensor | Non
     return plus(library_product(x, weight, bias, forward.weights), residual if later is None else later)
 
 
-def plus(out: Tensor, residual: Tensor | None) -> Tensor:
-    """out + residual, in the memory of `out` where the dtype allows it."""
-    if residual is None:
-        return out
-    return out.add_(residual) if out.dtype is residual.dtype else out + residual
-
-
 def why_not_weight(weight: object, session: Session | None = None) -> str | None:
     """Why no replacement works with this weight, or None."""
     if type(weight) is not nn.Parameter:
@@ -167,113 +143,6 @@ def on_device(t: Tensor, session: Session) -> bool:
     return t.is_cpu if session.device == "cpu" else t.device.type == session.device
 
 
-def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t.to(dtype), which takes a microsecond for nothing too."""
-    return t if t.dtype is dtype else t.to(dtype)
-
-
-def library_product(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
-    """x [..., in] times weight [out, in] or [out, in, 1, 1] plus bias, by MKL or oneDNN in x's dtype."""
-    dtype = x.dtype
-    matrix = weight if weight.ndim == 2 else weight.flatten(1)
-    if linear_wants_packing(dtype):
-        form = packed.get(
-            sources(weight, bias),
-            lambda: (
-                _MKLDNN._reorder_linear_weight(matrix.detach().to(dtype).contiguous()),
-                kept(bias, dtype),
-            ),
-            weight.numel() * dtype.itemsize,
-            math.inf,  # never given up: the bits of MKL are others
-        )
-        if form is not None:
-            out: Tensor = _MKLDNN._linear_pointwise(x.contiguous(), *form, "none", [], "")
-            return out
-    bias = bias if bias is None else cast(bias, dtype)
-    return F.linear(x, cast(matrix, dtype), bias)
-
-
-def sources(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-    """What a form of a layer's weight and bias is made of."""
-    return (weight,) if bias is None else (weight, bias)
-
-
-def kept(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A bias in a kernel's dtype, for all calls."""
-    return bias if bias is None else cast(bias.detach(), dtype)
-
-
-def packed_together(x: Tensor, layers: Sequence[Any], packed: Packed) -> Tensor | None:
-    """x [..., in] times the weights of linear layers, one beside the other, plus their biases.
-
-    None where `library_product` would not have oneDNN pack them, the package's own product is faster, of
-    which three are as fast, or they do not fit together.
-    """
-    forwards = [layer.__dict__["forward"] for layer in layers]
-    dtypes = {forward.dtype or layer.weight.dtype for forward, layer in zip(forwards, layers, strict=True)}
-    biases = [layer.bias for layer in layers]
-    weights = tuple(layer.weight for layer in layers)
-    dtype = dtypes.pop()
-    if dtypes or packed.session.invariant or not linear_wants_packing(dtype) or own_product_is_faster(dtype):
-        return None
-    if any(forward.quantized is not None for forward in forwards) or len({w.shape[1] for w in weights}) > 1:
-        return None
-    if any(b is None for b in biases) and any(b is not None for b in biases):
-        return None
-
-    def pack() -> tuple[Tensor, Tensor | None]:
-        rows = torch.cat([w.detach().flatten(1) for w in weights]).to(dtype)
-        bias = None if biases[0] is None else torch.cat([b.detach() for b in biases]).to(dtype)
-        return _MKLDNN._reorder_linear_weight(rows), bias
-
-    size = sum(w.numel() for w in weights) * dtype.itemsize
-    given = weights if biases[0] is None else (*weights, *biases)
-    form = packed.get(given, pack, size, math.inf)  # as in `library_product`
-    if form is None:
-        return None
-    out: Tensor = _MKLDNN._linear_pointwise(cast(x, dtype).contiguous(), *form, "none", [], "")
-    return out
-
-
-@cache
-def own_product_is_faster(dtype: torch.dtype) -> bool:
-    """Whether the package's own product beats a library's: with AVX-512, in bfloat16 with its pairs."""
-    if native.status("cpu") is not None:
-        return False
-    if dtype is torch.bfloat16:
-        return multiplies_pairs()
-    level: str = native.build_info().get("isa_used", "")
-    return level.startswith(("avx512", "amx"))
-
-
-def product(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    packed: Packed,
-    residual: Tensor | None = None,
-    geglu: bool = False,
-) -> Tensor | None:
-    """x [..., in] times weight [out, in] or [out, in, 1, 1] plus bias, or GEGLU of that, plus a residual.
-
-    By the package's own product, in which a row's bits are its own: in an `invariant` session, and for tokens
-    and pixels where it is faster, which in float32 with AMX are multiplied as pairs of bfloat16. Else None,
-    and where it cannot end in GEGLU.
-    """
-    invariant = packed.session.invariant
-    if not invariant and not (x.ndim > 2 and own_product_is_faster(x.dtype)):
-        return None
-    if geglu and weight.shape[0] % (2 * LANES):
-        return None
-    split = x.dtype is torch.float32 and x.ndim > 2 and multiplies_split(weight)
-    form = form_for_gemm(weight, packed, x.dtype, PACKED_GAIN if invariant else math.inf, geglu, split)
-    if form is None and not invariant and not packed.session.budget:  # it would be packed in every call
-        return None
-    if form is None:
-        form = pack_for_gemm(as_kernel(weight), x.dtype, geglu, split)  # the same bits, slower
-    return gemm_rows(x, weight, bias, residual=residual, packed=form, geglu=geglu)
-
-
 def prepare_product(forward: LinearForward | ConvForward, dtype: torch.dtype) -> PreparedProduct | None:
     """The own product in this dtype with a layer's weight as it is now; None where another one is taken.
 
@@ -281,7 +150,7 @@ def prepare_product(forward: LinearForward | ConvForward, dtype: torch.dtype) ->
     """
     parameters, invariant = forward.module._parameters, forward.session.invariant
     weight, bias = parameters["weight"], parameters["bias"]
-    if forward.quantized is not None or not (invariant or own_product_is_faster(dtype)):
+    if forward.quantized is not None or not (invariant or products.own_product_is_faster(dtype)):
         return None
     packed, gain = forward.weights, PACKED_GAIN if invariant else math.inf
     if dtype is torch.bfloat16 and isinstance(forward, ConvForward):  # as `ConvForward.apply` keeps it
@@ -292,36 +161,6 @@ def prepare_product(forward: LinearForward | ConvForward, dtype: torch.dtype) ->
         return None
     forward.invariant = True
     return prepared_product(weight, bias, form)
-
-
-def multiplies_split(weight: Tensor) -> bool:
-    """Whether products of this weight in float32 are of pairs of bfloat16; told by its sizes, not by rows."""
-    return splits() and min(weight.shape[:2]) >= SPLIT_CHANNELS
-
-
-def form_for_gemm(
-    weight: Tensor,
-    packed: Packed,
-    dtype: torch.dtype,
-    gain: float = PACKED_GAIN,
-    geglu: bool = False,
-    split: bool = False,
-) -> Tensor | None:
-    """The packed weight, made at first use; None where memory is short, and the call makes it."""
-    of = torch.bfloat16 if split else dtype
-
-    def pack() -> Tensor:
-        return pack_for_gemm(as_kernel(weight), dtype, geglu, split)
-
-    def size() -> int:
-        return of.itemsize * packed_numbers(weight, dtype, split)
-
-    return packed.get((weight,), pack, size, gain, "split" if split else None)
-
-
-def as_kernel(weight: Tensor) -> Tensor:
-    """The weight of a linear layer as that of a 1x1 convolution; a convolution's as it is."""
-    return weight if weight.ndim == 4 else weight[:, :, None, None]
 
 
 class Surroundings(NamedTuple):
@@ -479,10 +318,10 @@ class ConvForward(LayerForward):
         if x.dtype is torch.float32:
             few = x.shape[2] * x.shape[3] <= FEW_PIXELS and m.in_channels >= FEW_CHANNELS
             fits = few and m.stride != (1, 1) and self.session.budget > 0
-            return fits and own_product_is_faster(x.dtype)
+            return fits and products.own_product_is_faster(x.dtype)
         if self.shape == POINTWISE:
-            return own_product_is_faster(x.dtype)
-        if m.in_channels < FEW_CHANNELS or not (fast_bfloat16_convolution() and multiplies_pairs()):
+            return products.own_product_is_faster(x.dtype)
+        if m.in_channels < FEW_CHANNELS or not (products.fast_bfloat16_convolution() and multiplies_pairs()):
             return False
         small = x.shape[2] * x.shape[3] <= OWN_PRODUCT
         return small or (m.stride == (1, 1) and m.out_channels >= FEW_CHANNELS)
@@ -601,7 +440,7 @@ class ConvForward(LayerForward):
         def pack() -> tuple[Tensor, Tensor | None]:
             # oneDNN chooses the layout for a size of images; in another it packs anew in each call.
             plain = weight.detach().to(x.dtype)
-            ordered = _MKLDNN._reorder_convolution_weight(plain, *options, [1, *x.shape[1:]])
+            ordered = MKLDNN._reorder_convolution_weight(plain, *options, [1, *x.shape[1:]])
             return ordered, kept(bias, x.dtype)
 
         size = weight.numel() * x.dtype.itemsize
@@ -609,14 +448,14 @@ class ConvForward(LayerForward):
         if packed is None:  # memory is short: the same bits, slower
             packed = pack()
         if residual is None:
-            out = _MKLDNN._convolution_pointwise(x, *packed, *options, "none", [], "")
+            out = MKLDNN._convolution_pointwise(x, *packed, *options, "none", [], "")
             return out
         residual = cast(residual, x.dtype).contiguous(memory_format=CHANNELS_LAST)
         call = (*packed, *options, "add", 1.0, None, [], None)
         if owned:
-            out = _MKLDNN._convolution_pointwise_(residual, x, *call)
+            out = MKLDNN._convolution_pointwise_(residual, x, *call)
         else:
-            out = _MKLDNN._convolution_pointwise(x, residual, *call)
+            out = MKLDNN._convolution_pointwise(x, residual, *call)
         return out
 
 
@@ -642,77 +481,6 @@ def normalized_by(around: Surroundings, x: Tensor) -> tuple[Tensor, Tensor | Non
 def winograd_plan(in_channels: int, out_channels: int, height: int, width: int, int16: bool) -> LayerPlan:
     """`winograd_conv.plan` or `plan_int16`, which never change within a process."""
     return (plan_int16 if int16 else plan)(in_channels, out_channels, height, width)
-
-
-class GroupNormForward(Forward):
-    """A group normalisation by the package's op.
-
-    Attributes:
-        network: of diffusers' networks, whose last normalisation this is: while it runs, the activation
-            behind this is computed here.
-    """
-
-    how = "group norm: the package's op"
-    invariant = True
-    network: Any = None
-
-    def run(self, input: Tensor) -> Tensor:
-        """[N, C, *] -> the same."""
-        silu = self._activates()
-        out = normalize(self.module, input, silu=silu)
-        if silu:
-            self.session.here.activated = out
-        return out
-
-    def _activates(self) -> bool:
-        running = getattr(self.session.here, "network", None)
-        if self.network is None or running is not self.network:
-            return False
-        network: Any = self.network
-        act = network.conv_act
-        mine = network.conv_norm_out is self.module
-        return (
-            mine
-            and isinstance(act.__dict__.get("forward"), LastActivationForward)
-            and not (hooked(act) or hooked(self.module))
-        )
-
-
-class LastActivationForward(Forward):
-    """The activation behind a network's last normalisation, which may have computed it."""
-
-    how = "SiLU: by the normalisation before it"
-    invariant = True
-
-    def __call__(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            here = self.session.here
-            mine, here.activated = getattr(here, "activated", None) is input, None
-            if mine:
-                return input
-        out: Tensor = type(self.module).forward(self.module, input)
-        return out
-
-
-def join_last_activation(network: Any, session: Session) -> None:
-    """Let the last normalisation of a network of diffusers compute the activation that follows it."""
-    norm, act = (getattr(network, name, None) for name in ("conv_norm_out", "conv_act"))
-    forward = norm.__dict__.get("forward") if isinstance(norm, nn.Module) else None
-    if isinstance(forward, GroupNormForward) and type(act) is nn.SiLU and "forward" not in act.__dict__:
-        forward.network = network
-        act.__dict__["forward"] = LastActivationForward(act, session)
-
-
-def normalize(norm: Any, x: Tensor, silu: bool, **terms: Any) -> Tensor:
-    """A group normalisation, activated or not; terms: scale, shift, add of `group_norm_silu`."""
-    out = group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, **terms)
-    assert isinstance(out, Tensor)
-    return out
-
-
-def plain_norm(norm: Any) -> bool:
-    """Whether a block may compute this normalisation itself."""
-    return type(norm) in (nn.GroupNorm, GroupNormAct) and not hooked(norm)
 
 
 def apply_conv(layer: nn.Module, x: Tensor, around: Surroundings = NOTHING) -> Tensor:

@@ -23,14 +23,14 @@ from difusores.acceleration.layers import (
     adds_for_free,
     apply_conv,
     apply_linear,
-    cast,
     direct,
-    normalize,
-    plain_norm,
     why_not_weight,
 )
+from difusores.acceleration.norms import normalize, plain_norm
+from difusores.acceleration.products import cast
 from difusores.acceleration.session import Forward, Session, hooked
-from difusores.ops.winograd_conv import Prepared
+from difusores.acceleration.standing import Prepared
+from difusores.ops.winograd_conv import Prepared as PreparedConv
 
 
 class Steady(NamedTuple):
@@ -42,8 +42,8 @@ class Steady(NamedTuple):
         scale: factor of the sum.
     """
 
-    first: Prepared
-    second: Prepared
+    first: PreparedConv
+    second: PreparedConv
     takes_time: bool
     shortcut: Callable[[Tensor], Tensor] | None
     scale: float
@@ -61,10 +61,7 @@ class ResnetForward(Forward):
             self.module.time_embedding_norm == "scale_shift" if scale_shift is None else bool(scale_shift)
         )
         session.times.blocks.append(self)
-        self._steady: dict[tuple[int, ...], tuple[object, Steady | None]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_steady": {}}
+        self._steady: Prepared[Steady | None] = Prepared()
 
     @classmethod
     def refuses(cls, module: Any) -> str | None:
@@ -94,10 +91,7 @@ class ResnetForward(Forward):
     ) -> Tensor | None:
         if type(x) is not Tensor or not x.is_cpu:
             return None
-        made_for, known = self._steady.get(x.shape, (None, None))
-        if made_for is not standing:
-            known = self._prepare(x, temb)
-            self._steady[x.shape] = standing, known
+        known = self._steady.get(standing, x.shape, lambda: self._prepare(x, temb))
         if known is None or (temb is not None) is not known.takes_time:
             return None
         row = None if temb is None else self.session.times.row(self, temb)

@@ -7,13 +7,15 @@ them takes a tenth of a pass where images are small: what Python reads has left 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 from torch.nn.modules import module as nn_module
 
 from difusores.acceleration.session import Samples
+
+T = TypeVar("T")
 
 _OF_MODULE = (
     *("training", "eps", "num_groups", "heads", "processor"),
@@ -57,3 +59,22 @@ class Standing:
             or bool(nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
             or self._trains
         )
+
+
+class Prepared(Generic[T]):
+    """What a layer prepared for a network as it stands, by the images' size; gone when that changes."""
+
+    def __init__(self) -> None:
+        self._made: tuple[object, dict[Hashable, T]] = None, {}
+
+    def __reduce__(self) -> tuple[type[Prepared[T]], tuple[()]]:
+        return Prepared, ()  # a copy of the layer prepares its own
+
+    def get(self, standing: object, key: Hashable, make: Callable[[], T]) -> T:
+        made_for, made = self._made  # one pair, which other threads replace and do not change
+        if made_for is not standing:
+            made = {}
+            self._made = standing, made
+        if key not in made:
+            made[key] = make()
+        return made[key]

@@ -6,8 +6,9 @@ from torch import nn
 
 from difusores.acceleration.cuda_blocks import CudaResnetForward
 from difusores.acceleration.cuda_layers import CudaConvForward, CudaLinearForward, TimestepsForward
-from difusores.acceleration.layers import ConvForward, GroupNormForward, LinearForward
+from difusores.acceleration.layers import ConvForward, LinearForward
 from difusores.acceleration.network import NetworkForward
+from difusores.acceleration.norms import GroupNormForward
 from difusores.acceleration.resnet import ResnetForward
 from difusores.acceleration.session import Forward
 from difusores.acceleration.transformer import (

@@ -13,20 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difusores.acceleration import image_attention
-from difusores.acceleration.layers import (
-    CHANNELS_LAST,
-    apply_linear,
-    cast,
-    direct,
-    normalize,
-    packed_together,
-    plain_norm,
-    plus,
-    product,
-)
+from difusores.acceleration.layers import CHANNELS_LAST, apply_linear, direct
 from difusores.acceleration.merged import Merged
+from difusores.acceleration.norms import normalize, plain_norm
+from difusores.acceleration.products import cast, packed_together, plus, product
 from difusores.acceleration.prompts import Prompts
 from difusores.acceleration.session import Forward, Packed, Session, hooked
+from difusores.acceleration.standing import Prepared
 from difusores.acceleration.token_merging import Merging
 from difusores.models.attention_processor import is_standard
 from difusores.models.transformer import NO_CONTEXT, Context
@@ -50,10 +43,7 @@ class AttentionForward(Forward):
         self.weights = Merged(session, "weight")
         self.biases = Merged(session, "bias")
         self.packed = Packed(session)
-        self._steady: dict[Any, tuple[object, Callable[[Tensor], Tensor] | None]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_steady": {}}
+        self._steady: Prepared[Callable[[Tensor], Tensor] | None] = Prepared()
 
     def release(self) -> None:
         self.weights.release()
@@ -63,12 +53,12 @@ class AttentionForward(Forward):
         """(x + attention over the pixels of norm(x)) / divisor, or None: the long way."""
         if not image_attention.is_taken(x):
             return None
-        key = (x.shape, x.dtype)
-        made_for, known = self._steady.get(key, (None, None))
-        if made_for is not standing:
+
+        def prepare() -> Callable[[Tensor], Tensor] | None:
             plain = self._why_plain((x,), {}) or self.declines(x)
-            known = image_attention.prepare(self, x, divisor) if plain is None else None
-            self._steady[key] = standing, known
+            return image_attention.prepare(self, x, divisor) if plain is None else None
+
+        known = self._steady.get(standing, (x.shape, x.dtype), prepare)
         try:
             return known if known is None else known(x)
         except (RuntimeError, TypeError):  # a kernel refuses what it did not when this was prepared

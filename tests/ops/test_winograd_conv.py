@@ -108,15 +108,8 @@ def test_against_the_oracle(backend: str, case: tuple[int, ...]) -> None:
             assert distance(y, oracle) <= LIMIT, (options, weights)
 
 
-@pytest.mark.parametrize(
-    "case", [(3, 70, 130, 13, 22), (5, 96, 48, 8, 8), (2, 24, 32, 70, 61), (2, 96, 70, 48, 50)], ids=str
-)
-def test_bitwise(case: tuple[int, ...]) -> None:
-    """The same call twice, an image alone or in a batch, one thread or several, weights packed or not."""
-    reason = dispatch.status("cpu")
-    if reason is not None:
-        pytest.skip(reason)
-    call = make(case, ("bias", "multiplier", "offset", "silu", "add", "residual", "output_scale"))
+def same_bits(call: dict[str, Any]) -> Tensor:
+    """The result: the same twice, on one thread or several, and of an image alone or in the batch."""
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -126,14 +119,27 @@ def test_bitwise(case: tuple[int, ...]) -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(one, several) and torch.equal(several, again)
+    for image in range(len(one)):
+        per_image = ("x", "multiplier", "offset", "add", "residual")
+        alone = {k: v[image : image + 1] if k in per_image else v for k, v in call.items()}
+        assert torch.equal(run("cpu", alone), one[image : image + 1])
+    return one
+
+
+@pytest.mark.parametrize(
+    "case", [(3, 70, 130, 13, 22), (5, 96, 48, 8, 8), (2, 24, 32, 70, 61), (2, 96, 70, 48, 50)], ids=str
+)
+def test_bitwise(case: tuple[int, ...]) -> None:
+    """The same call twice, an image alone or in a batch, one thread or several, weights packed or not."""
+    reason = dispatch.status("cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    call = make(case, ("bias", "multiplier", "offset", "silu", "add", "residual", "output_scale"))
+    one = same_bits(call)
     for transformed in (True, False):
         assert torch.equal(run("cpu", {**call, "packed": pack_weight(call["weight"], transformed)}), one)
     last = call["weight"].to(memory_format=torch.channels_last)
     assert torch.equal(run("cpu", {**call, "weight": last}), one)
-    for image in range(case[0]):
-        per_image = ("x", "multiplier", "offset", "add", "residual")
-        alone = {k: v[image : image + 1] if k in per_image else v for k, v in call.items()}
-        assert torch.equal(run("cpu", alone), one[image : image + 1])
 
 
 def with_int16(call: dict[str, Any]) -> dict[str, Any]:
@@ -156,20 +162,8 @@ def test_int16_bitwise(case: tuple[int, ...]) -> None:
     """The same call twice, an image alone or beside one that is 1e6 times as large, one thread or several."""
     call = with_int16(make(case, ("bias", "multiplier", "offset", "add", "residual")))
     call["x"][0] *= 1e6
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = run("cpu", call)
-        torch.set_num_threads(3)
-        several, again = run("cpu", call), run("cpu", call)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(one, several) and torch.equal(several, again)
+    one = same_bits(call)
     assert torch.equal(run("cpu", {**call, "packed": IN_CALL}), one)
-    for image in range(case[0]):
-        per_image = ("x", "multiplier", "offset", "add", "residual")
-        alone = {k: v[image : image + 1] if k in per_image else v for k, v in call.items()}
-        assert torch.equal(run("cpu", alone), one[image : image + 1])
 
 
 @int16
