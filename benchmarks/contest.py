@@ -1,5 +1,8 @@
 """Contestants in processes of their own, checked first, then timed in turn, so that all see the same machine.
 
+Threads that have worked wait for more work on their processor for milliseconds, which OpenMP's do for 5: the
+next contestant is asked when those of the one before have gone to sleep.
+
 A contestant is built (its library loads the network) and prepared (converted, compiled, packed, called once).
 Its results have to agree with the oracle's; what does not agree is not timed. The parent has imported
 everything and computes on one thread, so that a fork is safe and costs nothing: a process forked from one
@@ -26,6 +29,8 @@ from torch import Tensor
 
 FORK = multiprocessing.get_context("fork")
 LIMITS = {"fp32": 5e-5, "bf16": 5e-2}  # relative L2 distance from the oracle
+PAUSE, AWAKE = 5e-3, 1e-4  # seconds, and those of the processor that a sleeping process does not use in them
+LONGEST_PAUSE = 1.0
 Call = Callable[[], Tensor]
 
 
@@ -113,9 +118,24 @@ class _Process:
         self.setup = self._answer()
 
     def ask(self, order: str) -> Any:
+        """Its answer, after which its threads are asleep."""
         with contextlib.suppress(OSError):  # it ended: then there is no answer either
             self.pipe.send(order)
-        return self._answer()
+        answer = self._answer()
+        end = time.perf_counter() + LONGEST_PAUSE
+        while self._worked() > AWAKE and time.perf_counter() < end:
+            pass
+        return answer
+
+    def _worked(self) -> float:
+        """Seconds of the processor that all its threads take during a pause."""
+        clock = (~(self.process.pid or 0) << 3) | 2  # Linux's name for the clock of a process
+        try:
+            before = time.clock_gettime(clock)
+            time.sleep(PAUSE)
+            return time.clock_gettime(clock) - before
+        except OSError:  # it ended
+            return 0.0
 
     def _answer(self) -> Any:
         try:

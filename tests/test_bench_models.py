@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import threading
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -67,6 +68,31 @@ def test_only_what_is_right_is_timed() -> None:
     assert list(rows) == list(contestants)
     assert rows["broken"]["error"] == "RuntimeError: no such operation"
     assert rows["fast"]["peak_gb"] > 0 and rows["fast"]["prepare_s"] >= 0
+
+
+def test_the_next_is_asked_when_the_threads_of_the_one_before_sleep(tmp_path: Path) -> None:
+    ends = tmp_path / "ends"
+
+    def spin() -> None:
+        end = time.thread_time() + 0.1
+        while time.thread_time() < end:
+            pass
+        with ends.open("a") as file:
+            file.write(f"{time.monotonic()}\n")
+
+    def leaves_a_thread_at_work() -> Tensor:
+        threading.Thread(target=spin).start()
+        return WANTED[0].float()
+
+    contestant = Contestant("fp32", lambda: None, lambda network: [leaves_a_thread_at_work])
+    process = contest._Process(contestant, 1)
+    for count in range(2, 5):  # the first was at set-up
+        process.ask("time")
+        answered = time.monotonic()
+        lines = ends.read_text().split()
+        assert len(lines) == count and float(lines[-1]) <= answered
+    process.end()
+    assert "error" in process.ask("time")
 
 
 def test_groups_have_the_base_in_common() -> None:
