@@ -1,6 +1,7 @@
 // gemm_conv: checks, runs of rows, and the product of cpu/gemm_conv.cpp, in bf16 of cpu/gemm_conv_bf16.cpp, or of fp32
 // split in two of bf16 of cpu/gemm_conv_split.cpp, over torch's threads.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "../pairs_layout.h"
@@ -11,6 +12,7 @@ namespace {
 
 constexpr int64_t kRun = 384;              // rows of a task at most: a chunk of them takes 0.75 MB of L2
 constexpr int64_t kSums = 96 << 10;        // floats of a task's sums at most
+constexpr int64_t kFewRows = 16;           // below which reading the weights takes the time
 constexpr int64_t kTasks = 4;              // that there should be, for threads
 constexpr int64_t kRunBytes = 768 << 10;   // of x that a task in bf16 passes once a panel, at most if it can be
 constexpr int64_t kSplitRows = 800 << 10;  // bytes of a task's split rows at most, beside a panel and sums in L2
@@ -28,6 +30,9 @@ int64_t cut_into_runs(GemmPairsArgs& a) {
     a.run = parts(parts(total, parts(total, most)), 2) * 2;
     return parts(total, a.run);
 }
+
+// Multiplications of pairs below which a second thread costs more than it brings: AMX has four times as many.
+int64_t pairs_work() { return (std::strcmp(g_kernels->isa, "amx") == 0 ? 8 : 2) * kWork; }
 
 void multiply_pairs(const GemmPairsArgs& a, int64_t begin, int64_t end) {
     g_kernels->gemm_conv_bf16(a, t_work.of(a.run * kGemmTileRows * kGemmPairColumns), begin, end);
@@ -76,7 +81,7 @@ void convolve_pairs(GemmPairsArgs& a, int64_t n) {
         a.panels = std::clamp<int64_t>(runs * panels / kTasks, 1, panels);  // so that there are tasks for threads
         torch::stable::parallel_for(
             0, runs * parts(panels, a.panels),
-            std::max<int64_t>(1, 8 * kWork / (a.run * kGemmTileRows * a.panels * kGemmPairColumns * depth)),
+            std::max<int64_t>(1, pairs_work() / (a.run * kGemmTileRows * a.panels * kGemmPairColumns * depth)),
             [&](int64_t begin, int64_t end) { multiply_pairs(a, begin, end); });
     }
 }
@@ -260,7 +265,8 @@ Tensor gemm_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor mu
         a.panels = std::clamp<int64_t>(std::min(kSums / (a.run * kGemmColumns), runs * panels / kTasks), 1, panels);
     const int64_t scratch = a.run * (a.panels * kGemmColumns + kGemmChunk + kMaxWidth);
     torch::stable::parallel_for(
-        0, runs * parts(panels, a.panels), std::max<int64_t>(1, kWork / (a.run * a.panels * kGemmColumns * depth)),
+        0, runs * parts(panels, a.panels),
+        std::max<int64_t>(1, kWork / (std::max(a.run, kFewRows) * a.panels * kGemmColumns * depth)),
         [&](int64_t begin, int64_t end) { g_kernels->gemm_conv(a, t_work.of(scratch), begin, end); });
     return y;
 }

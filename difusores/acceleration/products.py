@@ -146,12 +146,12 @@ def product(
 ) -> Tensor | None:
     """x [..., in] times weight [out, in] or [out, in, 1, 1] plus bias, or GEGLU of that, plus a residual.
 
-    By the package's own product, in which a row's bits are its own: in an `invariant` session, and for tokens
-    and pixels where it is faster, which in float32 with AMX are multiplied as pairs of bfloat16. Else None,
-    and where it cannot end in GEGLU.
+    By the package's own product, in which a row's bits are its own: in an `invariant` session, and where it
+    is faster. In float32 with AMX tokens and pixels are multiplied as pairs of bfloat16, embeddings are not.
+    Else None, and where it cannot end in GEGLU.
     """
     invariant = packed.session.invariant
-    if not invariant and not (x.ndim > 2 and own_product_is_faster(x.dtype)):
+    if not invariant and not own_product_is_faster(x.dtype):
         return None
     if geglu and weight.shape[0] % (2 * LANES):
         return None
