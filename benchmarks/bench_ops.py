@@ -18,12 +18,12 @@ winograd_conv, with a bias as in a model: `F.conv2d` in NCHW and channels_last, 
 has packed for this very shape, ours with weights as they are and packed; and half a residual block (group
 norm, SiLU, convolution, residual) by group_norm_silu + oneDNN and by group_norm_affine + ours.
 
-gemm_conv, as a linear layer with a bias: `F.linear` (MKL), oneDNN with packed weights, ours with packed
-weights and, with AMX, `split`: ours of numbers split in two of bfloat16, in GFLOP/s, beside the
-multiply-adds of peak.cpp, which take turns with them: the processor's speed moves. Shares are of those. As
-in a network, each call has other weights, of 64 MB or more in turn, and results find memory that was used
-before. `geglu` and `split geglu`, where a network has one: the time of MKL and the op after it over ours,
-which has it at its end.
+gemm_conv, as a linear layer with a bias: `F.linear` (`mkl`; in bfloat16 oneDNN's, which packs in each call),
+oneDNN with packed weights, ours with packed weights and, in float32 with AMX, `split`: ours of numbers split
+in two of bfloat16, in GFLOP/s, beside the multiply-adds of peak.cpp in that precision, which take turns with
+them: the processor's speed moves. Shares are of those. As in a network, each call has other weights, of
+64 MB or more in turn, and results find memory that was used before. `geglu` and `split geglu`, where a
+network has one: the time of MKL and the op after it over ours, which has it at its end.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from torch import Tensor
 from difusores import native, ops
 from difusores.acceleration import heap
 from difusores.bench.cases import Case, cases
-from difusores.ops.gemm_conv import gemm_conv, splits
+from difusores.ops.gemm_conv import gemm_conv, multiplies_pairs, splits
 from difusores.ops.gemm_conv import pack_weight as pack_for_gemm
 from difusores.ops.scheduler_step import ROW, W
 from difusores.ops.winograd_conv import pack_weight, plan
@@ -358,21 +358,25 @@ LINEARS = [
 
 
 def linear(
-    shape: tuple[int, int, int], seconds: float, clock: Callable[[], float], adds: Callable[[], float]
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    seconds: float,
+    clock: Callable[[], float],
+    adds: Callable[[], float],
 ) -> dict[str, Any]:
     m, k, n = shape
     torch.manual_seed(0)
-    x, bias, gates = torch.randn(m, k), torch.randn(n), n == 8 * k
-    copies = max(2, -(-WEIGHTS // (4 * k * n)))
-    weights = [torch.randn(n, k) / k**0.5 for _ in range(copies)]
+    x, bias, gates = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype), n == 8 * k
+    copies = max(2, -(-WEIGHTS // (dtype.itemsize * k * n)))
+    weights = [(torch.randn(n, k) / k**0.5).to(dtype) for _ in range(copies)]
     image = x.t()[None, :, :, None]
     turn = itertools.cycle(range(copies))
     onednn = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in weights]
     kernels = [weight[:, :, None, None] for weight in weights]
-    ways = {"ours": False, "split": True} if splits() else {"ours": False}
+    ways = {"ours": False, "split": True} if splits_in(dtype) else {"ours": False}
 
     def by(way: str, geglu: bool = False) -> Callable[[int], Tensor]:
-        packed = [pack_for_gemm(kernel, geglu=geglu, split=ways[way]) for kernel in kernels]
+        packed = [pack_for_gemm(kernel, dtype, geglu, ways[way]) for kernel in kernels]
 
         def call(i: int) -> Tensor:
             return gemm_conv(image, kernels[i], bias, packed=packed[i], geglu=geglu)[0, :, :, 0].t()
@@ -393,7 +397,7 @@ def linear(
             gated = by(way, geglu=True)
             errors[f"{way}_geglu"] = distance(gated(0), ops.geglu(exact))
             calls[f"{way}_geglu"] = lambda gated=gated: gated(next(turn))
-    allowed = {"ours": 1e-6, "split": 1e-5}
+    allowed = {"ours": 1e-6 if dtype is torch.float32 else 4e-3, "split": 1e-5}
     if not all(error <= allowed.get(name.split("_")[0], 1) for name, error in errors.items()):
         raise SystemExit(f"gemm_conv {shape}: errors {errors}; not timed")
     with ops.use_backend("cpu"):  # an error, and not the reference, where the module lacks it
@@ -403,6 +407,7 @@ def linear(
     return {
         "op": "gemm_conv",
         "shape": list(shape),
+        "dtype": str(dtype).removeprefix("torch."),
         "peak_gflops": peak,
         **{f"{name}_gflops": figure for name, figure in gflops.items()},
         **{f"{name}_share": figure / peak for name, figure in gflops.items()},
@@ -412,16 +417,22 @@ def linear(
     }
 
 
-def print_linears(seconds: float, clock: Callable[[], float]) -> list[dict[str, Any]]:
+def splits_in(dtype: torch.dtype) -> bool:
+    """Whether products in this dtype may be of pairs of bfloat16."""
+    return dtype is torch.float32 and splits()
+
+
+def print_linears(dtype: torch.dtype, seconds: float, clock: Callable[[], float]) -> list[dict[str, Any]]:
     """One line per shape as it is measured."""
-    heap.keep(adds := fma_round(torch.get_num_threads()))  # while it lives
-    names = ("mkl", "onednn", "ours", *(("split",) if splits() else ()))
-    print("gemm_conv, GFLOP/s (share of the multiply-adds)")
+    precision = "fp32" if dtype is torch.float32 else "bf16"
+    heap.keep(adds := fma_round(torch.get_num_threads(), precision))  # while it lives
+    names = ("mkl", "onednn", "ours", *(("split",) if splits_in(dtype) else ()))
+    print(f"gemm_conv in {dtype}, GFLOP/s (share of the multiply-adds)")
     columns = " ".join(f"{name:>11}" for name in names)
     print(f"{'M x K x N':18} {'peak':>6} {columns} {'geglu':>6} {'split geglu':>11}")
     rows = []
     for shape in LINEARS:
-        row = linear(shape, seconds, clock, adds)
+        row = linear(shape, dtype, seconds, clock, adds)
         rows.append(row)
         figures = " ".join(f"{row[f'{name}_gflops']:4.0f} ({row[f'{name}_share']:4.2f})" for name in names)
         geglu = " ".join(f"{row[name]:6.2f}" for name in ("geglu", "split_geglu") if row[name] is not None)
@@ -509,8 +520,11 @@ def main(arguments: Sequence[str]) -> None:
                 shapes, args.seconds, time.process_time if args.cpu_time else time.perf_counter
             )
     if "gemm_conv" in (args.op or ("gemm_conv",)):
+        clock = time.process_time if args.cpu_time else time.perf_counter
         with torch.no_grad():
-            rows += print_linears(args.seconds, time.process_time if args.cpu_time else time.perf_counter)
+            for dtype in dtypes:
+                if dtype is torch.float32 or (dtype is torch.bfloat16 and multiplies_pairs()):
+                    rows += print_linears(dtype, args.seconds, clock)
     if args.json:
         args.json.write_text(json.dumps({"machine": stamp(), "rows": rows}, indent=1) + "\n")
 
