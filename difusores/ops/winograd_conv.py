@@ -65,9 +65,9 @@ CACHED = 4 << 20  # bytes; transformed weights that are larger are slower to rea
 # The same of products in 16-bit fixed point, measured on Zen 5; csrc/cpu/winograd_int16.cpp has the layout.
 PAIRS = BLOCK * BLOCK + 2 * BLOCK  # int16 of a point of a block, and of the 64 scales of its outputs
 PRODUCT_INT16, TRANSFORM_INT16, WEIGHTS_INT16 = 20.0, 1000.0, 1000.0
-FEW_TILES = (
-    16  # of an image, below which the weights decide, and those of int16 are twice as large as the layer's
-)
+# Tiles of an image below which the weights decide, of which those of int16 are twice as large as the layer's; below
+# the second with this many channels in times channels out, too.
+FEW_TILES, FEWEST_TILES, MANY_CHANNELS = 16, 4, 512 * 512
 LARGEST, LARGEST_WEIGHT, WEIGHT_SUM = 16383.0, 32767.0, 131000.0
 IN_CALL = torch.empty(
     0, dtype=torch.int16
@@ -144,7 +144,8 @@ def plan_int16(in_channels: int, out_channels: int, height: int, width: int) -> 
     """`plan` where an error of 1e-3 is allowed: products in 16-bit fixed point, where those are faster."""
     layer = plan(in_channels, out_channels, height, width)
     tiles = -(-height // 4) * -(-width // 4)
-    if not layer.winograd or not multiplies_int16() or tiles < FEW_TILES:
+    few = FEW_TILES if in_channels * out_channels < MANY_CHANNELS else FEWEST_TILES
+    if not layer.winograd or not multiplies_int16() or tiles < few:
         return layer
     lanes = -(-out_channels // BLOCK) * BLOCK / out_channels
     alone = tiles * (PRODUCT_INT16 * lanes + TRANSFORM_INT16 / out_channels + TRANSFORM_INT16 / in_channels)

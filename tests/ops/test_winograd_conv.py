@@ -233,13 +233,15 @@ def test_int16_is_refused_in_words() -> None:
 
 
 def test_plan_int16() -> None:
-    """Where the kernel is there, for images of 16 tiles and more."""
+    """Where the kernel is there, for images of 16 tiles and more, of many channels for 4 and more."""
     layer = plan_int16(128, 256, 32, 32)
     assert layer.int16 == multiplies_int16()
     if layer.int16:
         assert layer.packed_bytes == 2 * pack_int16_reference(torch.zeros(256, 128, 3, 3)).numel()
         assert plan_int16(256, 256, 16, 16).gain > layer.gain > plan_int16(128, 256, 128, 128).gain > 1
     assert plan_int16(256, 256, 12, 16) == plan(256, 256, 12, 16)
+    assert plan_int16(512, 512, 8, 8).int16 == multiplies_int16()
+    assert plan_int16(1280, 1280, 4, 8) == plan(1280, 1280, 4, 8)
     assert plan_int16(4, 320, 64, 64) == plan(4, 320, 64, 64)
 
 
