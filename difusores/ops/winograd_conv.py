@@ -65,8 +65,8 @@ CACHED = 4 << 20  # bytes; transformed weights that are larger are slower to rea
 # The same of products in 16-bit fixed point, measured on Zen 5; csrc/cpu/winograd_int16.cpp has the layout.
 PAIRS = BLOCK * BLOCK + 2 * BLOCK  # int16 of a point of a block, and of the 64 scales of its outputs
 PRODUCT_INT16, TRANSFORM_INT16, WEIGHTS_INT16 = 20.0, 1000.0, 1000.0
-# Tiles of an image below which the weights decide, of which those of int16 are twice as large as the layer's; below
-# the second with this many channels in times channels out, too.
+# Tiles of an image below which the weights decide, of which those of int16 are twice as large as the layer's;
+# the second with this many channels in times channels out.
 FEW_TILES, FEWEST_TILES, MANY_CHANNELS = 16, 4, 512 * 512
 LARGEST, LARGEST_WEIGHT, WEIGHT_SUM = 16383.0, 32767.0, 131000.0
 IN_CALL = torch.empty(
