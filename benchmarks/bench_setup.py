@@ -5,6 +5,8 @@
 
 Weights are random: nothing here depends on their values. `accelerate_s` is the call; `preparing_s` the part
 of the first forward that makes weights for later ones; `first_s` and `later_s` are whole forwards.
+`fresh_memory_s` is what the machine takes of it: the time in which a new process touches as many bytes of new
+memory once, measured after the rest. A virtual machine may have to fetch them from its host.
 `statistics_share` is the part of a later forward in which the group norms before Winograd convolutions read
 their input (`group_norm_affine`): what computing these sums within the convolution before could save at most.
 """
@@ -14,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,6 +47,25 @@ def seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
     start = clock()
     call()
     return round(clock() - start, 2)
+
+
+TOUCH = """
+import mmap, sys, time
+size = int(sys.argv[1])
+memory = mmap.mmap(-1, size)
+if hasattr(mmap, "MADV_HUGEPAGE"):
+    memory.madvise(mmap.MADV_HUGEPAGE)
+ones = bytes([1]) * len(range(0, size, mmap.PAGESIZE))
+start = time.perf_counter()
+memory[:: mmap.PAGESIZE] = ones
+print(time.perf_counter() - start)
+"""
+
+
+def fresh_memory(size: int) -> float:
+    """Seconds in which a process of its own touches every page of `size` bytes of new memory."""
+    command = [sys.executable, "-c", TOUCH, str(size)]
+    return round(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout), 2)
 
 
 def statistics_share(forward: Callable[[], object], clock: Callable[[], float]) -> float:
@@ -84,6 +107,7 @@ def measure(name: str, batch: int, pixels: int, clock: Callable[[], float], **op
     row["later_s"] = min(seconds(lambda: model(*inputs), clock) for _ in range(2))
     row["statistics_share"] = statistics_share(lambda: model(*inputs), clock)
     row["packed_gb"] = round(report.packed_bytes / 1e9, 2)
+    row["fresh_memory_s"] = fresh_memory(report.packed_bytes)
     row["model_gb"] = round(report.model_bytes / 1e9, 2)
     return row
 

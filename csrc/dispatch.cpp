@@ -18,7 +18,7 @@ namespace {
             isa::group_norm_silu_combine, isa::group_norm_silu_apply, isa::geglu, isa::layer_norm_scratch,            \
             isa::layer_norm, isa::scheduler_step, isa::guidance_rescale, isa::sum_of_squares,                         \
             isa::group_norm_silu_floor, isa::winograd_conv_input, isa::winograd_conv_output, isa::winograd_conv_pack, \
-            isa::winograd_conv_gather, isa::gemm_conv, products::attention_packed_bytes,                              \
+            isa::winograd_conv_gather, isa::gemm_conv, isa::gemm_conv_pack, products::attention_packed_bytes,         \
             products::attention_scratch_bytes, products::attention_pack, products::attention, __VA_ARGS__             \
     }
 

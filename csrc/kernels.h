@@ -284,6 +284,18 @@ inline int64_t gemm_split_scratch(const GemmSplitArgs& a) {
     return rows * (panels * kGemmPairColumns + held * kGemmPairStep);
 }
 
+// What the kernels above read of a weight [O, C, kernel_h, kernel_w]; see cpu/gemm_conv_pack.cpp.
+struct GemmPackArgs {
+    DType dtype;              // of the weight: f32 or bf16
+    const void* const* rows;  // [O]: where each output channel's weights begin
+    int64_t o, c, kernel_h, kernel_w;
+    int64_t stride_c, stride_h, stride_w;  // in elements
+    bool pairs;                            // packed as pairs of bf16, else as fp32
+    bool split;                            // each weight in two of them, of one tap
+    bool geglu;                            // vectors of values and of gates in turn; O is a multiple of 2 kMaxWidth
+    uint32_t* packed;
+};
+
 // [B, H, rows, columns], any strides, in elements.
 struct Heads {
     const void* ptr = nullptr;
@@ -391,6 +403,8 @@ constexpr int64_t kAttentionKeys = 256;    // keys of a task of packing
     void winograd_conv_gather(const WinogradConvArgs&, float* gathered, int64_t begin, int64_t end);                  \
     /* tasks: runs of rows * shares of O; scratch: run * (panels * kGemmColumns + kGemmChunk + kMaxWidth) floats */   \
     void gemm_conv(const GemmConvArgs&, float* scratch, int64_t begin, int64_t end);                                  \
+    /* tasks: panels of O * blocks of kGemmPairStep of C */                                                           \
+    void gemm_conv_pack(const GemmPackArgs&, int64_t begin, int64_t end);                                             \
     DIFUSORES_DECLARE_PRODUCTS                                                                                        \
     /* micro-benchmark: act, and statistics if asked, of a row of n, `repeats` times */                               \
     void group_norm_silu_floor(DType, const void*, void*, int64_t n, int64_t, bool);                                  \
@@ -430,6 +444,7 @@ struct Kernels {
     decltype(&base::winograd_conv_pack) winograd_conv_pack;
     decltype(&base::winograd_conv_gather) winograd_conv_gather;
     decltype(&base::gemm_conv) gemm_conv;
+    decltype(&base::gemm_conv_pack) gemm_conv_pack;
     decltype(&base::attention_packed_bytes) attention_packed_bytes;
     decltype(&base::attention_scratch_bytes) attention_scratch_bytes;
     decltype(&base::attention_pack) attention_pack;

@@ -1,5 +1,5 @@
-// gemm_conv: checks, runs of rows, and the product of cpu/gemm_conv.cpp, in bf16 of cpu/gemm_conv_bf16.cpp, or of fp32
-// split in two of bf16 of cpu/gemm_conv_split.cpp, over torch's threads.
+// gemm_conv: the packing of weights; checks, runs of rows, and the product of cpu/gemm_conv.cpp, in bf16 of
+// cpu/gemm_conv_bf16.cpp, or of fp32 split in two of bf16 of cpu/gemm_conv_split.cpp, over torch's threads.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -271,7 +271,53 @@ Tensor gemm_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor mu
     return y;
 }
 
+// Weights [O, C, kh, kw] that lie alike, one below the other.
+Tensor gemm_conv_pack(std::vector<Tensor> weights, bool pairs, bool geglu, bool split) {
+    STD_TORCH_CHECK(!weights.empty() && weights[0].dim() == 4, "gemm_conv_pack: weights must be [O, C, kh, kw]");
+    const Tensor& one = weights[0];
+    const ScalarType type = one.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
+                    "gemm_conv_pack: weights must be float32 or bfloat16");
+    GemmPackArgs a{};
+    a.dtype = type == ScalarType::Float ? DType::f32 : DType::bf16;
+    a.c = one.size(1), a.kernel_h = one.size(2), a.kernel_w = one.size(3);
+    a.stride_c = one.stride(1), a.stride_h = one.stride(2), a.stride_w = one.stride(3);
+    a.pairs = pairs, a.split = split, a.geglu = geglu;
+    std::vector<const void*> rows;
+    for (const Tensor& weight : weights) {
+        bool alike = weight.dim() == 4 && weight.scalar_type() == type;
+        for (int64_t d = 1; d < 4 && alike; ++d)
+            alike = weight.size(d) == one.size(d) && (weight.size(d) == 1 || weight.stride(d) == one.stride(d));
+        STD_TORCH_CHECK(alike, "gemm_conv_pack: weights must be of one dtype and lie alike but for O");
+        const char* const data = static_cast<const char*>(weight.data_ptr());
+        for (int64_t o = 0; o < weight.size(0); ++o)
+            rows.push_back(data + o * weight.stride(0) * weight.element_size());
+    }
+    a.o = static_cast<int64_t>(rows.size()), a.rows = rows.data();
+    STD_TORCH_CHECK(a.o > 0 && a.c > 0 && a.kernel_h > 0 && a.kernel_w > 0, "gemm_conv_pack: a weight is empty");
+    STD_TORCH_CHECK(!split || (pairs && a.kernel_h * a.kernel_w == 1), "gemm_conv_pack: pairs of one tap are split");
+    if (geglu) gated(a.o);
+    const int64_t columns = pairs ? kGemmPairColumns : kMaxWidth, channels = pairs ? kGemmPairStep : 1;
+    const int64_t numbers =
+        (split ? 2 : 1) * a.kernel_h * a.kernel_w * parts(a.o, columns) * columns * parts(a.c, channels) * channels;
+    const int64_t stride = 1;
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &numbers, &stride,
+                                                    pairs ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32(),
+                                                    aoti_torch_device_type_cpu(), 0, &handle));
+    Tensor packed(handle);
+    want_huge_pages(packed, 1);
+    a.packed = static_cast<uint32_t*>(packed.data_ptr());
+    const int64_t panels = parts(a.o, pairs ? kGemmPairColumns : kGemmColumns), blocks = parts(a.c, kGemmPairStep);
+    torch::stable::parallel_for(0, panels * blocks, std::max<int64_t>(1, kGrain * panels * blocks / numbers),
+                                [&](int64_t begin, int64_t end) { g_kernels->gemm_conv_pack(a, begin, end); });
+    return packed;
+}
+
 }  // namespace
 }  // namespace difusores
 
-STABLE_TORCH_LIBRARY_IMPL(difusores, CPU, m) { m.impl("gemm_conv", TORCH_BOX(&difusores::gemm_conv)); }
+STABLE_TORCH_LIBRARY_IMPL(difusores, CPU, m) {
+    m.impl("gemm_conv", TORCH_BOX(&difusores::gemm_conv));
+    m.impl("gemm_conv_pack", TORCH_BOX(&difusores::gemm_conv_pack));
+}

@@ -230,16 +230,16 @@ Tensor winograd_conv_pack(Tensor weight, bool transformed) {
     args.tile = 4;
     const int64_t size = packed_floats(args, transformed ? 36 : 9), stride = 1;
     Tensor packed = new_empty(weight, 1, &size, &stride);
-    want_huge_pages(packed);
+    want_huge_pages(packed, 1);
     float* const to = static_cast<float*>(packed.data_ptr());
-    std::memset(to, 0, size * sizeof(float));  // the kernels leave what is padding
-    if (transformed) {
-        pack(args, to);
-    } else {
-        torch::stable::parallel_for(
-            0, parts(args.o, kBlock) * parts(args.c, kBlock), 1,
-            [&](int64_t begin, int64_t end) { g_kernels->winograd_conv_gather(args, to, begin, end); });
-    }
+    const int64_t blocks = parts(args.o, kBlock) * parts(args.c, kBlock), block = size / blocks;
+    run(blocks, kWork, 9 * kWinogradPoint, [&](float* scratch, int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+            std::memset(to + task * block, 0, block * sizeof(float));  // the kernels leave what is padding
+            if (transformed) g_kernels->winograd_conv_pack(args, to + task * block, scratch, task, task + 1);
+            else g_kernels->winograd_conv_gather(args, to, task, task + 1);
+        }
+    });
     return packed;
 }
 
@@ -253,7 +253,7 @@ Tensor winograd_conv_pack_int16(Tensor weight) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_int16(),
                                                     aoti_torch_device_type_cpu(), 0, &handle));
     Tensor packed(handle);
-    want_huge_pages(packed);
+    want_huge_pages(packed, 1);
     pack_int16(args, static_cast<int16_t*>(packed.data_ptr()));
     return packed;
 }

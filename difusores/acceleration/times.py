@@ -17,7 +17,7 @@ from torch import Tensor
 
 from difusores import native
 from difusores.acceleration.session import Packed, Session
-from difusores.ops.gemm_conv import gemm_rows, multiplies_pairs, pack_weight
+from difusores.ops.gemm_conv import gemm_rows, multiplies_pairs, pack_rows
 
 TOGETHER_GAIN = 2.0  # time of the projections one by one over that of one product
 
@@ -79,9 +79,8 @@ class TimeProjections:
         biases = tuple(layer.bias for layer in layers)
 
         def gather() -> tuple[Tensor, Tensor]:
-            rows = torch.cat([w.detach() for w in weights])
-            form = pack_weight(rows[:, :, None, None], rows.dtype) if by_own_product(rows.dtype) else rows
-            return form, torch.cat([b.detach() for b in biases])
+            one_below_the_other = pack_rows if by_own_product(weights[0].dtype) else torch.cat
+            return one_below_the_other(weights).detach(), torch.cat([b.detach() for b in biases])
 
         size = sum(w.numel() * w.element_size() for w in weights)
         form = self.rows.get((*weights, *biases), gather, size, TOGETHER_GAIN)

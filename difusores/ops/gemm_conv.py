@@ -24,7 +24,7 @@ not on the number of threads, neither of which libraries promise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -39,6 +39,7 @@ LIBRARY.define(
     "Tensor? add, Tensor? residual, int stride_h, int stride_w, int padding_h, int padding_w, "
     "Tensor packed, bool geglu=False) -> Tensor"
 )
+LIBRARY.define("gemm_conv_pack(Tensor[] weights, bool pairs, bool geglu, bool split) -> Tensor")
 register("gemm_conv", "cpu")
 
 LANES = 16  # output channels are computed in multiples of it
@@ -104,38 +105,75 @@ def pack_weight(
             "weight must be float32 or bfloat16 [O, C, kh, kw], and packed for one of them, "
             f"got {weight.dtype} {tuple(weight.shape)} for {dtype}"
         )
+    if split and (dtype is not torch.float32 or weight.shape[2:] != (1, 1)):
+        raise ValueError(
+            "split is for a weight [O, C, 1, 1] and products in float32, "
+            f"got {tuple(weight.shape)} for {dtype}"
+        )
+    if geglu and weight.shape[0] % (2 * LANES):
+        raise ValueError(f"packed for GEGLU O is a multiple of {2 * LANES}, got {tuple(weight.shape)}")
+    with torch.no_grad():
+        return _PACK([weight], split or dtype is torch.bfloat16, geglu, split)
+
+
+def pack_rows(weights: Sequence[Tensor]) -> Tensor:
+    """`pack_weight` of the weights of several linear layers, one below the other, for x in their dtype.
+
+    Args:
+        weights: each [O, C], of the same C; fp32 or bf16.
+
+    Returns:
+        As of one weight [sum of O, C, 1, 1].
+    """
+    with torch.no_grad():
+        return _PACK(
+            [w.contiguous()[:, :, None, None] for w in weights],
+            weights[0].dtype is torch.bfloat16,
+            False,
+            False,
+        )
+
+
+def pack_reference(weights: Sequence[Tensor], pairs: bool, geglu: bool, split: bool) -> Tensor:
+    """The packing in plain PyTorch, of weights [O, C, kh, kw] one below the other."""
+    weight = torch.cat(list(weights))
     if split:
-        if dtype is not torch.float32 or weight.shape[2:] != (1, 1):
-            raise ValueError(
-                "split is for a weight [O, C, 1, 1] and products in float32, "
-                f"got {tuple(weight.shape)} for {dtype}"
-            )
-        exact = weight.detach().float().flatten(1)
+        exact = weight.float().flatten(1)
         if geglu:
             exact = exact.view(2, -1, LANES, exact.shape[1]).transpose(0, 1).reshape(exact.shape)
         high = exact.to(torch.bfloat16)
-        halves = [pack_weight(half[:, :, None, None], torch.bfloat16) for half in (high, exact - high)]
+        halves = [
+            pack_reference([half[:, :, None, None]], True, False, False) for half in (high, exact - high)
+        ]
         return torch.stack([half.view(-1, PAIRS * PAIRS) for half in halves], dim=1).flatten()
-    if dtype is torch.bfloat16:
-        taps = weight.detach().flatten(2).to(dtype)
+    if pairs:
+        taps = weight.flatten(2).to(torch.bfloat16)
         if geglu:
             taps = taps.view(2, -1, LANES, *taps.shape[1:]).transpose(0, 1).reshape(taps.shape)
         taps = F.pad(taps, (0, 0, 0, -weight.shape[1] % PAIRS))
-        pairs = taps.unflatten(1, (-1, PAIRS)).transpose(2, 3).flatten(1).view(torch.int32)  # of channels
-        rows = F.pad(pairs, (0, 0, 0, -pairs.shape[0] % PAIRS))
-        pairs = rows.view(-1, PAIRS, rows.shape[1]).transpose(1, 2).contiguous()
-        return pairs.flatten().view(dtype)
-    rows = weight.detach().to(dtype).permute(0, 2, 3, 1).flatten(1)
+        words = taps.unflatten(1, (-1, PAIRS)).transpose(2, 3).flatten(1).view(torch.int32)  # of channels
+        rows = F.pad(words, (0, 0, 0, -words.shape[0] % PAIRS))
+        words = rows.view(-1, PAIRS, rows.shape[1]).transpose(1, 2).contiguous()
+        return words.flatten().view(torch.bfloat16)
+    rows = weight.float().permute(0, 2, 3, 1).flatten(1)
     if geglu:
         rows = rows.view(2, -1, vector(), rows.shape[1]).transpose(0, 1).reshape(rows.shape)
     rows = F.pad(rows, (0, 0, 0, -rows.shape[0] % LANES))
-    packed = rows.new_empty(rows.numel())
-    whole = rows.shape[0] // COLUMNS * COLUMNS
-    for part, at, columns in ((rows[:whole], 0, COLUMNS), (rows[whole:], whole, rows.shape[0] - whole)):
-        if len(part):
-            panels = packed[at * rows.shape[1] :][: part.numel()].view(-1, rows.shape[1], columns)
-            panels.copy_(part.view(-1, columns, rows.shape[1]).transpose(1, 2))
-    return packed
+    return torch.cat([panel.t().flatten() for panel in rows.split(COLUMNS)])
+
+
+LIBRARY.impl("gemm_conv_pack", pack_reference, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("difusores::gemm_conv_pack", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _pack_fake(weights: Sequence[Tensor], pairs: bool, geglu: bool, split: bool) -> Tensor:
+    shape = (sum(w.shape[0] for w in weights), *weights[0].shape[1:])
+    dtype = torch.bfloat16 if pairs else torch.float32
+    count = packed_numbers(weights[0].new_empty(shape), torch.float32 if split else dtype, split)
+    return weights[0].new_empty(count, dtype=dtype)
+
+
+_PACK: Callable[..., Tensor] = torch.ops.difusores.gemm_conv_pack.default
 
 
 def packed_numbers(weight: Tensor, dtype: torch.dtype = torch.float32, split: bool = False) -> int:

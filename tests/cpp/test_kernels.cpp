@@ -300,6 +300,24 @@ struct Convolved {
 
 int64_t up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
+// Whether the kernels pack the weight so: in fp32, or as pairs where T has 16 bits.
+template <class T>
+void expect_packed(const Kernels& k, const Convolved& given, const std::vector<T>& want, bool split = false,
+                   bool geglu = false) {
+    std::vector<const void*> rows;
+    for (int64_t i = 0; i < given.o; ++i) rows.push_back(given.weight.data() + i);
+    GemmPackArgs a{};
+    a.dtype = DType::f32, a.rows = rows.data(), a.pairs = sizeof(T) == 2, a.split = split, a.geglu = geglu;
+    a.o = given.o, a.c = given.c, a.kernel_h = a.kernel_w = given.kernel;
+    a.stride_c = given.o, a.stride_w = given.c * given.o, a.stride_h = given.kernel * a.stride_w;
+    std::vector<uint32_t> packed(want.size() * sizeof(T) / 4, 0xffffffffu);
+    a.packed = packed.data();
+    const int64_t panel = a.pairs ? kGemmPairColumns : kGemmColumns;
+    k.gemm_conv_pack(a, 0, up(a.o, panel) / panel * (up(a.c, kGemmPairStep) / kGemmPairStep));
+    expect(std::memcmp(packed.data(), want.data(), want.size() * sizeof(T)) == 0,
+           std::string(k.isa) + " gemm_conv_pack " + std::to_string(a.c) + " to " + std::to_string(a.o));
+}
+
 // A strided 3x3 convolution with zeros around, or a 1x1 one whose rows are read where they lie.
 void gemm(const Kernels& k, int64_t n, int64_t c, int64_t o, int64_t h, int64_t w, int64_t kernel) {
     const Convolved given(n, c, o, h, w, kernel, kernel > 1 ? 2 : 1);
@@ -313,6 +331,7 @@ void gemm(const Kernels& k, int64_t n, int64_t c, int64_t o, int64_t h, int64_t 
             const int64_t o0 = i / kGemmColumns * kGemmColumns;
             packed[o0 * depth + d * std::min(kGemmColumns, padded - o0) + i - o0] = given.weight[d * o + i];
         }
+    expect_packed(k, given, packed);
     std::vector<float> scratch(a.run * (columns + kGemmChunk + kMaxWidth));
     a.x = given.x.data(), a.packed = packed.data(), a.residual = given.residual.data(), a.y = y.data();
     k.gemm_conv(a, scratch.data(), 0, up(given.rows(), a.run) / a.run * (up(o, columns) / columns));
@@ -344,6 +363,7 @@ void gemm_pairs(const Kernels& k, int64_t n, int64_t c, int64_t o, int64_t h, in
                 const int64_t o0 = i / kGemmPairColumns * kGemmPairColumns;
                 packed[o0 * depth + d / 2 * 2 * kGemmPairColumns + 2 * (i - o0) + d % 2] = wh[(tap * c + in) * o + i];
             }
+    expect_packed(k, given, packed);
     const bool wide = dtype == DType::f32;
     a.dtype = dtype, a.packed = packed.data(), a.run = 3, a.panels = 2;
     a.x = wide ? static_cast<const void*>(given.x.data()) : xh.data();
@@ -402,6 +422,7 @@ void gemm_split(const Kernels& k, int64_t rows, int64_t c, int64_t o, bool geglu
                         high = from_half(to_half({weight}, DType::bf16)[0], DType::bf16);
             packed[at] = to_half({high}, DType::bf16)[0], packed[at + 1024] = to_half({weight - high}, DType::bf16)[0];
         }
+    expect_packed(k, given, packed, true, geglu);
     std::vector<float> y(rows * (geglu ? o / 2 : o)), scratch(gemm_split_scratch(a));
     a.x = given.x.data(), a.packed = packed.data(), a.residual = given.residual.data(), a.y = y.data();
     const int64_t tiles = up(rows, kGemmTileRows) / kGemmTileRows, columns = a.panels * kGemmPairColumns;
@@ -599,6 +620,7 @@ int main() {
                                avx512::winograd_conv_pack,
                                avx512::winograd_conv_gather,
                                avx512::gemm_conv,
+                               avx512::gemm_conv_pack,
                                avx512::attention_packed_bytes,
                                avx512::attention_scratch_bytes,
                                avx512::attention_pack,

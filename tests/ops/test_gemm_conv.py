@@ -11,18 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from difusores import ops
+from difusores import native, ops
 from difusores.ops.gemm_conv import (
     NEEDS_PAIRS,
     NEEDS_SPLIT,
     gemm_rows,
     multiplies_pairs,
+    pack_reference,
+    pack_rows,
     pack_weight,
     packed_numbers,
     splits,
 )
 
 OP = "gemm_conv"
+PACK = torch.ops.difusores.gemm_conv_pack.default
 DTYPES = (torch.float32, torch.bfloat16)
 
 # (N, C, O, H, W), kernel, stride, padding: tails of every dimension, one and several panels, blocks and runs
@@ -62,6 +65,46 @@ def make(
 def needs(backend: str, dtype: torch.dtype) -> None:
     if backend == "cpu" and dtype is torch.bfloat16 and not multiplies_pairs():
         pytest.skip(NEEDS_PAIRS)
+
+
+FORMS = {  # name -> pairs, geglu, split
+    "float32": (False, False, False),
+    "float32 geglu": (False, True, False),
+    "pairs": (True, False, False),
+    "pairs geglu": (True, True, False),
+    "split": (True, False, True),
+    "split geglu": (True, True, True),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_packing(layout: str, dtype: torch.dtype, form: str) -> None:
+    """Bit by bit what the reference packs, subnormal and infinite numbers too; NaN stays NaN."""
+    pairs, geglu, split = FORMS[form]
+    shapes = [(96, 7, 1, 1), (64, 320, 1, 1), (160, 70, 3, 3), (1, 1, 1, 1), (17, 33, 2, 3), (129, 255, 1, 1)]
+    for shape in shapes:
+        if (geglu and shape[0] % 32) or (split and shape[2:] != (1, 1)):
+            continue
+        weight = torch.randn(shape).to(dtype)
+        odd = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-39, 3.4e38, 1 + 2**-8, 1 + 3 * 2**-8])
+        weight.view(-1)[: len(odd)] = odd[: weight.numel()].to(dtype)
+        if layout == "channels_last":
+            weight = weight.to(memory_format=torch.channels_last)
+        elif layout == "transposed":
+            weight = weight.transpose(0, 1).contiguous().transpose(0, 1)
+        packed, expected = PACK([weight], pairs, geglu, split), pack_reference([weight], pairs, geglu, split)
+        assert packed.dtype is expected.dtype and packed.shape == expected.shape
+        assert torch.equal(packed.isnan(), expected.isnan())
+        assert torch.equal(packed.nan_to_num(7).view(torch.int16), expected.nan_to_num(7).view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packing_rows_of_several_layers(dtype: torch.dtype) -> None:
+    weights = [torch.randn(o, 70).to(dtype) for o in (5, 33, 64)]
+    weights.append(torch.randn(70, 20).to(dtype).t())
+    assert torch.equal(pack_rows(weights), pack_weight(torch.cat(weights)[:, :, None, None], dtype))
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
@@ -405,6 +448,8 @@ def test_registration(backend: str) -> None:
     torch.library.opcheck(
         op, (x, weight, bias, None, None, False, None, residual, 2, 2, 1, 1, pack_weight(weight))
     )
+    for pairs, geglu, split in FORMS.values():
+        torch.library.opcheck(PACK, ([torch.randn(32, 33, 1, 1)] * 2, pairs, geglu, split))
     if splits():
         kernel = torch.randn(33, 40, 1, 1)
         given = torch.randn(2, 40, 3, 3).contiguous(memory_format=torch.channels_last)
@@ -478,3 +523,9 @@ def test_bad_input_is_named() -> None:
         ops.gemm_conv(x, weight[:19], geglu=True)
     with pytest.raises(ValueError, match="weight must be float32 or bfloat16"):
         pack_weight(weight.double())
+    with pytest.raises(ValueError, match="O is a multiple of 32"):
+        pack_weight(weight, geglu=True)
+    if native.status("cpu") is None:
+        for wrong in ([weight, weight.bfloat16()], [weight, weight[:, :2]], [weight[:, :, 0]]):
+            with pytest.raises(RuntimeError, match="gemm_conv_pack: weights must be"):
+                PACK(wrong, False, False, False)
