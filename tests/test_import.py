@@ -65,6 +65,23 @@ def test_import_is_silent_and_light() -> None:
     assert others == []
 
 
+def test_imported_while_tensors_are_made_on_meta() -> None:
+    """As in `with torch.device("meta"): difusores.UNet2DModel(...)`: no tensor of a module's own is there."""
+    code = """
+import sys, torch, difusores
+with torch.device("meta"):
+    for name in difusores.__all__:
+        getattr(difusores, name)
+held = {(module, name): value for module in list(sys.modules) if module.startswith("difusores")
+        for name, value in vars(sys.modules[module]).items() if isinstance(value, torch.Tensor)}
+print([key for key, value in held.items() if value.is_meta], len(held))
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    found, count = done.stdout.strip().rsplit(" ", 1)
+    assert found == "[]" and int(count) > 0
+
+
 def test_public_names_agree_with_the_type_checkers_imports() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))

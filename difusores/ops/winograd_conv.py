@@ -69,9 +69,8 @@ PRODUCT_INT16, TRANSFORM_INT16, WEIGHTS_INT16 = 20.0, 1000.0, 1000.0
 # the second with this many channels in times channels out.
 FEW_TILES, FEWEST_TILES, MANY_CHANNELS = 16, 4, 512 * 512
 LARGEST, LARGEST_WEIGHT, WEIGHT_SUM = 16383.0, 32767.0, 131000.0
-IN_CALL = torch.empty(
-    0, dtype=torch.int16
-)  # in place of packed weights: int16, of weights packed in the call
+# In place of packed weights: int16, of weights packed in the call. Imported under torch.device("meta"), too.
+IN_CALL = torch.empty(0, dtype=torch.int16, device="cpu")
 NEEDS_INT16 = "the product of int16 needs AVX-512 with VNNI and BF16"
 
 
