@@ -24,7 +24,7 @@ from difusores.acceleration.session import Forward, Session
 from difusores.models.lora import LowRank, make_adapters
 from difusores.ops import BackendUnavailable
 from difusores.ops.gemm_conv import NEEDS_PAIRS, multiplies_pairs
-from difusores.ops.winograd_conv import NEEDS_INT16, multiplies_int16
+from difusores.ops.winograd_conv import NEEDS_INT16, multiplies_int16, plan
 
 BOUND = 5e-5  # of a whole network, relative L2, against float64
 HALF = 1.25  # in bfloat16: times the error of the plain model in bfloat16
@@ -596,16 +596,20 @@ def test_a_watched_layer_is_still_called(model: nn.Module) -> None:
     assert torch.equal(run(model, *case), want)
 
 
-@pytest.mark.skipif(native.status("cpu") is not None, reason=native.status("cpu") or "")
-def test_short_memory_changes_no_bits() -> None:
+@pytest.mark.parametrize("by", ["the own product where that is faster", "oneDNN"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_short_memory_changes_no_bits(dtype: str | None, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forms that gain least go first, and what is computed without them is the same."""
+    if by == "oneDNN":
+        monkeypatch.setattr(products, "own_product_is_faster", lambda dtype: False)
+        monkeypatch.setattr(products, "linear_wants_packing", lambda dtype: True)
     model, cases = make("difusores", "latents"), [inputs("latents"), inputs("latents", 2, (32, 32))]
-    report = difusores.accelerate(model, memory="fast")
+    report = difusores.accelerate(model, memory="fast", dtype=dtype)
     wanted = [run(model, *case) for case in cases]
     plenty = report.packed_bytes
     assert plenty <= 2.5 * report.model_bytes
     difusores.restore(model)
-    report = difusores.accelerate(model)
+    report = difusores.accelerate(model, dtype=dtype)
     session = model.__dict__["_difusores_acceleration"]
     session.budget //= 8
     for case, want in zip(cases, wanted, strict=True):
@@ -636,24 +640,43 @@ def test_lean_memory_holds_weights_once(dtype: torch.dtype, monkeypatch: pytest.
 
 
 def test_bits_of_layers_marked_invariant() -> None:
+    """Alone, in a batch and on two threads; and marked are all that the package's own kernels compute."""
     model, case = make("difusores", "pixels"), inputs("pixels", 3, (16, 16))
     report = difusores.accelerate(model)
     run(model, *case)
-    marked = [layer.name for layer in report.layers if layer.invariant and "conv" in layer.name]
-    x = torch.randn(3, 64, 8, 8).to(memory_format=torch.channels_last)
-    found = 0
-    for name in marked:
-        layer = model.get_submodule(name)
-        if not isinstance(layer, nn.Conv2d) or layer.in_channels != 64:
+    marked = {layer.name for layer in report.layers if layer.invariant}
+    image = torch.randn(3, 64, 8, 8).to(memory_format=torch.channels_last)
+    convolutions = products_found = 0
+    for name, layer in model.named_modules():
+        if name not in marked:
             continue
-        found += 1
+        if isinstance(layer, nn.Conv2d) and layer.in_channels == 64 and layer.kernel_size == (3, 3):
+            convolutions += 1
+            x = image
+        elif isinstance(layer, nn.Linear) and layer.in_features == 64:
+            products_found += 1
+            x = image.flatten(2).transpose(1, 2).contiguous()
+        else:
+            continue
         with torch.no_grad():
             whole = layer(x)
-            assert torch.equal(layer(x[:1].contiguous(memory_format=torch.channels_last)), whole[:1])
+            assert torch.equal(layer(x[:1].clone()), whole[:1])
             torch.set_num_threads(2)
             assert torch.equal(layer(x), whole)
             torch.set_num_threads(1)
-    assert found or native.status("cpu") is not None
+    # what libraries compute, all convolutions and products without AVX2, depends on the batch and is unmarked
+    assert (convolutions > 0) == plan(64, 64, 8, 8).winograd
+    assert (products_found > 0) == products.own_product_is_faster(torch.float32)
+
+
+@pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
+@pytest.mark.parametrize("level", ["base", "avx2", "avx512", "amx"])
+def test_whose_product_in_float32(level: str, vendor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "status", lambda backend: None)
+    monkeypatch.setattr(native, "build_info", lambda: {"isa_used": level})
+    monkeypatch.setattr(products, "_cpuinfo", lambda: f"vendor_id : {vendor}")
+    own = products.own_product_is_faster.__wrapped__(torch.float32)  # what it caches is this processor's
+    assert own == (level in ("avx512", "amx") or (level == "avx2" and vendor == "AuthenticAMD"))
 
 
 @pytest.mark.skipif(native.status("cpu") is not None, reason=native.status("cpu") or "")

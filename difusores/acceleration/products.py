@@ -39,26 +39,31 @@ def fast_bfloat16_convolution() -> bool:
     return "amx_bf16" in _cpuinfo()
 
 
+def _mkl_is_fast() -> bool:
+    """Whether MKL reaches the peak in float32: on Intel's processors; on others half of it with AVX-512."""
+    return "GenuineIntel" in _cpuinfo()
+
+
 @cache
 def linear_wants_packing(dtype: torch.dtype) -> bool:
-    """Whether oneDNN with packed weights is faster than `F.linear`.
-
-    In float32 that is MKL, which reaches the peak on Intel's processors and half of it on others.
-    """
+    """Whether oneDNN with packed weights is faster than `F.linear`, which is MKL in float32."""
     if not torch.backends.mkldnn.is_available():
         return False
-    return dtype is torch.bfloat16 or "GenuineIntel" not in _cpuinfo()
+    return dtype is torch.bfloat16 or not _mkl_is_fast()
 
 
 @cache
 def own_product_is_faster(dtype: torch.dtype) -> bool:
-    """Whether the package's own product beats a library's: with AVX-512, in bfloat16 with its pairs."""
+    """Whether the package's own product is taken: with AVX-512, in bfloat16 with its pairs, it is faster.
+
+    With AVX2 it is as fast as oneDNN's, and its bits are the same in any batch.
+    """
     if native.status("cpu") is not None:
         return False
     if dtype is torch.bfloat16:
         return multiplies_pairs()
     level: str = native.build_info().get("isa_used", "")
-    return level.startswith(("avx512", "amx"))
+    return level.startswith(("avx512", "amx")) or (level == "avx2" and not _mkl_is_fast())
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -84,38 +89,40 @@ def kept(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def library_product(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
-    """x [..., in] times weight [out, in] or [out, in, 1, 1] plus bias, by MKL or oneDNN in x's dtype."""
+    """x [..., in] times weight [out, in] or [out, in, 1, 1] plus bias, by MKL or oneDNN in x's dtype.
+
+    A session without a budget takes `F.linear`, since oneDNN would pack in every call. In one that has a
+    budget the bits do not depend on what else it holds: without room, the call packs.
+    """
     dtype = x.dtype
     matrix = weight if weight.ndim == 2 else weight.flatten(1)
-    if linear_wants_packing(dtype):
-        form = packed.get(
-            sources(weight, bias),
-            lambda: (
-                MKLDNN._reorder_linear_weight(matrix.detach().to(dtype).contiguous()),
-                kept(bias, dtype),
-            ),
-            weight.numel() * dtype.itemsize,
-            math.inf,  # never given up: the bits of MKL are others
-        )
-        if form is not None:
-            out: Tensor = MKLDNN._linear_pointwise(x.contiguous(), *form, "none", [], "")
-            return out
-    bias = bias if bias is None else cast(bias, dtype)
-    return F.linear(x, cast(matrix, dtype), bias)
+    if not linear_wants_packing(dtype) or packed.session.budget == 0:
+        bias = bias if bias is None else cast(bias, dtype)
+        return F.linear(x, cast(matrix, dtype), bias)
+
+    def pack() -> tuple[Tensor, Tensor | None]:
+        return MKLDNN._reorder_linear_weight(matrix.detach().to(dtype).contiguous()), kept(bias, dtype)
+
+    size = weight.numel() * dtype.itemsize
+    form = packed.get(sources(weight, bias), pack, size, math.inf)  # to pack takes longer than to multiply
+    out: Tensor = MKLDNN._linear_pointwise(x.contiguous(), *(form or pack()), "none", [], "")
+    return out
 
 
 def packed_together(x: Tensor, layers: Sequence[Any], packed: Packed) -> Tensor | None:
     """x [..., in] times the weights of linear layers, one beside the other, plus their biases.
 
     None where `library_product` would not have oneDNN pack them, the package's own product is faster, of
-    which three are as fast, or they do not fit together.
+    which three are as fast, or they do not fit together; never for want of room, which changes no bits.
     """
     forwards = [layer.__dict__["forward"] for layer in layers]
     dtypes = {forward.dtype or layer.weight.dtype for forward, layer in zip(forwards, layers, strict=True)}
     biases = [layer.bias for layer in layers]
     weights = tuple(layer.weight for layer in layers)
     dtype = dtypes.pop()
-    if dtypes or packed.session.invariant or not linear_wants_packing(dtype) or own_product_is_faster(dtype):
+    if dtypes or packed.session.invariant or packed.session.budget == 0:
+        return None
+    if not linear_wants_packing(dtype) or own_product_is_faster(dtype):
         return None
     if any(forward.quantized is not None for forward in forwards) or len({w.shape[1] for w in weights}) > 1:
         return None
@@ -130,9 +137,7 @@ def packed_together(x: Tensor, layers: Sequence[Any], packed: Packed) -> Tensor 
     size = sum(w.numel() for w in weights) * dtype.itemsize
     given = weights if biases[0] is None else (*weights, *biases)
     form = packed.get(given, pack, size, math.inf)  # as in `library_product`
-    if form is None:
-        return None
-    out: Tensor = MKLDNN._linear_pointwise(cast(x, dtype).contiguous(), *form, "none", [], "")
+    out: Tensor = MKLDNN._linear_pointwise(cast(x, dtype).contiguous(), *(form or pack()), "none", [], "")
     return out
 
 
