@@ -15,6 +15,7 @@ constexpr int64_t kTogether =
     2 << 20;                    // bytes of transformed tiles, for each thread, that are made before they are multiplied
 constexpr int64_t kShares = 8;  // groups for each thread, of which one more or less does not matter
 constexpr int64_t kShared = 72 << 20;  // bytes of transformed weights that several groups of one call may share
+constexpr int64_t kKept = 32 << 20;    // of them that a thread keeps for its next call: more are as large as an image
 constexpr int64_t kBlock = kWinogradBlock;
 constexpr const char* kNoInt16 = "winograd_conv: the product of int16 needs AVX-512 with VNNI and BF16";
 
@@ -147,8 +148,10 @@ void convolve(WinogradConvArgs& args) {
     const int64_t groups = cut_into_groups(args), tiles = args.group_n * args.group_h * args.group_w;
     const int64_t points = points_of(args) * (kBlock * tiles + kMaxWidth);  // of a group's block of channels
     const int64_t transformed = packed_floats(args, points_of(args));
-    if (!args.packed && groups >= 4 && transformed * int64_t{sizeof(float)} <= kShared) {
-        float* const packed = t_weights.of(transformed);
+    const int64_t bytes = transformed * int64_t{sizeof(float)};
+    Scratch of_this_call;
+    if (!args.packed && groups >= 4 && bytes <= kShared) {
+        float* const packed = (bytes <= kKept ? t_weights : of_this_call).of(transformed);
         pack(args, packed);
         args.packed = packed;
     }
