@@ -17,9 +17,7 @@ extern const Kernels* g_kernels;  // set once, when the module is loaded
 
 constexpr int64_t kGrain = 32768;  // elements below which a second thread costs more than it brings
 
-inline void want_huge_pages(const Tensor& t, int64_t fewest = 4) {
-    want_huge_pages(t.data_ptr(), t.numel() * t.element_size(), fewest);
-}
+inline void want_huge_pages(const Tensor& t) { want_huge_pages(t.data_ptr(), t.numel() * t.element_size()); }
 
 // A new tensor of x's dtype on the CPU. torch::stable::empty_like looks its op up by name at every call, which takes
 // longer than a small norm.

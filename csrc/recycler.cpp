@@ -22,12 +22,11 @@ void* allocate(int64_t bytes) {
 
 }  // namespace
 
-void want_huge_pages(void* data, int64_t bytes, int64_t fewest) {
+void want_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
     const uintptr_t end = reinterpret_cast<uintptr_t>(data) + bytes;
-    if (end >= begin + fewest * kPage)
-        madvise(reinterpret_cast<void*>(begin), (end - begin) / kPage * kPage, MADV_HUGEPAGE);
+    if (end >= begin + 4 * kPage) madvise(reinterpret_cast<void*>(begin), (end - begin) / kPage * kPage, MADV_HUGEPAGE);
 #endif
 }
 

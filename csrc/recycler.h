@@ -33,7 +33,7 @@ class Recycler {
 Recycler& recycler();
 
 // A hint that large new memory be backed by huge pages, 512 times fewer faults; where the kernel refuses it, nothing
-// changes. fewest: whole pages from which on that is worth a call of the system; what is kept for long asks for one.
-void want_huge_pages(void* data, int64_t bytes, int64_t fewest = 4);
+// changes.
+void want_huge_pages(void* data, int64_t bytes);
 
 }  // namespace difusores

@@ -306,7 +306,6 @@ Tensor gemm_conv_pack(std::vector<Tensor> weights, bool pairs, bool geglu, bool 
                                                     pairs ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32(),
                                                     aoti_torch_device_type_cpu(), 0, &handle));
     Tensor packed(handle);
-    want_huge_pages(packed, 1);
     a.packed = static_cast<uint32_t*>(packed.data_ptr());
     const int64_t panels = parts(a.o, pairs ? kGemmPairColumns : kGemmColumns), blocks = parts(a.c, kGemmPairStep);
     torch::stable::parallel_for(0, panels * blocks, std::max<int64_t>(1, kGrain * panels * blocks / numbers),

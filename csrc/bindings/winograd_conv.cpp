@@ -233,7 +233,7 @@ Tensor winograd_conv_pack(Tensor weight, bool transformed) {
     args.tile = 4;
     const int64_t size = packed_floats(args, transformed ? 36 : 9), stride = 1;
     Tensor packed = new_empty(weight, 1, &size, &stride);
-    want_huge_pages(packed, 1);
+    want_huge_pages(packed);
     float* const to = static_cast<float*>(packed.data_ptr());
     const int64_t blocks = parts(args.o, kBlock) * parts(args.c, kBlock), block = size / blocks;
     run(blocks, kWork, 9 * kWinogradPoint, [&](float* scratch, int64_t begin, int64_t end) {
@@ -256,7 +256,7 @@ Tensor winograd_conv_pack_int16(Tensor weight) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_int16(),
                                                     aoti_torch_device_type_cpu(), 0, &handle));
     Tensor packed(handle);
-    want_huge_pages(packed, 1);
+    want_huge_pages(packed);
     pack_int16(args, static_cast<int16_t*>(packed.data_ptr()));
     return packed;
 }
