@@ -7,15 +7,12 @@ Weights are random: nothing here depends on their values. `accelerate_s` is the 
 of the first forward that makes weights for later ones; `first_s` and `later_s` are whole forwards.
 `fresh_memory_s` is what the machine takes of it: the time in which a new process touches as many bytes of new
 memory once, measured after the rest. A virtual machine may have to fetch them from its host.
-`statistics_share` is the part of a later forward in which the group norms before Winograd convolutions read
-their input (`group_norm_affine`): what computing these sums within the convolution before could save at most.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -27,7 +24,6 @@ from bench_unet import CONFIGS
 from timing import stamp
 
 import difusores
-from difusores.acceleration import layers
 
 STABLE_DIFFUSION: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 
@@ -68,28 +64,6 @@ def fresh_memory(size: int) -> float:
     return round(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout), 2)
 
 
-def statistics_share(forward: Callable[[], object], clock: Callable[[], float]) -> float:
-    """The part of a forward that is spent in `group_norm_affine`; median of five."""
-    op, shares = layers.group_norm_affine, []
-
-    def timed(*call: Any, **options: Any) -> Any:
-        nonlocal inside
-        start = clock()
-        result = op(*call, **options)
-        inside += clock() - start
-        return result
-
-    layers.group_norm_affine = timed
-    try:
-        for _ in range(5):
-            inside, start = 0.0, clock()
-            forward()
-            shares.append(inside / (clock() - start))
-    finally:
-        layers.group_norm_affine = op
-    return round(statistics.median(shares), 4)
-
-
 def measure(name: str, batch: int, pixels: int, clock: Callable[[], float], **options: Any) -> dict[str, Any]:
     """The figures of one network at one size of image."""
     torch.manual_seed(0)
@@ -105,7 +79,6 @@ def measure(name: str, batch: int, pixels: int, clock: Callable[[], float], **op
     row["first_s"] = seconds(lambda: model(*inputs), clock)
     row["preparing_s"] = round(report.preparing_seconds, 2)
     row["later_s"] = min(seconds(lambda: model(*inputs), clock) for _ in range(2))
-    row["statistics_share"] = statistics_share(lambda: model(*inputs), clock)
     row["packed_gb"] = round(report.packed_bytes / 1e9, 2)
     row["fresh_memory_s"] = fresh_memory(report.packed_bytes)
     row["model_gb"] = round(report.model_bytes / 1e9, 2)
