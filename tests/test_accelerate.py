@@ -822,12 +822,15 @@ vae = difusores.AutoencoderKL(block_out_channels=[16], norm_num_groups=4, layers
     mid_block_add_attention=False).eval()
 difusores.accelerate(vae)
 with torch.no_grad():
-    vae.decode(torch.randn(1, 4, 16, 16))
-    latents, before = torch.randn(6, 4, 256, 256), resident()
-    vae.decode(latents)
+    small, large = torch.randn(1, 4, 16, 16), torch.randn(6, 4, 256, 256)
+    vae.decode(small)
+    before = resident()
+    vae.decode(large)
+    vae.decode(small)
     after = resident()
     heap.give_back = lambda: None
-    vae.decode(latents)
+    vae.decode(large)
+    vae.decode(small)
     print(after - before, resident() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
