@@ -822,15 +822,12 @@ vae = difusores.AutoencoderKL(block_out_channels=[16], norm_num_groups=4, layers
     mid_block_add_attention=False).eval()
 difusores.accelerate(vae)
 with torch.no_grad():
-    small, large = torch.randn(1, 4, 16, 16), torch.randn(6, 4, 256, 256)
-    vae.decode(small)
-    before = resident()
-    vae.decode(large)
-    vae.decode(small)
+    vae.decode(torch.randn(1, 4, 16, 16))
+    latents, before = torch.randn(6, 4, 256, 256), resident()
+    vae.decode(latents)
     after = resident()
     heap.give_back = lambda: None
-    vae.decode(large)
-    vae.decode(small)
+    vae.decode(latents)
     print(after - before, resident() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -103,16 +103,16 @@ class AutoencoderForward(NetworkForward):
     """An encoder or decoder, which is called once an image and not in every step.
 
     Its images are the largest there are, of many sizes, and leave free memory in pieces of which the next
-    call can use few. What is free goes back to the system before a call, so that pieces of several calls do
-    not add up; after one the host of a virtual machine might take it, and have to fetch it again.
+    call can use few: it goes back to the system, so that pieces of several calls do not add up.
     """
 
     def __init__(self, module: nn.Module, session: Session) -> None:
         super().__init__(module, session)
         if not session.cuda:
-            self.how = f"{type(self).how}; free memory goes back before each call"
+            self.how = f"{type(self).how}; free memory goes back after each call"
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().run(*args, **kwargs)
         if not self.session.cuda:
             heap.give_back()
-        return super().run(*args, **kwargs)
+        return out
