@@ -41,13 +41,6 @@ def keep(user: object) -> str | None:
     return None
 
 
-def give_back() -> None:
-    """Pages that are free go back to the system, also between what is used; the heap keeps its size."""
-    libc = _libc()
-    if libc is not None:
-        libc.malloc_trim(0)
-
-
 def release(user: object) -> None:
     """`user` needs it no longer; after the last one, free memory goes back to the system."""
     libc = _libc()

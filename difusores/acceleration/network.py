@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difusores.acceleration import heap
 from difusores.acceleration.feature_cache import caching
 from difusores.acceleration.layers import CHANNELS_LAST
 from difusores.acceleration.session import Forward, Packed, Session
@@ -97,22 +96,3 @@ class NetworkForward(Forward):
             session.here.full = (args[0] if args else kwargs["sample"]).shape[2:]
         cache = session.approximate.get("feature_cache")
         return nullcontext() if cache is None else caching(session, cache.interval, args, kwargs)
-
-
-class AutoencoderForward(NetworkForward):
-    """An encoder or decoder, which is called once an image and not in every step.
-
-    Its images are the largest there are, of many sizes, and leave free memory in pieces of which the next
-    call can use few: it goes back to the system, so that pieces of several calls do not add up.
-    """
-
-    def __init__(self, module: nn.Module, session: Session) -> None:
-        super().__init__(module, session)
-        if not session.cuda:
-            self.how = f"{type(self).how}; free memory goes back after each call"
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        out = super().run(*args, **kwargs)
-        if not self.session.cuda:
-            heap.give_back()
-        return out

@@ -7,7 +7,7 @@ from torch import nn
 from difusores.acceleration.cuda_blocks import CudaResnetForward
 from difusores.acceleration.cuda_layers import CudaConvForward, CudaLinearForward, TimestepsForward
 from difusores.acceleration.layers import ConvForward, LinearForward
-from difusores.acceleration.network import AutoencoderForward, NetworkForward
+from difusores.acceleration.network import NetworkForward
 from difusores.acceleration.norms import GroupNormForward
 from difusores.acceleration.resnet import ResnetForward
 from difusores.acceleration.session import Forward
@@ -38,8 +38,8 @@ BLOCKS: dict[tuple[str, str], type[Forward]] = {
     (OURS + "unet_2d", "UNet2DModel"): NetworkForward,
     (OURS + "unet_2d_condition", "UNet2DConditionModel"): NetworkForward,
     (OURS + "controlnet", "ControlNetModel"): NetworkForward,
-    (OURS + "autoencoder", "Encoder"): AutoencoderForward,
-    (OURS + "autoencoder", "Decoder"): AutoencoderForward,
+    (OURS + "autoencoder", "Encoder"): NetworkForward,
+    (OURS + "autoencoder", "Decoder"): NetworkForward,
     (THEIRS + "resnet", "ResnetBlock2D"): ResnetForward,
     (THEIRS + "attention_processor", "Attention"): DiffusersAttentionForward,
     (THEIRS + "activations", "GEGLU"): GEGLUForward,
@@ -48,8 +48,8 @@ BLOCKS: dict[tuple[str, str], type[Forward]] = {
     (THEIRS + "unets.unet_2d", "UNet2DModel"): NetworkForward,
     (THEIRS + "unets.unet_2d_condition", "UNet2DConditionModel"): NetworkForward,
     (THEIRS + "controlnets.controlnet", "ControlNetModel"): NetworkForward,
-    (THEIRS + "autoencoders.vae", "Encoder"): AutoencoderForward,
-    (THEIRS + "autoencoders.vae", "Decoder"): AutoencoderForward,
+    (THEIRS + "autoencoders.vae", "Encoder"): NetworkForward,
+    (THEIRS + "autoencoders.vae", "Decoder"): NetworkForward,
 }
 LAYERS: dict[type[nn.Module], type[Forward]] = {
     nn.Linear: LinearForward,
