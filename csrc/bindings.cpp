@@ -69,6 +69,8 @@ bool same_objects(const pybind11::list& dictionaries, const pybind11::list& name
 PYBIND11_MODULE(_C, m) {
     difusores::load_kernels();
     m.def("build_info", &difusores::build_info);
+    m.def("keep_images", [](bool on) { difusores::arena().use(on); });
+    m.def("poison_outputs", [](bool on) { difusores::arena().poison(on), difusores::recycler().poison(on); });
     m.def("same_elements", &difusores::same_elements);
     m.def("same_objects", &difusores::same_objects);
     difusores::define_group_norm_silu(m);

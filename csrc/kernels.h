@@ -176,7 +176,8 @@ constexpr int64_t kWinogradPoint = kWinogradBlock * kWinogradBlock + kMaxWidth;
 // See cpu/winograd_conv.cpp for the formula and the steps. Tiles of 4x4 or 6x6 outputs are taken in groups: rectangles
 // of group_h x group_w tiles, or group_n whole images. All tensors are fp32.
 struct WinogradConvArgs {
-    const float* x;       // [N, H, W, C]
+    const float* x;       // [N, H, W, C], or [N, H / 2, W / 2, C] where each pixel is read as two by two
+    bool doubled;         // whether it is
     const float* weight;  // [O, C, 3, 3] or, weight_last, [O, 3, 3, C]
     bool weight_last;
     int64_t tile;              // outputs down and across, 4 or 6

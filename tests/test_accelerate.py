@@ -30,6 +30,7 @@ BOUND = 5e-5  # of a whole network, relative L2, against float64
 HALF = 1.25  # in bfloat16: times the error of the plain model in bfloat16
 
 SOAK = Path(__file__).with_name("soak.py")
+ARENA = Path(__file__).with_name("arena.py")
 
 PIXELS: dict[str, Any] = {
     "block_out_channels": [32, 64],
@@ -805,6 +806,12 @@ def test_report_tells_what_was_not_replaced() -> None:
     assert "circular" in text and "ResnetBlock2D" in text
     difusores.restore(model)
     assert "forward" in model.conv_out.__dict__
+
+
+def test_large_images_have_an_arena() -> None:
+    """In a process of its own, for the same reason."""
+    result = subprocess.run([sys.executable, ARENA], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
 
 
 def test_memory_is_flat_and_pages_are_kept() -> None:

@@ -26,9 +26,8 @@ Tensor attention(Tensor q, Tensor k, Tensor v, OptionalTensor mask, double scale
     AttentionArgs a = attention_args(q, k, v, scale);
     // In memory [B, L, H, Dv], so that joining the heads copies nothing.
     const int64_t sizes[4] = {a.b, a.h, a.l, a.dv}, strides[4] = {a.l * a.h * a.dv, a.dv, a.h * a.dv, 1};
-    Tensor out = new_empty(q, 4, sizes, strides);
+    Tensor out = new_result(q, 4, sizes, strides);
     if (a.b * a.h * a.l * a.dv == 0) return out;
-    want_huge_pages(out);
     a.out = out.data_ptr();
     std::copy(strides, strides + 3, a.out_stride);
     if (mask) set_mask(*mask, a);

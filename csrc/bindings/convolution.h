@@ -39,6 +39,28 @@ class Scratch {
 
 inline thread_local Scratch t_work;
 
+// Memory for one call that is as large as an image: the arena's, where that is in use.
+class CallScratch {
+  public:
+    CallScratch() = default;
+    CallScratch(const CallScratch&) = delete;
+    CallScratch& operator=(const CallScratch&) = delete;
+    ~CallScratch() {
+        if (block_) arena().give(block_, bytes_);
+    }
+    // Once.
+    float* of(int64_t floats) {
+        bytes_ = floats * int64_t{sizeof(float)};
+        block_ = arena().take(bytes_);
+        return block_ ? static_cast<float*>(block_) : heap_.of(floats);
+    }
+
+  private:
+    void* block_ = nullptr;
+    int64_t bytes_ = 0;
+    Scratch heap_;
+};
+
 // [N, C, H, W] of this type whose elements lie as [N, H, W, C].
 inline const void* image(const char* op, const Tensor& t, const char* name, ScalarType type) {
     STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == type, op, ": ", name, " must be 4-D ",

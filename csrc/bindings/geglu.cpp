@@ -15,7 +15,6 @@ Tensor geglu(Tensor x, std::string approximate) {
     sizes.back() /= 2;
     Tensor y = new_contiguous(x, sizes);
     if (y.numel() == 0) return y;
-    want_huge_pages(y);
     const GegluArgs args = geglu_args(x, approximate == "tanh", y);
     torch::stable::parallel_for(0, args.rows, std::max<int64_t>(1, kGrain / args.columns),
                                 [&](int64_t begin, int64_t end) { g_kernels->geglu(args, begin, end); });

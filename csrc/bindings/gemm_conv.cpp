@@ -166,15 +166,11 @@ Tensor new_output(const Tensor& x, const Sizes& s) {
     if (s.rows) {
         std::vector<int64_t> sizes(x.dim(), s.o), strides(x.dim(), 1);
         for (int64_t d = x.dim() - 2; d >= 0; --d) sizes[d] = x.size(d), strides[d] = strides[d + 1] * sizes[d + 1];
-        Tensor y = new_empty(x, x.dim(), sizes.data(), strides.data());
-        want_huge_pages(y);
-        return y;
+        return new_result(x, x.dim(), sizes.data(), strides.data());
     }
     const int64_t sizes[4] = {s.n, s.o, s.out_h, s.out_w};
     const int64_t strides[4] = {s.out_h * s.out_w * s.o, 1, s.out_w * s.o, s.o};
-    Tensor y = new_empty(x, 4, sizes, strides);
-    want_huge_pages(y);
-    return y;
+    return new_result(x, 4, sizes, strides);
 }
 
 Tensor gemm_conv_pairs(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,

@@ -29,8 +29,6 @@ std::tuple<Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, Optiona
     Tensor y = new_like(x);
     Tensor sum = return_sum ? new_like(x) : new_empty(x, 1, &none, &one);
     if (x.numel() == 0) return {y, sum};
-    want_huge_pages(y);
-    if (return_sum) want_huge_pages(sum);
     GroupNormSiluArgs args =
         group_norm_silu_args(x, num_groups, weight, bias, eps, silu, scale, shift, add, residual, y, sum, return_sum);
     if (!channels_last) {

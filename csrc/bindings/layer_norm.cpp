@@ -17,8 +17,6 @@ std::tuple<Tensor, Tensor> layer_norm(Tensor x, OptionalTensor weight, OptionalT
     Tensor y = new_like(x);
     Tensor sum = return_sum ? new_like(x) : new_contiguous(x, {0});
     if (x.numel() == 0) return {y, sum};
-    want_huge_pages(y);
-    if (return_sum) want_huge_pages(sum);
     const LayerNormArgs args = layer_norm_args(x, weight, bias, eps, residual, y, sum, return_sum, sum_bias);
     torch::stable::parallel_for(
         0, args.rows, std::max<int64_t>(1, kGrain / args.columns), [&](int64_t begin, int64_t end) {

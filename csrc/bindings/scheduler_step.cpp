@@ -445,7 +445,6 @@ PyMethodDef g_plain_step = {"plain_step", reinterpret_cast<PyCFunction>(reinterp
 void define_scheduler_step(pybind11::module_& m) {
     find_exchange();
     m.def("watch", &watch);
-    m.def("poison_outputs", [](bool on) { recycler().poison(on); });
     m.add_object("langevin", pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&g_langevin, nullptr)));
     m.add_object("take_stage", pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&g_take_stage, nullptr)));
     m.add_object("plain_step", pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&g_plain_step, nullptr)));

@@ -149,9 +149,9 @@ void convolve(WinogradConvArgs& args) {
     const int64_t points = points_of(args) * (kBlock * tiles + kMaxWidth);  // of a group's block of channels
     const int64_t transformed = packed_floats(args, points_of(args));
     const int64_t bytes = transformed * int64_t{sizeof(float)};
-    Scratch of_this_call;
+    CallScratch of_this_call;
     if (!args.packed && groups >= 4 && bytes <= kShared) {
-        float* const packed = (bytes <= kKept ? t_weights : of_this_call).of(transformed);
+        float* const packed = bytes <= kKept ? t_weights.of(transformed) : of_this_call.of(transformed);
         pack(args, packed);
         args.packed = packed;
     }
@@ -164,7 +164,7 @@ void convolve(WinogradConvArgs& args) {
 }
 
 // multiplier and offset of a group norm of x, in memory that the thread keeps.
-void set_norm(WinogradConvArgs& args, int64_t groups, const OptionalTensor& weight, const OptionalTensor& bias,
+void set_norm(WinogradConvArgs& args, int64_t pixels, int64_t groups, const OptionalTensor& weight, const OptionalTensor& bias,
               double eps) {
     STD_TORCH_CHECK(!args.multiplier.ptr && !args.offset.ptr,
                     "winograd_conv: a norm is given, and multiplier or offset beside it");
@@ -173,7 +173,7 @@ void set_norm(WinogradConvArgs& args, int64_t groups, const OptionalTensor& weig
     norm.x = args.x, norm.dtype = DType::f32;
     norm.weight = param_of(weight, args.n, args.c, false, "winograd_conv: norm_weight");
     norm.bias = param_of(bias, args.n, args.c, false, "winograd_conv: norm_bias");
-    norm.n = args.n, norm.c = args.c, norm.s = args.h * args.w, norm.groups = groups, norm.eps = eps;
+    norm.n = args.n, norm.c = args.c, norm.s = pixels, norm.groups = groups, norm.eps = eps;
     float* const multiplier = t_norm.of(2 * args.n * args.c);
     float* const offset = multiplier + args.n * args.c;
     norm_affine(norm, multiplier, offset);
@@ -182,23 +182,25 @@ void set_norm(WinogradConvArgs& args, int64_t groups, const OptionalTensor& weig
 
 Tensor winograd_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor multiplier, OptionalTensor offset,
                      bool silu, OptionalTensor add, OptionalTensor residual, double output_scale, OptionalTensor packed,
-                     int64_t norm_groups, OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps) {
+                     int64_t norm_groups, OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps,
+                     bool doubled) {
     WinogradInt16Args args{};
     args.x = image("winograd_conv", x, "x");
     set_weight(args, weight);
-    args.n = x.size(0), args.h = x.size(2), args.w = x.size(3);
+    const int64_t factor = doubled ? 2 : 1;
+    args.doubled = doubled;
+    args.n = x.size(0), args.h = factor * x.size(2), args.w = factor * x.size(3);
     args.tile = tile_of(args.h, args.w);
     STD_TORCH_CHECK(x.size(1) == args.c, "winograd_conv: weight must be [O, C, 3, 3] with the C of x");
     const int64_t sizes[4] = {args.n, args.o, args.h, args.w};
     const int64_t strides[4] = {args.h * args.w * args.o, 1, args.w * args.o, args.o};
-    Tensor y = new_empty(x, 4, sizes, strides);
+    Tensor y = new_result(x, 4, sizes, strides);
     if (y.numel() == 0) return y;
-    want_huge_pages(y);
     args.y = static_cast<float*>(y.data_ptr());
     args.bias = floats("winograd_conv", bias, 0, args.o, "bias");
     args.multiplier = floats("winograd_conv", multiplier, args.n, args.c, "multiplier");
     args.offset = floats("winograd_conv", offset, args.n, args.c, "offset");
-    if (norm_groups) set_norm(args, norm_groups, norm_weight, norm_bias, norm_eps);
+    if (norm_groups) set_norm(args, x.size(2) * x.size(3), norm_groups, norm_weight, norm_bias, norm_eps);
     args.add = floats("winograd_conv", add, args.n, args.o, "add");
     if (residual) {
         for (int64_t d = 0; d < 4; ++d)

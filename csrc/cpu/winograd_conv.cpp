@@ -3,7 +3,8 @@
 // and the weights g, the product summed over C: 36 multiplications instead of 144. Points 0, +-a, +-b and infinity. Or
 // by F(6x6, 3x3): 64 instead of 324, points 0, +-p, +-q, +-r and infinity. What follows gives the numbers of the first.
 //
-// x and y are [N, H, W, C] and [N, H, W, O]. Tiles come in groups (whole images, or a rectangle of one). Of a group
+// x and y are [N, H, W, C] and [N, H, W, O]; x may be half as high and wide, its pixels repeated as they are read.
+// Tiles come in groups (whole images, or a rectangle of one). Of a group
 //     input   act, then V = B^T d B             [C / 64][36][tiles][64]      read once, 2.25 times as large as x
 //     product M = sum over C of V U             [36][tiles][64], of 64 output channels at a time, U = G g G^T by blocks
 //             [36][64][64] in L2: read as it was packed, or transformed here from the weights, which are gathered in

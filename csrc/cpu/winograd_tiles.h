@@ -138,13 +138,16 @@ DIFUSORES_INLINE int64_t point_stride(const WinogradConvArgs& args) {
 constexpr int64_t kPixelsAhead = 8;  // asked for while one is mapped: a few lines of each, far apart
 
 // act(multiplier * x + offset) of kBlock channels from c0 on: rows [first, last) of the pixels that the tiles of image
-// n read, zeros outside, into patch[rows][columns][width]. a, b: the affine map of these channels.
+// n read, zeros outside, into patch[rows][columns][width]. a, b: the affine map of these channels. A doubled image is
+// never written down: four pixels are read in one place.
 void fill_rows(const WinogradConvArgs& args, const Group& group, int64_t n, int64_t c0, int64_t width, const float* a,
                const float* b, int64_t first, int64_t last, float* patch) {
     constexpr int kTogether = kWidth == 16 ? 4 : 2;
     const int64_t count = at_most(args.c - c0, kBlock);
     const bool affine = args.multiplier.ptr || args.offset.ptr;
     const int64_t columns = args.tile * group.columns() + 2;
+    const int half = args.doubled ? 1 : 0;
+    const int64_t x_h = args.h >> half, x_w = args.w >> half;
     for (int64_t row = first; row < last; ++row) {
         const int64_t iy = args.tile * group.ty0 + row - 1;
         for (int64_t column = 0; column < columns; ++column) {
@@ -154,7 +157,7 @@ void fill_rows(const WinogradConvArgs& args, const Group& group, int64_t n, int6
                 for (int64_t c = 0; c < width; c += kWidth) put(out + c, f32v{});
                 continue;
             }
-            const float* const in = args.x + ((n * args.h + iy) * args.w + ix) * args.c + c0;
+            const float* const in = args.x + ((n * x_h + (iy >> half)) * x_w + (ix >> half)) * args.c + c0;
             const float* const next = in + kPixelsAhead * args.c;
             for (int64_t k = 0; k < count; k += kLine) __builtin_prefetch(next + k);
             int64_t c = 0;

@@ -85,7 +85,7 @@ class CudaConvForward(ConvForward):
     def rows(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return linear(x, self.module, residual)
 
-    def way(self, x: Tensor) -> Way:
+    def way(self, x: Tensor, doubled: bool = False) -> Way:
         return BY_LIBRARY
 
     def apply(self, x: Tensor, around: Surroundings) -> Tensor:

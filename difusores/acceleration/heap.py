@@ -2,7 +2,10 @@
 
 glibc takes blocks above 32 MiB from the system and returns them at once; each step would then begin with a
 page fault for every 4 KiB, a third of the time of a UNet at 256x256 pixels. While any model is accelerated,
-the heap keeps them instead. The setting is the process's; `restore` of the last model takes it back.
+the heap keeps them instead, and the large images that kernels return are in an arena of their own
+(`csrc/arena.h`): in the heap, the gap that an image leaves is soon too short for the next one of its size,
+and a decoder took twice the memory that it held. The setting is the process's; when the last model is
+restored or gone, it is taken back.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import threading
 import weakref
 from typing import Any
 
+from difusores import native
+
 # mallopt(3): option, value while a model is accelerated, value of glibc's own start
 _SETTINGS = (
     (-4, 0, 65536),  # M_MMAP_MAX: number of blocks that are taken from the system directly
@@ -19,8 +24,8 @@ _SETTINGS = (
     (-2, 64 * 2**20, 128 * 1024),  # M_TOP_PAD: taken in advance whenever the heap grows
 )
 
-_users: weakref.WeakSet[Any] = weakref.WeakSet()
-_lock = threading.Lock()
+_users: dict[int, weakref.finalize[..., Any]] = {}
+_lock = threading.RLock()  # a user may go while another one comes
 
 
 def _libc() -> ctypes.CDLL | None:
@@ -37,19 +42,35 @@ def keep(user: object) -> str | None:
         if not _users:
             for option, value, _ in _SETTINGS:
                 libc.mallopt(option, value)
-        _users.add(user)
+            _keep_images(True)
+        if id(user) not in _users:
+            _users[id(user)] = gone = weakref.finalize(user, _leave, id(user))
+            gone.atexit = False
     return None
 
 
 def release(user: object) -> None:
     """`user` needs it no longer; after the last one, free memory goes back to the system."""
-    libc = _libc()
-    if libc is None:
-        return
     with _lock:
-        was_used = bool(_users)
-        _users.discard(user)
-        if was_used and not _users:
+        gone = _users.get(id(user))
+        if gone is not None:
+            gone()
+
+
+def _leave(user: int) -> None:
+    libc = _libc()
+    assert libc is not None  # or `keep` had refused
+    with _lock:
+        del _users[user]
+        if not _users:
             for option, _, value in _SETTINGS:
                 libc.mallopt(option, value)
+            _keep_images(False)
             libc.malloc_trim(0)
+
+
+def _keep_images(on: bool) -> None:
+    if native.status("cpu") is None:
+        from difusores import _C
+
+        _C.keep_images(on)

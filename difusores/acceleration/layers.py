@@ -33,6 +33,7 @@ from difusores.acceleration.products import (
 )
 from difusores.acceleration.quantized import Quantized
 from difusores.acceleration.session import DTYPES, GPU_DTYPES, Forward, Packed, Session, hooked
+from difusores.models.layers import double
 from difusores.ops import gemm_conv, group_norm_affine, winograd_conv
 from difusores.ops.gemm_conv import Prepared as PreparedProduct
 from difusores.ops.gemm_conv import multiplies_pairs
@@ -164,10 +165,11 @@ def prepare_product(forward: LinearForward | ConvForward, dtype: torch.dtype) ->
 
 
 class Surroundings(NamedTuple):
-    """What is computed together with a convolution: scale * (conv(act(norm(x))) + add + residual).
+    """What is computed together with a convolution: scale * (conv(double(act(norm(x)))) + add + residual).
 
     Attributes:
         norm: a group norm with SiLU before it; modulation: its scale, shift or add, see `group_norm_silu`.
+        doubled: whether height and width are doubled by repetition before it.
         add: [N, O].
         bias: whether the convolution's own bias is added; `CudaConvForward` alone can leave it out.
         residual: like the result.
@@ -177,6 +179,7 @@ class Surroundings(NamedTuple):
 
     norm: Any = None
     modulation: Mapping[str, Any] = {}
+    doubled: bool = False
     add: Tensor | None = None
     bias: bool = True
     residual: Tensor | None = None
@@ -212,7 +215,8 @@ class ConvForward(LayerForward):
     Attributes:
         shape: kernel, stride, padding, dilation.
         int16: whether Winograd's products may be in 16-bit fixed point: in bfloat16 where images are not.
-        rounds: whether images may be rounded and multiplied in bfloat16: there too, if weights may be kept.
+        rounds: whether images may be rounded as they are read and multiplied in bfloat16: there too, if
+            weights may be kept.
     """
 
     # `invariant` tells about the last call
@@ -262,12 +266,15 @@ class ConvForward(LayerForward):
 
     def apply(self, x: Tensor, around: Surroundings) -> Tensor:
         """The convolution and what surrounds it; channels_last."""
-        x = cast(x, self.dtype or self.module._parameters["weight"].dtype)
+        if not (self.rounds and self.shape == POINTWISE and x.dtype is torch.float32):
+            x = cast(x, self.dtype or self.module._parameters["weight"].dtype)
         x = x.contiguous(memory_format=CHANNELS_LAST)
-        way = self.way(x)
+        way = self.way(x, around.doubled)
         self.invariant = way.invariant
         if way.winograd is not None:
             return self._winograd(x, around, way.winograd)
+        if around.doubled:
+            x, around = doubled_by(around, x)
         if way.fuses:
             if "add" in around.modulation:  # the convolution before this one was of another kind
                 x = normalize(around.norm, x, silu=True, **around.modulation)
@@ -288,50 +295,50 @@ class ConvForward(LayerForward):
             out.add_(around.add[:, :, None, None])
         return out if around.scale == 1 else out.mul_(around.scale)
 
-    def way(self, x: Tensor) -> Way:
-        """How an image of this size is computed; found once for each size and dtype."""
+    def way(self, x: Tensor, doubled: bool = False) -> Way:
+        """How an image of this size, or doubled, is computed; found once for each size and dtype."""
         weight = self.module._parameters["weight"]
         active = self.quantized is not None and self.quantized.active
-        key = (x.shape[2:], x.dtype, weight.dtype, active)
+        height, width = double_size(x) if doubled else x.shape[2:]
+        key = (height, width, x.dtype, weight.dtype, active)
         way = self._ways.get(key)
         if way is None:
-            rounded = not active and x.dtype is torch.float32 and self._rounds(x)
-            layer = None if active or rounded else self._winograd_plan(x)
-            own = rounded or self._by_gemm_conv(x)
+            rounded = not active and x.dtype is torch.float32 and self._rounds(height * width)
+            layer = None if active or rounded else self._winograd_plan(height, width)
+            own = rounded or self._by_gemm_conv(height * width, x.dtype)
             fuses = rounded or (own and not active and (self.dtype or weight.dtype) is torch.bfloat16)
             way = self._ways[key] = Way(layer, own, fuses, layer is not None or own)
         return way
 
-    def _rounds(self, x: Tensor) -> bool:
-        """Whether an image in float32 is multiplied in bfloat16, faster than Winograd's and oneDNN's ways."""
+    def _rounds(self, pixels: int) -> bool:
+        """Whether an image in float32 is multiplied in bfloat16, faster than by other ways."""
         m = self.module
         if not self.rounds or m.dilation != (1, 1) or min(m.in_channels, m.out_channels) < FEW_CHANNELS:
             return False
-        return m.stride != (1, 1) or (self.shape == WINOGRAD and x.shape[2] * x.shape[3] <= ROUNDED)
+        return m.kernel_size == (1, 1) or m.stride != (1, 1) or (self.shape == WINOGRAD and pixels <= ROUNDED)
 
-    def _by_gemm_conv(self, x: Tensor) -> bool:
+    def _by_gemm_conv(self, pixels: int, dtype: torch.dtype) -> bool:
         if self.module.dilation != (1, 1):
             return False
         m = self.module
         if self.session.invariant:
             return True
-        if x.dtype is torch.float32:
-            few = x.shape[2] * x.shape[3] <= FEW_PIXELS and m.in_channels >= FEW_CHANNELS
+        if dtype is torch.float32:
+            few = pixels <= FEW_PIXELS and m.in_channels >= FEW_CHANNELS
             fits = few and m.stride != (1, 1) and self.session.budget > 0
-            return fits and products.own_product_is_faster(x.dtype)
+            return fits and products.own_product_is_faster(dtype)
         if self.shape == POINTWISE:
-            return products.own_product_is_faster(x.dtype)
+            return products.own_product_is_faster(dtype)
         if m.in_channels < FEW_CHANNELS or not (products.fast_bfloat16_convolution() and multiplies_pairs()):
             return False
-        small = x.shape[2] * x.shape[3] <= OWN_PRODUCT
-        return small or (m.stride == (1, 1) and m.out_channels >= FEW_CHANNELS)
+        return pixels <= OWN_PRODUCT or (m.stride == (1, 1) and m.out_channels >= FEW_CHANNELS)
 
-    def _winograd_plan(self, x: Tensor) -> LayerPlan | None:
+    def _winograd_plan(self, height: int, width: int) -> LayerPlan | None:
         m = self.module
         dtype = m._parameters["weight"].dtype
         if self.shape != WINOGRAD or dtype is not torch.float32 or (self.dtype or dtype) is not torch.float32:
             return None
-        layer = winograd_plan(m.in_channels, m.out_channels, x.shape[2], x.shape[3], self.int16)
+        layer = winograd_plan(m.in_channels, m.out_channels, height, width, self.int16)
         return layer if layer.winograd else None
 
     def _winograd(self, x: Tensor, around: Surroundings, layer: LayerPlan) -> Tensor:
@@ -358,6 +365,7 @@ class ConvForward(LayerForward):
             output_scale=around.scale,
             packed=form,
             norm=norm,
+            doubled=around.doubled,
         )
 
     def _form_for_winograd(self, layer: LayerPlan) -> Tensor | None:
@@ -389,11 +397,9 @@ class ConvForward(LayerForward):
         """The convolution of images like this one, channels_last, with its weight as it is now."""
         dtype = self.dtype or self.module._parameters["weight"].dtype
         product = prepare_product(self, dtype) if self.shape == POINTWISE else None
-        if product is None:
+        if product is None or not (dtype is like.dtype or self.way(like).fuses):
             return lambda x: cast(self.apply(x, NOTHING), x.dtype)
-        if dtype is like.dtype:
-            return lambda x: product(x, None)
-        return lambda x: product(x.to(dtype), None).to(x.dtype)
+        return lambda x: product(x, None)
 
     def _product(self, x: Tensor, around: Surroundings) -> Tensor:
         m = self.module
@@ -465,6 +471,18 @@ def norm_before(norm: Any) -> Norm:
     return Norm(norm.num_groups, parameters["weight"], parameters["bias"], norm.eps)
 
 
+def doubled_by(around: Surroundings, x: Tensor) -> tuple[Tensor, Surroundings]:
+    """x normalised and doubled as `around` says, and what is left of that."""
+    if around.norm is not None:
+        x = normalize(around.norm, x, silu=True, **around.modulation)
+    return double(x), around._replace(norm=None, modulation={}, doubled=False)
+
+
+def double_size(x: Tensor) -> tuple[int, int]:
+    """Of x doubled."""
+    return 2 * x.shape[2], 2 * x.shape[3]
+
+
 def normalized_by(around: Surroundings, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x, and the multiplier and offset by which a convolution normalises it as it reads it, if it is to."""
     if around.norm is None:
@@ -488,6 +506,8 @@ def apply_conv(layer: nn.Module, x: Tensor, around: Surroundings = NOTHING) -> T
     forward = layer.__dict__.get("forward")
     if isinstance(forward, ConvForward) and not hooked(layer) and forward.declines(x) is None:
         return forward.apply(x, around)
+    if around.doubled:
+        x, around = doubled_by(around, x)
     if around.norm is not None:
         x = normalize(around.norm, x, silu=True, **around.modulation)
     out: Tensor = layer(x)
@@ -498,12 +518,12 @@ def apply_conv(layer: nn.Module, x: Tensor, around: Surroundings = NOTHING) -> T
     return out if around.scale == 1 else out * around.scale
 
 
-def adds_for_free(layer: nn.Module, x: Tensor) -> bool:
+def adds_for_free(layer: nn.Module, x: Tensor, doubled: bool = False) -> bool:
     """Whether a convolution takes `add` without another pass over its result."""
     forward = layer.__dict__.get("forward")
     if not isinstance(forward, ConvForward) or hooked(layer):
         return False
-    way = forward.way(x)
+    way = forward.way(x, doubled)
     return way.winograd is not None or way.fuses
 
 

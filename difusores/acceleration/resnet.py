@@ -10,7 +10,7 @@ convolution.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +24,14 @@ from difusores.acceleration.layers import (
     apply_conv,
     apply_linear,
     direct,
+    double_size,
     why_not_weight,
 )
 from difusores.acceleration.norms import normalize, plain_norm
 from difusores.acceleration.products import cast
 from difusores.acceleration.session import Forward, Session, hooked
 from difusores.acceleration.standing import Prepared
+from difusores.models.layers import double
 from difusores.ops.winograd_conv import Prepared as PreparedConv
 
 
@@ -135,9 +137,13 @@ class ResnetForward(Forward):
         row = None if temb is None else self.session.times.row(self, temb)
         embedding = self._time(temb) if row is None else {"add": row}
         add, modulation = None, embedding
-        if "add" in embedding and adds_for_free(conv1, x):
+        doubled = getattr(m, "resample", None) == "up" and (size is None or tuple(size) == double_size(x))
+        if "add" in embedding and adds_for_free(conv1, x, doubled):
             add, modulation = embedding["add"], {}
-        if self._resamples():
+        if doubled:
+            h = apply_conv(conv1, x, Surroundings(norm=norm1, doubled=True, add=add))
+            x = double(x)
+        elif self._resamples():
             h = self._resample(normalize(norm1, x, silu=True), size)
             x = self._resample(x, size)
             h = apply_conv(conv1, h, Surroundings(add=add))
@@ -189,3 +195,34 @@ class ResnetForward(Forward):
             scale, shift = embedding.chunk(2, dim=1)
             return {"scale": scale, "shift": shift}
         return {"add": embedding}
+
+
+class UpsampleForward(Forward):
+    """An image doubled by repetition and convolved, ours and diffusers' `Upsample2D`; it is not copied."""
+
+    how = "upsampling: the convolution reads each pixel four times"
+
+    @classmethod
+    def refuses(cls, module: Any) -> str | None:
+        if getattr(module, "name", "conv") != "conv" or type(getattr(module, "conv", None)) is not nn.Conv2d:
+            return "it has no convolution, or one of another kind"
+        if getattr(module, "norm", None) is not None or not getattr(module, "interpolate", True):
+            return "it does more than to repeat pixels and to convolve"
+        return None
+
+    def declines(self, x: Tensor, *args: object, **kwargs: object) -> str | None:
+        if x.ndim != 4:
+            return "the input's shape is not [N, C, H, W]"
+        sizes = all(isinstance(given, Sequence) for given in _beside_tensors(args, kwargs))
+        return None if sizes else "it is given something that is no size"
+
+    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        conv = self.module._modules["conv"]
+        size = next(_beside_tensors(args, kwargs), None)  # our third argument, after a time; their second
+        if size is None or tuple(size) == double_size(x):
+            return apply_conv(conv, x, Surroundings(doubled=True))
+        return apply_conv(conv, double(x, size))
+
+
+def _beside_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    return (x for x in (*args, *kwargs.values()) if x is not None and not isinstance(x, Tensor))

@@ -9,7 +9,7 @@ from difusores.acceleration.cuda_layers import CudaConvForward, CudaLinearForwar
 from difusores.acceleration.layers import ConvForward, LinearForward
 from difusores.acceleration.network import NetworkForward
 from difusores.acceleration.norms import GroupNormForward
-from difusores.acceleration.resnet import ResnetForward
+from difusores.acceleration.resnet import ResnetForward, UpsampleForward
 from difusores.acceleration.session import Forward
 from difusores.acceleration.transformer import (
     CrossAttentionForward,
@@ -57,11 +57,15 @@ LAYERS: dict[type[nn.Module], type[Forward]] = {
     nn.GroupNorm: GroupNormForward,
     nn.LayerNorm: LayerNormForward,
 }
-# On a GPU: what stands there instead of the above, and what is listed there alone.
+# On a GPU what stands there instead of the above; and what is listed on a CPU or on a GPU alone.
 CUDA: dict[type[Forward], type[Forward]] = {
     ResnetForward: CudaResnetForward,
     LinearForward: CudaLinearForward,
     ConvForward: CudaConvForward,
+}
+CPU_BLOCKS: dict[tuple[str, str], type[Forward]] = {
+    (OURS + "layers", "Upsample2D"): UpsampleForward,
+    (THEIRS + "upsampling", "Upsample2D"): UpsampleForward,
 }
 CUDA_BLOCKS: dict[tuple[str, str], type[Forward]] = {
     (OURS + "embeddings", "Timesteps"): TimestepsForward,
@@ -79,8 +83,10 @@ def replacement(module: nn.Module, cuda: bool) -> tuple[type[Forward] | None, st
     """
     name = (type(module).__module__, type(module).__name__)
     kind = LAYERS.get(type(module)) or BLOCKS.get(name)
-    if cuda:
-        kind = CUDA_BLOCKS.get(name) if kind is None else CUDA.get(kind, kind)
+    if kind is None:
+        kind = (CUDA_BLOCKS if cuda else CPU_BLOCKS).get(name)
+    elif cuda:
+        kind = CUDA.get(kind, kind)
     if kind is None:
         return None, None
     if "forward" in module.__dict__:

@@ -1,7 +1,8 @@
 """3x3 convolution by Winograd's minimal filtering, with what surrounds it in a diffusion UNet.
 
     h = act(multiplier[n, c] * x + offset[n, c])               a group norm with SiLU, its statistics known,
-                                                               or the norm itself
+                                                               or the norm itself; height and width doubled by
+                                                               repetition, if that is asked for
     y = output_scale * (conv3x3(h, weight) + bias[o] + add[n, o] + residual)
 
 stride 1, one row of zeros around h (Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks").
@@ -37,7 +38,7 @@ from difusores.ops.group_norm_affine import reference as affine_reference
 LIBRARY.define(
     "winograd_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? multiplier, Tensor? offset, bool silu, "
     "Tensor? add, Tensor? residual, float output_scale, Tensor? packed, int norm_groups=0, "
-    "Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=0.0) -> Tensor"
+    "Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=0.0, bool doubled=False) -> Tensor"
 )
 LIBRARY.define("winograd_conv_pack(Tensor weight, bool transformed) -> Tensor")
 LIBRARY.define("winograd_conv_pack_int16(Tensor weight) -> Tensor")
@@ -298,6 +299,7 @@ def reference(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 0.0,
+    doubled: bool = False,
 ) -> Tensor:
     """The op in plain PyTorch; `packed` is not read."""
     if norm_groups:
@@ -309,6 +311,8 @@ def reference(
         h = h + _per_channel(offset, x)
     if silu:
         h = F.silu(h)
+    if doubled:
+        h = F.interpolate(h, scale_factor=2.0, mode="nearest")
     y = F.conv2d(h, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), padding=1)
     if add is not None:
         y = y + _per_channel(add, x)
@@ -338,9 +342,15 @@ def _fake(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 0.0,
+    doubled: bool = False,
 ) -> Tensor:
-    shape = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
+    shape = (x.shape[0], weight.shape[0], *_size_of_output(x, doubled))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+
+
+def _size_of_output(x: Tensor, doubled: bool) -> tuple[int, int]:
+    factor = 2 if doubled else 1
+    return factor * x.shape[2], factor * x.shape[3]
 
 
 _OP = torch.ops.difusores.winograd_conv.default
@@ -379,12 +389,14 @@ def _check(
     add: Tensor | None,
     residual: Tensor | None,
     packed: Tensor | None,
+    doubled: bool,
 ) -> None:
     if x.ndim != 4:
         raise ValueError(f"x must be [N, C, H, W], got shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
-    n, c, height, width = x.shape
+    n, c = x.shape[:2]
+    height, width = _size_of_output(x, doubled)
     if weight.ndim != 4 or weight.shape[1:] != (c, 3, 3):
         raise ValueError(f"weight must have shape [O, C, 3, 3] with C = {c}, got {tuple(weight.shape)}")
     o = weight.shape[0]
@@ -453,6 +465,7 @@ def winograd_conv(
     output_scale: float = 1.0,
     packed: Tensor | None = None,
     norm: Norm | None = None,
+    doubled: bool = False,
 ) -> Tensor:
     """y = output_scale * (conv3x3(act(multiplier * x + offset), weight) + bias + add + residual).
 
@@ -473,12 +486,14 @@ def winograd_conv(
             tile's inputs have a scale for 64 channels, weights one for a point, an output and 64 channels.
             `IN_CALL`: int16 too, packed within the call, the same bits.
         norm: of x, in place of a multiplier and an offset, whose bits are those of `group_norm_affine`.
+        doubled: height and width of act(...) are doubled by repeating pixels before it is convolved; the bits
+            are those of a copy that is twice as large, which is not made.
 
     Returns:
-        y [N, O, H, W] in x's dtype and layout. Relative L2 error at most 1e-5; with weights in int16 see
-        `pack_weight`. A NaN or Inf in x makes NaN of the tiles of outputs which read it, 4x4 or 6x6, not only
-        of the outputs next to it. Where a gradient is needed the reference runs, in whose every tensor but
-        `packed` the call is differentiable.
+        y [N, O, H, W], or [N, O, 2 H, 2 W] if doubled, in x's dtype and layout. Relative L2 error at most
+        1e-5; with weights in int16 see `pack_weight`. A NaN or Inf in x makes NaN of the tiles of outputs
+        which read it, 4x4 or 6x6, not only of the outputs next to it. Where a gradient is needed the
+        reference runs, in whose every tensor but `packed` the call is differentiable.
 
     Raises:
         ValueError: shapes or devices that do not fit, named; or norm beside a multiplier or offset.
@@ -490,14 +505,14 @@ def winograd_conv(
         straight_to_cpu(*tensors, norm_weight, norm_bias)
         and x.ndim == 4
         and x.is_contiguous(memory_format=torch.channels_last)
-        and (wanted() == "cpu" or plan(x.shape[1], weight.shape[0], x.shape[2], x.shape[3]).winograd)
+        and (wanted() == "cpu" or _plan(x, weight, doubled).winograd)
     ):
         y: Tensor
         try:
             with torch._C._AutoDispatchBelowAutograd():
                 y = _OP(
                     *(x, weight, bias, multiplier, offset, silu, add, residual, output_scale, packed),
-                    *(groups, norm_weight, norm_bias, eps),
+                    *(groups, norm_weight, norm_bias, eps, doubled),
                 )
             return y
         except (RuntimeError, TypeError):
@@ -507,15 +522,19 @@ def winograd_conv(
             raise ValueError("norm takes the place of multiplier and offset, and both were given")
         multiplier, offset = group_norm_affine(x, *norm)
         tensors = (x, weight, bias, multiplier, offset, add, residual, packed)
-    _check(*tensors)
+    _check(*tensors, doubled)
     multiplier, offset, add, bias = map(_row, (multiplier, offset, add, bias))
     if not weight.is_contiguous(memory_format=torch.channels_last):
         weight = weight.contiguous()
     call = (x, weight, bias, multiplier, offset, silu, add, residual, output_scale, packed)
-    if wanted() is None and not plan(x.shape[1], weight.shape[0], x.shape[2], x.shape[3]).winograd:
-        return reference(*call)
+    if wanted() is None and not _plan(x, weight, doubled).winograd:
+        return reference(*call, doubled=doubled)
     backend = choose("winograd_conv", x.device.type, supports, *tensors)
     if backend == "reference" or needs_grad(*tensors):
-        return reference(*call)
-    y = below_autograd(_OP, *call)
+        return reference(*call, doubled=doubled)
+    y = below_autograd(_OP, *call, *NO_NORM, doubled)
     return y
+
+
+def _plan(x: Tensor, weight: Tensor, doubled: bool) -> LayerPlan:
+    return plan(x.shape[1], weight.shape[0], *_size_of_output(x, doubled))
