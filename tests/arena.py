@@ -8,7 +8,6 @@ A program, because what a test suite leaves in the arena fills gaps of its own.
 from __future__ import annotations
 
 import gc
-import os
 import random
 import threading
 from pathlib import Path
@@ -21,6 +20,7 @@ from difusores.acceleration import heap
 
 PAGE = 4096
 MIB = 1 << 20
+ZEROS = torch.zeros(64 * MIB // 4)  # what images are made of: nothing else of their size comes and goes
 
 
 class User:
@@ -29,7 +29,7 @@ class User:
 
 def image(mib: int, value: float = 0.0) -> Tensor:
     """What a kernel returns: `mib` MiB, all of one value."""
-    x = torch.zeros(1, 1, mib * MIB // 4096, 1024)
+    x = ZEROS[: mib * MIB // 4].view(1, 1, -1, 1024)
     return ops.group_norm_silu(x, 1, torch.ones(1), torch.full((1,), value), silu=False)
 
 
@@ -86,28 +86,6 @@ def threads() -> None:
     assert not wrong, wrong
 
 
-def forks() -> None:
-    """A child finds the arena as it was, whatever other threads were doing."""
-    done = threading.Event()
-    last = image(4, 7.0)
-
-    def work() -> None:
-        while not done.is_set():
-            image(4)
-
-    worker = threading.Thread(target=work)
-    worker.start()
-    for _ in range(20):
-        child = os.fork()
-        if not child:
-            torch.set_num_threads(1)
-            ours = image(4, 5.0)
-            os._exit(0 if bool((ours == 5.0).all()) and bool((last == 7.0).all()) else 1)
-        assert os.waitpid(child, 0)[1] == 0
-    done.set()
-    worker.join()
-
-
 def gives_back(user: User) -> None:
     """Without a user, free memory goes back to the system, at once and when an image goes; images stay."""
     held = image(64, 3.0)
@@ -140,7 +118,6 @@ def main() -> None:
     heap.keep(user)
     gaps()
     threads()
-    forks()
     gives_back(user)
     goes_with_its_user()
 

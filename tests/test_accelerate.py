@@ -10,17 +10,19 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import difusores
 from difusores import native
-from difusores.acceleration import engine, layers, products
+from difusores.acceleration import engine, layers, products, resnet
 from difusores.acceleration.session import Forward, Session
+from difusores.models.layers import double
 from difusores.models.lora import LowRank, make_adapters
 from difusores.ops import BackendUnavailable
 from difusores.ops.gemm_conv import NEEDS_PAIRS, multiplies_pairs
@@ -806,6 +808,39 @@ def test_report_tells_what_was_not_replaced() -> None:
     assert "circular" in text and "ResnetBlock2D" in text
     difusores.restore(model)
     assert "forward" in model.conv_out.__dict__
+
+
+@pytest.mark.skipif(not plan(64, 64, 18, 24).winograd, reason=str(plan(64, 64, 18, 24).reason))
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_upsampling_makes_no_copy(library: str, dtype: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of its convolution on a copy, made only for another size or where that is watched."""
+    monkeypatch.setattr(products, "fast_bfloat16_convolution", lambda: False)
+    copies: list[torch.Size] = []
+
+    def noted(x: Tensor, *size: Any) -> Tensor:
+        copies.append(x.shape)
+        return double(x, *size)
+
+    for module in (layers, resnet):
+        monkeypatch.setattr(module, "double", noted)
+    model = make(library, "latents")
+    difusores.accelerate(model, dtype=dtype)
+    upsampler = cast(Any, model).up_blocks[0].upsamplers[0]
+    x = torch.randn(2, 64, 9, 12).to(memory_format=torch.channels_last)
+
+    def sized(*size: int) -> Tensor:
+        given = (None, torch.Size(size)) if library == "difusores" else (torch.Size(size),)
+        out: Tensor = upsampler(x, *given)
+        return out
+
+    with torch.no_grad():
+        want = upsampler.conv(F.interpolate(x, scale_factor=2.0))
+        assert torch.equal(upsampler(x), want) and torch.equal(sized(18, 24), want)
+        assert not copies
+        assert torch.equal(sized(17, 24), upsampler.conv(F.interpolate(x, (17, 24))))
+        assert len(copies) == 1
+        upsampler.conv.register_forward_hook(lambda *call: None)
+        assert torch.equal(upsampler(x), want) and len(copies) == 2
 
 
 def test_large_images_have_an_arena() -> None:

@@ -457,15 +457,16 @@ struct GroupShape {
 
 // fused: with everything around the convolution, and weights [O, 3, 3, C] that were packed before; else they were
 // gathered, if asked for. int16: packed for products in 16-bit fixed point. Tiles of 6x6 have four times the error of
-// those of 4x4.
+// those of 4x4. doubled: of an image half as high and wide.
 void winograd(const Kernels& k, ConvShape shape, GroupShape group, bool fused, bool gathered = false,
-              bool int16 = false, int64_t tile = 4) {
+              bool int16 = false, int64_t tile = 4, bool doubled = false) {
     const auto [n, c, o, h, w] = shape;
-    const auto x = normal(n * h * w * c, 1), weight = normal(o * c * 9, 2), residual = normal(n * h * w * o, 3);
+    const int half = doubled ? 1 : 0;
+    const auto x = normal(n * (h >> half) * (w >> half) * c, 1), weight = normal(o * c * 9, 2), residual = normal(n * h * w * o, 3);
     const auto bias = normal(o, 4), add = normal(n * o, 5), multiplier = normal(n * c, 6), offset = normal(n * c, 7);
     std::vector<float> y(n * h * w * o);
     WinogradInt16Args a{};
-    a.x = x.data(), a.weight = weight.data(), a.weight_last = fused, a.y = y.data();
+    a.x = x.data(), a.doubled = doubled, a.weight = weight.data(), a.weight_last = fused, a.y = y.data();
     a.n = n, a.c = c, a.o = o, a.h = h, a.w = w, a.output_scale = fused ? 0.5f : 1.0f, a.silu = fused;
     a.group_n = group.n, a.group_h = group.h, a.group_w = group.w, a.tile = tile;
     const auto parts = [](int64_t total, int64_t size) { return (total + size - 1) / size; };
@@ -517,7 +518,7 @@ void winograd(const Kernels& k, ConvShape shape, GroupShape group, bool fused, b
                     const int64_t row = p / w + tap / 3 - 1, column = p % w + tap % 3 - 1;
                     if (row < 0 || row >= h || column < 0 || column >= w) continue;
                     for (int64_t in = 0; in < c; ++in) {
-                        double t = x[((i * h + row) * w + column) * c + in];
+                        double t = x[((i * (h >> half) + (row >> half)) * (w >> half) + (column >> half)) * c + in];
                         if (fused) t = t * multiplier[i * c + in] + offset[i * c + in], t /= 1 + std::exp(-t);
                         want += t * weight_at(out, in, tap);
                     }
@@ -653,6 +654,7 @@ int main() {
                 winograd(*k, {1, 1, 1, 1, 1}, {1, 1, 1}, fused, false, true);
                 winograd(*k, {2, 67, 70, 6, 9}, {2, 2, 3}, fused, false, true);
                 winograd(*k, {1, 40, 130, 19, 22}, {1, 3, 2}, fused, false, true);
+                winograd(*k, {2, 40, 30, 6, 10}, {1, 1, 2}, fused, false, true, 4, true);
             }
         if (k->gemm_conv_split) {
             gemm_split(*k, 1, 1, 1, false);
@@ -681,9 +683,11 @@ int main() {
             winograd(*k, {3, 5, 18, 4, 7}, {2, 1, 2}, fused);
             winograd(*k, {2, 67, 70, 6, 9}, {2, 2, 3}, fused);
             winograd(*k, {1, 17, 33, 19, 22}, {1, 3, 2}, fused, !fused);
+            winograd(*k, {2, 17, 33, 6, 10}, {1, 1, 2}, fused, !fused, false, 4, true);
             if (std::strncmp(k->isa, "avx512", 6) == 0) {
                 winograd(*k, {2, 67, 70, 6, 9}, {2, 1, 2}, fused, false, false, 6);
                 winograd(*k, {1, 17, 33, 19, 22}, {1, 2, 3}, fused, !fused, false, 6);
+                winograd(*k, {1, 17, 33, 8, 14}, {1, 1, 2}, fused, !fused, false, 6, true);
             }
         }
         winograd(*k, {1, 40, 33, 12, 4}, {1, 3, 1}, false, true);  // three tiles; above there are 1, 2, 4 and more

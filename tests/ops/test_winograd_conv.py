@@ -260,6 +260,28 @@ def test_norm_is_its_multiplier_and_offset(backend: str, case: tuple[int, ...]) 
         assert distance(y, run("reference", {**wide(call), "norm": exact})) <= LIMIT
 
 
+@pytest.mark.parametrize("case", [*CASES, (1, 20, 33, 25, 24), (2, 67, 70, 24, 25)], ids=str)
+@pytest.mark.parametrize("options", ["first", "second", "norm"])
+def test_doubled_is_a_copy_of_twice_the_size(backend: str, case: tuple[int, ...], options: str) -> None:
+    """Near the oracle; of the kernel the same bits, without and with weights in int16."""
+    n, c, o, h, w = case
+    call = {**make((n, c, o, 2 * h, 2 * w), OPTIONS.get(options, ("bias", "silu"))), "x": make(case, ())["x"]}
+    if options == "norm":
+        with ops.use_backend(backend):
+            multiplier, offset = ops.group_norm_affine(call["x"], 1, None, None, 1e-3)
+        y = run(backend, {**call, "doubled": True, "norm": Norm(1, None, None, 1e-3)})
+        call.update(multiplier=multiplier, offset=offset)
+    else:
+        y = run(backend, {**call, "doubled": True})
+    copy = {**call, "x": F.interpolate(call["x"], scale_factor=2.0)}
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert distance(y, run("reference", wide(copy))) <= LIMIT
+    if backend == "cpu":
+        assert torch.equal(y, run("cpu", copy))
+    if backend == "cpu" and multiplies_int16():
+        assert torch.equal(run("cpu", {**with_int16(call), "doubled": True}), run("cpu", with_int16(copy)))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf_stay_in_the_tiles_that_read_them(backend: str, value: float) -> None:
     call = make((2, 20, 17, 13, 14), ("bias", "residual"))
@@ -355,6 +377,7 @@ def test_plan() -> None:
         ({"add": torch.randn(2, 8)}, r"add must have shape \[2, 4\]"),
         ({"residual": torch.randn(2, 8, 5, 5)}, "residual must be like the output"),
         ({"residual": torch.randn(2, 4, 5, 5).half()}, "residual must be like the output"),
+        ({"residual": torch.randn(2, 4, 5, 5), "doubled": True}, r"like the output, \(2, 4, 10, 10\)"),
         ({"norm": Norm(4, None, None, 0.0), "offset": torch.randn(2, 8)}, "and both were given"),
         ({"norm": Norm(3, None, None, 0.0)}, "num_groups must divide the number of channels"),
         ({"norm": Norm(4, torch.randn(4), None, 0.0)}, r"weight must have shape \[C\] = \[8\]"),
@@ -419,7 +442,7 @@ def test_opcheck(options: str) -> None:
     norm = (4, torch.randn(16), torch.randn(16), 1e-5)
     torch.library.opcheck(
         torch.ops.difusores.winograd_conv.default,
-        (call["x"], call["weight"], None, None, None, True, None, None, 1.0, None, *norm),
+        (call["x"], call["weight"], None, None, None, True, None, None, 1.0, None, *norm, True),
     )
     torch.library.opcheck(torch.ops.difusores.winograd_conv_pack.default, (call["weight"], False))
 
