@@ -1,7 +1,7 @@
 // Memory for the images of accelerated networks, which come and go in sizes that fit into each other. A heap puts small
 // things into the gaps between them, and what is left of a gap is then too short for the next image: it grows to twice
-// of what is held at a time. Here nothing else is put, a gap is taken by the image that fits it best, and pages stay for
-// the next step: a page fault for every 4 KB would cost more than the writing.
+// of what is held at a time. Here nothing else is put, a gap is taken by the image that fits it best, and pages stay
+// for the next step: a page fault for every 4 KB would cost more than the writing.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -29,9 +29,9 @@ class Arena {
     bool reserve();
     char* grow(int64_t bytes);
     std::mutex mutex_;
-    std::map<char*, int64_t> gaps_;                             // below top_: where, and bytes
-    char *begin_ = nullptr, *top_ = nullptr, *end_ = nullptr;   // address space, of which that below `mapped_` may
-    char* mapped_ = nullptr;                                    // be written
+    std::map<char*, int64_t> gaps_;                            // below top_: where, and bytes
+    char *begin_ = nullptr, *top_ = nullptr, *end_ = nullptr;  // address space, of which that below `mapped_` may
+    char* mapped_ = nullptr;                                   // be written
     bool used_ = false, poison_ = false;
 };
 

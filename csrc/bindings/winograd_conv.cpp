@@ -164,8 +164,8 @@ void convolve(WinogradConvArgs& args) {
 }
 
 // multiplier and offset of a group norm of x, in memory that the thread keeps.
-void set_norm(WinogradConvArgs& args, int64_t pixels, int64_t groups, const OptionalTensor& weight, const OptionalTensor& bias,
-              double eps) {
+void set_norm(WinogradConvArgs& args, int64_t pixels, int64_t groups, const OptionalTensor& weight,
+              const OptionalTensor& bias, double eps) {
     STD_TORCH_CHECK(!args.multiplier.ptr && !args.offset.ptr,
                     "winograd_conv: a norm is given, and multiplier or offset beside it");
     STD_TORCH_CHECK(groups >= 1 && args.c % groups == 0, "winograd_conv: norm_groups must divide C");

@@ -462,7 +462,8 @@ void winograd(const Kernels& k, ConvShape shape, GroupShape group, bool fused, b
               bool int16 = false, int64_t tile = 4, bool doubled = false) {
     const auto [n, c, o, h, w] = shape;
     const int half = doubled ? 1 : 0;
-    const auto x = normal(n * (h >> half) * (w >> half) * c, 1), weight = normal(o * c * 9, 2), residual = normal(n * h * w * o, 3);
+    const auto x = normal(n * (h >> half) * (w >> half) * c, 1), weight = normal(o * c * 9, 2),
+               residual = normal(n * h * w * o, 3);
     const auto bias = normal(o, 4), add = normal(n * o, 5), multiplier = normal(n * c, 6), offset = normal(n * c, 7);
     std::vector<float> y(n * h * w * o);
     WinogradInt16Args a{};
