@@ -32,6 +32,7 @@ from difusores.models.embeddings import Timesteps
 from difusores.models.layers import GroupNormAct
 from difusores.models.modeling import ModelMixin
 from difusores.models.unet_2d import UNet2DOutput
+from difusores.ops import cat_channels
 
 
 class ADMUNet(ModelMixin):
@@ -185,7 +186,7 @@ class ADMUNet(ModelMixin):
             states.append(x)
         x = self.middle_block(x, emb)
         for block in self.output_blocks:
-            x = block(torch.cat((x, states.pop()), dim=1), emb)
+            x = block(cat_channels(x, states.pop()), emb)
         x = self.out(x)
         return UNet2DOutput(sample=x) if return_dict else (x,)
 

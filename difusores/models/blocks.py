@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from difusores.models.layers import Attention, BlockOptions, Downsample2D, ResnetBlock2D, Upsample2D
 from difusores.models.transformer import NO_CONTEXT, Context
+from difusores.ops import cat_channels
 
 Attend = Callable[[int], nn.Module]
 """Makes the attention of a layer: width -> module(image, context) -> image of the same shape."""
@@ -145,7 +146,7 @@ class UpBlock2D(Block):
                 state = states.pop()
                 if self.freeu is not None:
                     x, state = reweighted(x, state, *self.freeu)
-                x = torch.cat((x, state), dim=1)
+                x = cat_channels(x, state)
             x = self._layer(resnet, x, temb)
             if self.attentions is not None:
                 x = self._layer(self.attentions[i], x, context)

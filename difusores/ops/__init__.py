@@ -6,6 +6,7 @@
 from difusores import native
 from difusores.ops.attention import attention
 from difusores.ops.bias_residual import bias_residual
+from difusores.ops.cat_channels import cat_channels
 from difusores.ops.dispatch import BackendUnavailable, availability, use_backend
 from difusores.ops.geglu import geglu
 from difusores.ops.gemm_conv import gemm_conv
@@ -24,6 +25,7 @@ __all__ = [
     "attention",
     "availability",
     "bias_residual",
+    "cat_channels",
     "geglu",
     "gemm_conv",
     "group_norm_affine",

@@ -37,7 +37,7 @@ def test_availability_names_every_op_and_backend() -> None:
     assert set(table) == {
         *("group_norm_silu", "group_norm_affine", "attention", "scheduler_step", "geglu", "layer_norm"),
         *("winograd_conv", "gemm_conv", "bias_residual", "linear", "group_norm_silu_backward"),
-        "guidance_rescale",
+        *("guidance_rescale", "cat_channels"),
     }
     for backends in table.values():
         assert set(backends) == set(dispatch.BACKENDS)
