@@ -9,6 +9,7 @@
 #if defined(__linux__)
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 #endif
 
@@ -22,18 +23,16 @@ int64_t whole_pages(int64_t bytes, int64_t page = kSmallPage) { return (bytes + 
 
 }  // namespace
 
-// Addresses cost nothing; twice as many as the machine has memory leave room for gaps.
+// Addresses cost nothing, where they are not limited; twice as many as the machine has memory leave room for gaps.
 bool Arena::reserve() {
     if (begin_) return true;
-    for (int64_t bytes = 2 * whole_pages(int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE), kGrowth);
-         bytes >= kGrowth; bytes = whole_pages(bytes / 2, kGrowth)) {
-        void* const space = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (space == MAP_FAILED && bytes > kGrowth) continue;
-        if (space == MAP_FAILED) return false;
-        begin_ = top_ = mapped_ = static_cast<char*>(space), end_ = begin_ + bytes;
-        return true;
-    }
-    return false;
+    rlimit limit{};
+    if (getrlimit(RLIMIT_AS, &limit) || limit.rlim_cur != RLIM_INFINITY) return false;
+    const int64_t bytes = 2 * whole_pages(int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE), kGrowth);
+    void* const space = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (space == MAP_FAILED) return false;
+    begin_ = top_ = mapped_ = static_cast<char*>(space), end_ = begin_ + bytes;
+    return true;
 }
 
 char* Arena::grow(int64_t bytes) {
@@ -54,7 +53,7 @@ void* Arena::take(int64_t bytes) {
     char* block = nullptr;
     {
         const std::lock_guard<std::mutex> lock(mutex_);
-        if (!used_ || !begin_) return nullptr;
+        if (!used_) return nullptr;
         auto best = gaps_.end();
         for (auto gap = gaps_.begin(); gap != gaps_.end(); ++gap)
             if (gap->second >= size && (best == gaps_.end() || gap->second < best->second)) best = gap;
@@ -91,9 +90,8 @@ void Arena::give(void* block, int64_t bytes) {
 
 void Arena::use(bool on) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    used_ = on;
-    if (on) reserve();
-    else
+    used_ = on && reserve();
+    if (!used_)
         for (const auto& [begin, size] : gaps_) madvise(begin, size, MADV_DONTNEED);
 }
 

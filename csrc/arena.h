@@ -17,7 +17,8 @@ class Arena {
     void* take(int64_t bytes);
     // What take(bytes) gave; any thread.
     void give(void* block, int64_t bytes);
-    // Not in use, it gives free pages back to the system, then and whenever a block comes back.
+    // Where addresses are limited (RLIMIT_AS) it stays out of use. Not in use, it gives free pages back to the system,
+    // then and whenever a block comes back.
     void use(bool on);
     // As the recycler's.
     void poison(bool on) { poison_ = on; }

@@ -1,6 +1,8 @@
 """Where the large images of an accelerated network lie; raises where it is not as it should be.
 
-    python tests/arena.py
+    python tests/arena.py [few]
+
+`few`: in a process whose addresses are limited.
 
 A program, because what a test suite leaves in the arena fills gaps of its own.
 """
@@ -9,6 +11,8 @@ from __future__ import annotations
 
 import gc
 import random
+import resource
+import sys
 import threading
 from pathlib import Path
 
@@ -112,7 +116,18 @@ def goes_with_its_user() -> None:
     assert before - resident_mib() > 60
 
 
+def few_addresses() -> None:
+    """Where the process may not have many addresses, none are reserved, and images are the heap's."""
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))
+    user = User()
+    heap.keep(user)
+    assert address(image(8)) % PAGE
+
+
 def main() -> None:
+    if "few" in sys.argv:
+        few_addresses()
+        return
     assert address(image(8)) % PAGE, "without a user, images are the heap's"
     user = User()
     heap.keep(user)
