@@ -47,16 +47,14 @@ inline Tensor new_result(const Tensor& x, int64_t dims, const int64_t* sizes, co
         want_huge_pages(y);
         return y;
     }
+    const auto give = [](void* data, void* size) { arena().give(data, reinterpret_cast<intptr_t>(size)); };
     int32_t dtype = 0;
     AtenTensorHandle handle = nullptr;
-    const auto give = [](void* data, void* size) { arena().give(data, reinterpret_cast<intptr_t>(size)); };
-    void* const size = reinterpret_cast<void*>(static_cast<intptr_t>(bytes));
-    AOTITorchError error = aoti_torch_get_dtype(x.get(), &dtype);
-    if (!error)
-        error = torch_from_blob(memory, dims, sizes, strides, 0, dtype, aoti_torch_device_type_cpu(), -1, &handle,
-                                aoti_torch_layout_strided(), nullptr, 0, give, size);
-    if (error) give(memory, size);
-    TORCH_ERROR_CODE_CHECK(error);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+    // Where this fails torch may have given the block back or not, so it is not given here: twice would be worse.
+    TORCH_ERROR_CODE_CHECK(torch_from_blob(memory, dims, sizes, strides, 0, dtype, aoti_torch_device_type_cpu(), -1,
+                                           &handle, aoti_torch_layout_strided(), nullptr, 0, give,
+                                           reinterpret_cast<void*>(static_cast<intptr_t>(bytes))));
     return Tensor(handle);
 }
 

@@ -44,7 +44,7 @@ def keep(user: object) -> str | None:
                 libc.mallopt(option, value)
             _keep_images(True)
         if id(user) not in _users:
-            _users[id(user)] = gone = weakref.finalize(user, _leave, id(user))
+            _users[id(user)] = gone = weakref.finalize(user, _leave, libc, id(user))
             gone.atexit = False
     return None
 
@@ -57,9 +57,7 @@ def release(user: object) -> None:
             gone()
 
 
-def _leave(user: int) -> None:
-    libc = _libc()
-    assert libc is not None  # or `keep` had refused
+def _leave(libc: ctypes.CDLL, user: int) -> None:
     with _lock:
         del _users[user]
         if not _users:

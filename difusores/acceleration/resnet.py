@@ -1,4 +1,4 @@
-"""Replacement of a residual block, ours and diffusers' `ResnetBlock2D`.
+"""Replacement of a residual block, ours and diffusers' `ResnetBlock2D`, and of upsampling between blocks.
 
     h = conv1(act(norm1(x)))
     h = conv2(act(norm2(h + time)))      or  act(norm2(h) * (1 + scale) + shift)
