@@ -843,6 +843,7 @@ def test_upsampling_makes_no_copy(library: str, dtype: str | None, monkeypatch: 
         assert torch.equal(upsampler(x), want) and len(copies) == 2
 
 
+@pytest.mark.skipif(native.status("cpu") is not None, reason=native.status("cpu") or "")
 @pytest.mark.parametrize("addresses", ["many", "few"])
 def test_large_images_have_an_arena(addresses: str) -> None:
     """In a process of its own: what a test suite leaves in it fills gaps."""
