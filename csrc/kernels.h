@@ -188,6 +188,7 @@ struct WinogradConvArgs {
     Param add;                 // [N, O]
     const float* residual;     // like y, or nullptr
     float* y;                  // [N, H, W, O]
+    float* moments;            // [N, groups of an image][2][O], mean and squared deviations of y, or nullptr
     bool silu;
     float output_scale;
     int64_t n, h, w, c, o;

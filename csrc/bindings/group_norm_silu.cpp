@@ -43,7 +43,8 @@ std::tuple<Tensor, Tensor> group_norm_silu(Tensor x, int64_t num_groups, Optiona
 
 // multiplier and offset of the norm, for an op that applies them as it reads x.
 std::tuple<Tensor, Tensor> group_norm_affine(Tensor x, int64_t num_groups, OptionalTensor weight, OptionalTensor bias,
-                                             double eps, OptionalTensor scale, OptionalTensor shift) {
+                                             double eps, OptionalTensor scale, OptionalTensor shift,
+                                             OptionalTensor moments) {
     STD_TORCH_CHECK(x.dim() == 4, "group_norm_affine: the CPU kernel takes x with 4 dimensions");
     const int64_t n = x.size(0), c = x.size(1), s = x.size(2) * x.size(3);
     STD_TORCH_CHECK(num_groups >= 1 && c % num_groups == 0, "group_norm_affine: num_groups must divide C");
@@ -60,7 +61,7 @@ std::tuple<Tensor, Tensor> group_norm_affine(Tensor x, int64_t num_groups, Optio
     args.shift = param_of(shift, n, c, true, "shift");
     args.n = n, args.c = c, args.s = s, args.groups = num_groups;
     args.eps = eps;
-    norm_affine(args, static_cast<float*>(multiplier.data_ptr()), static_cast<float*>(offset.data_ptr()));
+    norm_affine(args, moments_of(moments, n, c, "group_norm_affine: moments"), static_cast<float*>(multiplier.data_ptr()), static_cast<float*>(offset.data_ptr()));
     return {multiplier, offset};
 }
 

@@ -1,6 +1,7 @@
 // winograd_conv: checks, groups of tiles, scratch memory, and the steps of cpu/winograd_conv.cpp over torch's threads.
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "convolution.h"
 #include "group_norm.h"
@@ -19,7 +20,7 @@ constexpr int64_t kKept = 32 << 20;    // of them that a thread keeps for its ne
 constexpr int64_t kBlock = kWinogradBlock;
 constexpr const char* kNoInt16 = "winograd_conv: the product of int16 needs AVX-512 with VNNI and BF16";
 
-thread_local Scratch t_tiles, t_weights, t_norm;
+thread_local Scratch t_tiles, t_weights, t_norm, t_moments;
 
 // Groups as large as kTiles allows and of even sizes: whole images, or rectangles near a square, which share fewer
 // pixels. Returns their number.
@@ -97,10 +98,42 @@ struct Steps {
     int64_t in_tasks, in_scratch, in_work, out_tasks, out_scratch, out_work, tiles;
 };
 
+// Groups of an image, down and across.
+int64_t parts_down(const WinogradConvArgs& args) { return parts(args.h, args.tile * args.group_h); }
+int64_t parts_across(const WinogradConvArgs& args) { return parts(args.w, args.tile * args.group_w); }
+
+// Mean and variance of the channels of y, [N, 2, O], from those of its parts in order (Chan's formula, all at once).
+void join_moments(const WinogradConvArgs& args, float* moments) {
+    const int64_t down = parts_down(args), across = parts_across(args);
+    const int64_t high = args.tile * args.group_h, wide = args.tile * args.group_w;
+    const std::unique_ptr<double[]> joined(new double[2 * args.o]);
+    double *const mean = joined.get(), *const squares = mean + args.o;
+    const auto each_part = [&](const float* part, const auto& join) {
+        for (int64_t y = 0; y < down; ++y)
+            for (int64_t x = 0; x < across; ++x, part += 2 * args.o) {
+                const int64_t rows = std::min(high, args.h - high * y), columns = std::min(wide, args.w - wide * x);
+                for (int64_t o = 0; o < args.o; ++o) join(o, static_cast<double>(rows * columns), part + o);
+            }
+    };
+    const double share = 1.0 / static_cast<double>(args.h * args.w);
+    for (int64_t n = 0; n < args.n; ++n, moments += 2 * args.o) {
+        std::fill_n(mean, 2 * args.o, 0.0);
+        const float* const of_image = args.moments + n * down * across * 2 * args.o;
+        each_part(of_image, [&](int64_t o, double count, const float* part) { mean[o] += count * share * part[0]; });
+        each_part(of_image, [&](int64_t o, double count, const float* part) {
+            squares[o] += part[args.o] + count * (part[0] - mean[o]) * (part[0] - mean[o]);
+        });
+        for (int64_t o = 0; o < args.o; ++o) {
+            moments[o] = static_cast<float>(mean[o]);
+            moments[args.o + o] = static_cast<float>(squares[o] * share);
+        }
+    }
+}
+
 // Where it divides evenly, each thread multiplies the groups that it has transformed, out of its L2; else all threads
 // transform some groups and then multiply them.
 template <class Args, class Kernel, class Place>
-void run_groups(Args& args, int64_t groups, const Steps& s, Kernel input, Kernel output, const Place& place) {
+void run_steps(Args& args, int64_t groups, const Steps& s, Kernel input, Kernel output, const Place& place) {
     const int64_t threads = torch::stable::get_num_threads();
     if (groups % threads == 0 || groups >= kShares * threads) {
         run(groups, s.in_tasks * s.in_work + s.out_tasks * s.out_work, s.tiles + std::max(s.in_scratch, s.out_scratch),
@@ -123,6 +156,14 @@ void run_groups(Args& args, int64_t groups, const Steps& s, Kernel input, Kernel
         run(count * s.out_tasks, s.out_work, s.out_scratch,
             [&](float* scratch, int64_t begin, int64_t end) { output(args, scratch, begin, end); });
     }
+}
+
+template <class Args, class Kernel, class Place>
+void run_groups(Args& args, int64_t groups, const Steps& s, Kernel input, Kernel output, const Place& place) {
+    float* const moments = args.moments;
+    if (moments) args.moments = t_moments.of(args.n * parts_down(args) * parts_across(args) * 2 * args.o);
+    run_steps(args, groups, s, input, output, place);
+    if (moments) join_moments(args, moments);
 }
 
 int64_t patch_of(const WinogradConvArgs& args) {
@@ -165,7 +206,7 @@ void convolve(WinogradConvArgs& args) {
 
 // multiplier and offset of a group norm of x, in memory that the thread keeps.
 void set_norm(WinogradConvArgs& args, int64_t pixels, int64_t groups, const OptionalTensor& weight,
-              const OptionalTensor& bias, double eps) {
+              const OptionalTensor& bias, double eps, const OptionalTensor& moments) {
     STD_TORCH_CHECK(!args.multiplier.ptr && !args.offset.ptr,
                     "winograd_conv: a norm is given, and multiplier or offset beside it");
     STD_TORCH_CHECK(groups >= 1 && args.c % groups == 0, "winograd_conv: norm_groups must divide C");
@@ -176,14 +217,14 @@ void set_norm(WinogradConvArgs& args, int64_t pixels, int64_t groups, const Opti
     norm.n = args.n, norm.c = args.c, norm.s = pixels, norm.groups = groups, norm.eps = eps;
     float* const multiplier = t_norm.of(2 * args.n * args.c);
     float* const offset = multiplier + args.n * args.c;
-    norm_affine(norm, multiplier, offset);
+    norm_affine(norm, moments_of(moments, args.n, args.c, "winograd_conv: norm_moments"), multiplier, offset);
     args.multiplier = {multiplier, DType::f32, args.c}, args.offset = {offset, DType::f32, args.c};
 }
 
 Tensor winograd_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor multiplier, OptionalTensor offset,
                      bool silu, OptionalTensor add, OptionalTensor residual, double output_scale, OptionalTensor packed,
                      int64_t norm_groups, OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps,
-                     bool doubled) {
+                     bool doubled, OptionalTensor moments, OptionalTensor norm_moments) {
     WinogradInt16Args args{};
     args.x = image("winograd_conv", x, "x");
     set_weight(args, weight);
@@ -195,12 +236,16 @@ Tensor winograd_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTenso
     const int64_t sizes[4] = {args.n, args.o, args.h, args.w};
     const int64_t strides[4] = {args.h * args.w * args.o, 1, args.w * args.o, args.o};
     Tensor y = new_result(x, 4, sizes, strides);
-    if (y.numel() == 0) return y;
+    args.moments = moments_of(moments, args.n, args.o, "winograd_conv: moments");
+    if (y.numel() == 0) {
+        std::fill_n(args.moments, moments ? moments->numel() : 0, std::numeric_limits<float>::quiet_NaN());
+        return y;
+    }
     args.y = static_cast<float*>(y.data_ptr());
     args.bias = floats("winograd_conv", bias, 0, args.o, "bias");
     args.multiplier = floats("winograd_conv", multiplier, args.n, args.c, "multiplier");
     args.offset = floats("winograd_conv", offset, args.n, args.c, "offset");
-    if (norm_groups) set_norm(args, x.size(2) * x.size(3), norm_groups, norm_weight, norm_bias, norm_eps);
+    if (norm_groups) set_norm(args, x.size(2) * x.size(3), norm_groups, norm_weight, norm_bias, norm_eps, norm_moments);
     args.add = floats("winograd_conv", add, args.n, args.o, "add");
     if (residual) {
         for (int64_t d = 0; d < 4; ++d)

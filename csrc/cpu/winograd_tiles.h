@@ -183,9 +183,37 @@ void fill_rows(const WinogradConvArgs& args, const Group& group, int64_t n, int6
 
 // --- output ---
 
-// The outputs of a tile for kWidth channels from o on, `count` of which exist.
+// Mean and squared deviations of the outputs of each lane, from sums around the mean of the first of T tiles: the mean
+// of all is at most sqrt(T - 1) standard deviations away from it, so little cancels wherever it is.
+struct OutputMoments {
+    f32v pivot, sum, squares;
+
+    template <int kTile>
+    DIFUSORES_INLINE void join(const f32v (&y)[kTile][kTile], int64_t rows, int64_t columns, bool first) {
+        if (first) {
+            pivot = sum = squares = f32v{};
+            for (int64_t i = 0; i < rows; ++i)
+                for (int64_t j = 0; j < columns; ++j) pivot += y[i][j];
+            pivot *= 1.0f / static_cast<float>(rows * columns);
+        }
+        f32v of_tile = {};
+        for (int64_t i = 0; i < rows; ++i) {
+            f32v of_row = {};
+            for (int64_t j = 0; j < columns; ++j) {
+                const f32v d = y[i][j] - pivot;
+                of_tile += d, of_row += d * d;
+            }
+            squares += of_row;
+        }
+        sum += of_tile;
+    }
+    DIFUSORES_INLINE f32v mean(float count) const { return pivot + sum * (1.0f / count); }
+    DIFUSORES_INLINE f32v deviations(float count) const { return squares - sum * sum * (1.0f / count); }
+};
+
+// The outputs of a tile for kWidth channels from o on, `count` of which exist; y becomes what is stored.
 template <int kTile>
-DIFUSORES_INLINE void store_tile(const WinogradConvArgs& args, const f32v (&y)[kTile][kTile], int64_t n, int64_t ty,
+DIFUSORES_INLINE void store_tile(const WinogradConvArgs& args, f32v (&y)[kTile][kTile], int64_t n, int64_t ty,
                                  int64_t tx, int64_t o, int count, f32v constant) {
     const int64_t rows = at_most(args.h - kTile * ty, kTile), columns = at_most(args.w - kTile * tx, kTile);
     for (int64_t i = 0; i < rows; ++i)
@@ -196,12 +224,29 @@ DIFUSORES_INLINE void store_tile(const WinogradConvArgs& args, const f32v (&y)[k
             f32v value = y[i][j] + constant;
             if (count == kWidth) {
                 if (args.residual) value += get(args.residual + place);
-                put(args.y + place, value * args.output_scale);
+                put(args.y + place, y[i][j] = value * args.output_scale);
             } else {
                 if (args.residual) value += load_tail<DType::f32>(args.residual, place, count);
-                store_tail<DType::f32>(args.y, place, value * args.output_scale, count);
+                store_tail<DType::f32>(args.y, place, y[i][j] = value * args.output_scale, count);
             }
         }
+}
+
+// Those of image n in a group, for the output channels [o0, o0 + wide).
+DIFUSORES_INLINE void store_moments(const WinogradConvArgs& args, const Group& group, const OutputMoments* of,
+                                    int64_t n, int64_t o0, int64_t wide) {
+    const int64_t down = (args.h + args.tile * args.group_h - 1) / (args.tile * args.group_h),
+                  across = (args.w + args.tile * args.group_w - 1) / (args.tile * args.group_w);
+    const int64_t part = group.ty0 / args.group_h * across + group.tx0 / args.group_w;
+    const int64_t rows = at_most(args.h, args.tile * group.ty1) - args.tile * group.ty0,
+                  columns = at_most(args.w, args.tile * group.tx1) - args.tile * group.tx0;
+    const float count = static_cast<float>(rows * columns);
+    float* const to = args.moments + (n * down * across + part) * 2 * args.o + o0;
+    for (int64_t o = 0; o < wide && o0 + o < args.o; o += kWidth, ++of) {
+        const int left = static_cast<int>(at_most(args.o - o0 - o, kWidth));
+        store_tail<DType::f32>(to, o, of->mean(count), left);
+        store_tail<DType::f32>(to, args.o + o, of->deviations(count), left);
+    }
 }
 
 // y of a group for the output channels [o0, o0 + wide), from M, whose points are `stride` apart.
@@ -213,6 +258,7 @@ void points_to_image(const WinogradConvArgs& args, const Group& group, const flo
         alignas(64) float constant[kBlock];
         for (int64_t o = 0; o < wide; ++o)
             constant[o] = o0 + o < args.o ? param(args.bias, 0, o0 + o, 0.0f) + param(args.add, n, o0 + o, 0.0f) : 0.0f;
+        OutputMoments moments[kBlock / kWidth];
         for (int64_t ty = group.ty0; ty < group.ty1; ++ty)
             for (int64_t tx = group.tx0; tx < group.tx1; ++tx, m += wide)
                 for (int64_t o = 0; o < wide && o0 + o < args.o; o += kWidth) {
@@ -230,7 +276,12 @@ void points_to_image(const WinogradConvArgs& args, const Group& group, const flo
                     for (int k = 0; k < kTile; ++k) points_to_outputs(half[k], y[k]);
                     const int count = static_cast<int>(at_most(args.o - o0 - o, kWidth));
                     store_tile<kTile>(args, y, n, ty, tx, o0 + o, count, get(constant + o));
+                    if (args.moments)
+                        moments[o / kWidth].join(y, at_most(args.h - kTile * ty, kTile),
+                                                 at_most(args.w - kTile * tx, kTile),
+                                                 ty == group.ty0 && tx == group.tx0);
                 }
+        if (args.moments) store_moments(args, group, moments, n, o0, wide);
     }
 }
 

@@ -170,21 +170,25 @@ class Surroundings(NamedTuple):
     Attributes:
         norm: a group norm with SiLU before it; modulation: its scale, shift or add, see `group_norm_silu`.
         doubled: whether height and width are doubled by repetition before it.
+        norm_moments: the mean and variance of each channel of x, [N, 2, C], where they are known.
         add: [N, O].
         bias: whether the convolution's own bias is added; `CudaConvForward` alone can leave it out.
         residual: like the result.
         owned: whether the residual's memory may be written over.
         scale: factor of the whole.
+        moments: those of the result, to be written; of `new_moments`.
     """
 
     norm: Any = None
     modulation: Mapping[str, Any] = {}
     doubled: bool = False
+    norm_moments: Tensor | None = None
     add: Tensor | None = None
     bias: bool = True
     residual: Tensor | None = None
     owned: bool = False
     scale: float = 1.0
+    moments: Tensor | None = None
 
 
 NOTHING = Surroundings()
@@ -366,6 +370,8 @@ class ConvForward(LayerForward):
             packed=form,
             norm=norm,
             doubled=around.doubled,
+            moments=around.moments,
+            norm_moments=None if norm is None else around.norm_moments,
         )
 
     def _form_for_winograd(self, layer: LayerPlan) -> Tensor | None:
@@ -492,7 +498,7 @@ def normalized_by(around: Surroundings, x: Tensor) -> tuple[Tensor, Tensor | Non
         x = x + terms.pop("add")[:, :, None, None]
     of_norm = norm._parameters
     affine = (x, norm.num_groups, of_norm["weight"], of_norm["bias"], norm.eps)
-    return x, *group_norm_affine(*affine, **terms)
+    return x, *group_norm_affine(*affine, **terms, moments=around.norm_moments)
 
 
 @cache
@@ -525,6 +531,16 @@ def adds_for_free(layer: nn.Module, x: Tensor, doubled: bool = False) -> bool:
         return False
     way = forward.way(x, doubled)
     return way.winograd is not None or way.fuses
+
+
+def new_moments(layer: nn.Module, x: Tensor, doubled: bool = False) -> Tensor | None:
+    """For the mean and variance of each channel of what a convolution of x gives, if it sums them as it writes."""
+    forward = layer.__dict__.get("forward")
+    if not isinstance(forward, ConvForward) or hooked(layer) or forward.declines(x) is not None:
+        return None
+    if forward.way(x, doubled).winograd is None:
+        return None
+    return x.new_empty((x.shape[0], 2, forward.module.out_channels), dtype=torch.float32)
 
 
 def direct(layer: nn.Module) -> bool:

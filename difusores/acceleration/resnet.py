@@ -5,7 +5,7 @@
     y = (shortcut(x) + h) / divisor
 
 Each normalisation is one op with its activation and the time embedding; the sum rides in the last
-convolution.
+convolution. By Winograd's algorithm the first one sums what norm2 has to know of h as it writes it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from difusores.acceleration.layers import (
     apply_linear,
     direct,
     double_size,
+    new_moments,
     why_not_weight,
 )
 from difusores.acceleration.norms import normalize, plain_norm
@@ -39,6 +40,7 @@ class Steady(NamedTuple):
     """A block of two convolutions by Winograd's algorithm, for images of one size.
 
     Attributes:
+        channels: between them.
         takes_time: whether a time embedding is added to what the first convolution gives.
         shortcut: or None.
         scale: factor of the sum.
@@ -46,6 +48,7 @@ class Steady(NamedTuple):
 
     first: PreparedConv
     second: PreparedConv
+    channels: int
     takes_time: bool
     shortcut: Callable[[Tensor], Tensor] | None
     scale: float
@@ -102,7 +105,9 @@ class ResnetForward(Forward):
         try:
             skip = x if known.shortcut is None else known.shortcut(x)
             with torch._C._AutoDispatchBelowAutograd():
-                return known.second(known.first(x, row, None, 1.0), None, skip, known.scale)
+                moments = x.new_empty((x.shape[0], 2, known.channels))
+                h = known.first(x, row, None, 1.0, moments, None)
+                return known.second(h, None, skip, known.scale, None, moments)
         except (RuntimeError, TypeError):  # the kernel refuses what it did not when this was prepared
             return None
 
@@ -125,7 +130,8 @@ class ResnetForward(Forward):
             return None
         shortcut = forwards[2].prepare_pixels(x) if len(forwards) > 2 else None
         takes_time = parts.get("time_emb_proj") is not None
-        return Steady(first, second, takes_time, shortcut, 1 / m.output_scale_factor)
+        channels = parts["conv1"].out_channels
+        return Steady(first, second, channels, takes_time, shortcut, 1 / m.output_scale_factor)
 
     def run(
         self, x: Tensor, temb: Tensor | None = None, size: torch.Size | None = None, **ignored: object
@@ -140,18 +146,19 @@ class ResnetForward(Forward):
         doubled = getattr(m, "resample", None) == "up" and (size is None or tuple(size) == double_size(x))
         if "add" in embedding and adds_for_free(conv1, x, doubled):
             add, modulation = embedding["add"], {}
-        if doubled:
-            h = apply_conv(conv1, x, Surroundings(norm=norm1, doubled=True, add=add))
-            x = double(x)
-        elif self._resamples():
+        h = x
+        if self._resamples() and not doubled:
             h = self._resample(normalize(norm1, x, silu=True), size)
-            x = self._resample(x, size)
-            h = apply_conv(conv1, h, Surroundings(add=add))
-        else:
-            h = apply_conv(conv1, x, Surroundings(norm=norm1, add=add))
+            x, norm1 = self._resample(x, size), None
+        moments = new_moments(conv1, h, doubled)
+        h = apply_conv(conv1, h, Surroundings(norm=norm1, doubled=doubled, add=add, moments=moments))
+        if doubled:
+            x = double(x)
         owned = shortcut is not None
         skip = x if shortcut is None else apply_conv(shortcut, x)
-        last = Surroundings(parts["norm2"], modulation, residual=skip, owned=owned, scale=scale)
+        last = Surroundings(
+            *(parts["norm2"], modulation), norm_moments=moments, residual=skip, owned=owned, scale=scale
+        )
         return apply_conv(parts["conv2"], h, last)
 
     def _resamples(self) -> bool:

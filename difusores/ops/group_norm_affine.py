@@ -18,7 +18,7 @@ from difusores.ops.group_norm_silu import _row as side_by_side
 
 LIBRARY.define(
     "group_norm_affine(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? scale, "
-    "Tensor? shift) -> (Tensor, Tensor)"
+    "Tensor? shift, Tensor? moments=None) -> (Tensor, Tensor)"
 )
 register("group_norm_affine", "cpu")
 
@@ -31,8 +31,9 @@ def reference(
     eps: float,
     scale: Tensor | None,
     shift: Tensor | None,
+    moments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The op in plain PyTorch: fp32, or fp64 for an x of that."""
+    """The op in plain PyTorch: fp32, or fp64 for an x of that; `moments` are not read."""
     n, c = x.shape[:2]
     wide = torch.promote_types(x.dtype, torch.float32)
     per_group = c // num_groups
@@ -64,6 +65,7 @@ def _fake(
     eps: float,
     scale: Tensor | None,
     shift: Tensor | None,
+    moments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(x.shape[:2], dtype=wide), x.new_empty(x.shape[:2], dtype=wide)
@@ -79,6 +81,7 @@ def supports(
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    moments: Tensor | None,
 ) -> str | None:
     """None if `backend` takes this call, else the reason in words."""
     dtype = x.dtype
@@ -87,9 +90,21 @@ def supports(
     for p in (weight, bias, scale, shift):
         if p is not None and p.dtype is not dtype and p.dtype is not torch.float32:
             return f"the kernel takes parameters in float32 or {dtype}, not {p.dtype}"
+    if moments is not None and (moments.dtype is not torch.float32 or not moments.is_contiguous()):
+        return f"the kernel takes contiguous moments in float32, not {moments.dtype}, {moments.stride()}"
     if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
         return "the kernel takes channels_last images, not other strides"
     return None
+
+
+def check_moments(name: str, moments: Tensor | None, n: int, c: int, device: torch.device) -> None:
+    """ValueError where they are not those of n images of c channels on this device."""
+    if moments is None:
+        return
+    if moments.shape != (n, 2, c):
+        raise ValueError(f"{name} must have shape {[n, 2, c]}, got {tuple(moments.shape)}")
+    if moments.device != device:
+        raise ValueError(f"{name} must be on the device of x, {device}, got {moments.device}")
 
 
 def group_norm_affine(
@@ -101,6 +116,7 @@ def group_norm_affine(
     *,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    moments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """multiplier and offset such that multiplier * x + offset = (1 + scale) * GroupNorm(x) + shift.
 
@@ -111,6 +127,8 @@ def group_norm_affine(
         weight, bias: [C] in x's dtype or fp32, or None.
         eps: added to the variance.
         scale, shift: [N, C] in x's dtype or fp32, or None.
+        moments: [N, 2, C] in fp32, the mean and the biased variance of each channel of x, as `winograd_conv`
+            writes those of its result, or None. The kernel takes them instead of reading x.
 
     Returns:
         multiplier, offset: [N, C] fp32 (fp64 for an x of that), for `winograd_conv`. Where a gradient is
@@ -119,18 +137,19 @@ def group_norm_affine(
     Raises:
         ValueError: shapes or devices that do not fit, named. TypeError: x is not floating point.
     """
-    if straight_to_cpu(x, weight, bias, scale, shift):
+    if straight_to_cpu(x, weight, bias, scale, shift, moments):
         try:
             with torch._C._AutoDispatchBelowAutograd():
-                multiplier, offset = _OP(x, num_groups, weight, bias, eps, scale, shift)
+                multiplier, offset = _OP(x, num_groups, weight, bias, eps, scale, shift, moments)
             return multiplier, offset
         except (RuntimeError, TypeError):
             pass  # the kernel refused; what follows finds another way or the words for it
     check_group_norm(x, num_groups, weight, bias, scale, shift, None, None)
+    check_moments("moments", moments, *x.shape[:2], x.device)
     weight, bias, scale, shift = map(side_by_side, (weight, bias, scale, shift))
-    backend = choose("group_norm_affine", x.device.type, supports, x, weight, bias, scale, shift)
-    call = (x, num_groups, weight, bias, eps, scale, shift)
-    if backend == "reference" or needs_grad(x, weight, bias, scale, shift):
+    backend = choose("group_norm_affine", x.device.type, supports, x, weight, bias, scale, shift, moments)
+    call = (x, num_groups, weight, bias, eps, scale, shift, moments)
+    if backend == "reference" or needs_grad(x, weight, bias, scale, shift, moments):
         return reference(*call)
     multiplier, offset = below_autograd(_OP, *call)
     return multiplier, offset

@@ -32,13 +32,14 @@ from difusores.ops.dispatch import (
     straight_to_cpu,
     wanted,
 )
-from difusores.ops.group_norm_affine import group_norm_affine
+from difusores.ops.group_norm_affine import check_moments, group_norm_affine
 from difusores.ops.group_norm_affine import reference as affine_reference
 
 LIBRARY.define(
     "winograd_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? multiplier, Tensor? offset, bool silu, "
     "Tensor? add, Tensor? residual, float output_scale, Tensor? packed, int norm_groups=0, "
-    "Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=0.0, bool doubled=False) -> Tensor"
+    "Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=0.0, bool doubled=False, "
+    "Tensor(a!)? moments=None, Tensor? norm_moments=None) -> Tensor"
 )
 LIBRARY.define("winograd_conv_pack(Tensor weight, bool transformed) -> Tensor")
 LIBRARY.define("winograd_conv_pack_int16(Tensor weight) -> Tensor")
@@ -300,8 +301,10 @@ def reference(
     norm_bias: Tensor | None = None,
     norm_eps: float = 0.0,
     doubled: bool = False,
+    moments: Tensor | None = None,
+    norm_moments: Tensor | None = None,
 ) -> Tensor:
-    """The op in plain PyTorch; `packed` is not read."""
+    """The op in plain PyTorch; `packed` and `norm_moments` are not read."""
     if norm_groups:
         multiplier, offset = affine_reference(x, norm_groups, norm_weight, norm_bias, norm_eps, None, None)
     h = x
@@ -320,6 +323,9 @@ def reference(
         y = y + residual
     if output_scale != 1.0:
         y = y * output_scale
+    if moments is not None:
+        variance, mean = torch.var_mean(y.detach(), dim=(2, 3), correction=0)
+        moments.copy_(torch.stack([mean, variance], dim=1))
     return y.contiguous(memory_format=_memory_format(x))
 
 
@@ -343,6 +349,8 @@ def _fake(
     norm_bias: Tensor | None = None,
     norm_eps: float = 0.0,
     doubled: bool = False,
+    moments: Tensor | None = None,
+    norm_moments: Tensor | None = None,
 ) -> Tensor:
     shape = (x.shape[0], weight.shape[0], *_size_of_output(x, doubled))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
@@ -366,6 +374,7 @@ def supports(
     add: Tensor | None,
     residual: Tensor | None,
     packed: Tensor | None,
+    moments: Tensor | None,
 ) -> str | None:
     """None if `backend` takes this call, else the reason in words."""
     for t in (x, weight, bias, multiplier, offset, add, residual):
@@ -375,6 +384,8 @@ def supports(
         return "the kernel takes channels_last images, not other strides"
     if residual is not None and not residual.is_contiguous(memory_format=torch.channels_last):
         return "the kernel takes a channels_last residual"
+    if moments is not None and (moments.dtype is not torch.float32 or not moments.is_contiguous()):
+        return f"the kernel writes contiguous moments in float32, not {moments.dtype}, {moments.stride()}"
     if packed is not None and packed.dtype is torch.int16 and not multiplies_int16():
         return NEEDS_INT16
     return None
@@ -389,6 +400,7 @@ def _check(
     add: Tensor | None,
     residual: Tensor | None,
     packed: Tensor | None,
+    moments: Tensor | None,
     doubled: bool,
 ) -> None:
     if x.ndim != 4:
@@ -410,6 +422,7 @@ def _check(
             f"residual must be like the output, {(n, o, height, width)} {x.dtype}, "
             f"got {tuple(residual.shape)} {residual.dtype}"
         )
+    check_moments("moments", moments, n, o, x.device)
     sizes = {
         torch.float32: [_packed_size(o, c, transformed) for transformed in (True, False)],
         torch.int16: [_packed_int16(o, c), 0],
@@ -433,19 +446,27 @@ def _row(p: Tensor | None) -> Tensor | None:
 NO_NORM = Norm(0, None, None, 0.0)
 
 
-Prepared = Callable[[Tensor, "Tensor | None", "Tensor | None", float], Tensor]
+Prepared = Callable[..., Tensor]
 
 
 def prepared(weight: Tensor, bias: Tensor | None, packed: Tensor | None, norm: Norm) -> Prepared:
-    """silu(norm(x)) convolved, as a function of x, add, residual and output_scale of `winograd_conv`.
+    """silu(norm(x)) convolved, as a function of x, add, residual, output_scale, moments and norm_moments.
 
-    For callers who have made sure that the kernel is to answer: it raises RuntimeError where it refuses.
+    See `winograd_conv`. For callers who have made sure that the kernel is to answer: it raises RuntimeError where it refuses.
     """
     groups, scale, shift, eps = norm
 
-    def convolve(x: Tensor, add: Tensor | None, residual: Tensor | None, output_scale: float) -> Tensor:
+    def convolve(
+        x: Tensor,
+        add: Tensor | None,
+        residual: Tensor | None,
+        output_scale: float,
+        moments: Tensor | None,
+        norm_moments: Tensor | None,
+    ) -> Tensor:
         y: Tensor = _OP(
-            x, weight, bias, None, None, True, add, residual, output_scale, packed, groups, scale, shift, eps
+            *(x, weight, bias, None, None, True, add, residual, output_scale, packed),
+            *(groups, scale, shift, eps, False, moments, norm_moments),
         )
         return y
 
@@ -466,6 +487,8 @@ def winograd_conv(
     packed: Tensor | None = None,
     norm: Norm | None = None,
     doubled: bool = False,
+    moments: Tensor | None = None,
+    norm_moments: Tensor | None = None,
 ) -> Tensor:
     """y = output_scale * (conv3x3(act(multiplier * x + offset), weight) + bias + add + residual).
 
@@ -488,6 +511,10 @@ def winograd_conv(
         norm: of x, in place of a multiplier and an offset, whose bits are those of `group_norm_affine`.
         doubled: height and width of act(...) are doubled by repeating pixels before it is convolved; the bits
             are those of a copy that is twice as large, which is not made.
+        moments: [N, 2, O] in fp32, written: the mean and the biased variance of each channel of y, summed as y
+            is; or None.
+        norm_moments: [N, 2, C], the same of x, by which the kernel knows the norm without reading x before;
+            or None. They are what another call wrote as `moments`.
 
     Returns:
         y [N, O, H, W], or [N, O, 2 H, 2 W] if doubled, in x's dtype and layout. Relative L2 error at most
@@ -496,13 +523,16 @@ def winograd_conv(
         reference runs, in whose every tensor but `packed` the call is differentiable.
 
     Raises:
-        ValueError: shapes or devices that do not fit, named; or norm beside a multiplier or offset.
+        ValueError: shapes or devices that do not fit, named; norm beside a multiplier or offset, or
+            norm_moments without it.
         TypeError: x is not floating point.
     """
-    tensors = (x, weight, bias, multiplier, offset, add, residual, packed)
+    tensors = (x, weight, bias, multiplier, offset, add, residual, packed, moments)
     groups, norm_weight, norm_bias, eps = norm or NO_NORM
+    if norm is None and norm_moments is not None:
+        raise ValueError("norm_moments were given, and no norm")
     if (
-        straight_to_cpu(*tensors, norm_weight, norm_bias)
+        straight_to_cpu(*tensors, norm_weight, norm_bias, norm_moments)
         and x.ndim == 4
         and x.is_contiguous(memory_format=torch.channels_last)
         and (wanted() == "cpu" or _plan(x, weight, doubled).winograd)
@@ -512,7 +542,7 @@ def winograd_conv(
             with torch._C._AutoDispatchBelowAutograd():
                 y = _OP(
                     *(x, weight, bias, multiplier, offset, silu, add, residual, output_scale, packed),
-                    *(groups, norm_weight, norm_bias, eps, doubled),
+                    *(groups, norm_weight, norm_bias, eps, doubled, moments, norm_moments),
                 )
             return y
         except (RuntimeError, TypeError):
@@ -520,19 +550,19 @@ def winograd_conv(
     if norm is not None:
         if multiplier is not None or offset is not None:
             raise ValueError("norm takes the place of multiplier and offset, and both were given")
-        multiplier, offset = group_norm_affine(x, *norm)
-        tensors = (x, weight, bias, multiplier, offset, add, residual, packed)
+        multiplier, offset = group_norm_affine(x, *norm, moments=norm_moments)
+        tensors = (x, weight, bias, multiplier, offset, add, residual, packed, moments)
     _check(*tensors, doubled)
     multiplier, offset, add, bias = map(_row, (multiplier, offset, add, bias))
     if not weight.is_contiguous(memory_format=torch.channels_last):
         weight = weight.contiguous()
     call = (x, weight, bias, multiplier, offset, silu, add, residual, output_scale, packed)
     if wanted() is None and not _plan(x, weight, doubled).winograd:
-        return reference(*call, doubled=doubled)
+        return reference(*call, doubled=doubled, moments=moments)
     backend = choose("winograd_conv", x.device.type, supports, *tensors)
     if backend == "reference" or needs_grad(*tensors):
-        return reference(*call, doubled=doubled)
-    y = below_autograd(_OP, *call, *NO_NORM, doubled)
+        return reference(*call, doubled=doubled, moments=moments)
+    y = below_autograd(_OP, *call, *NO_NORM, doubled, moments)
     return y
 
 
