@@ -188,7 +188,7 @@ struct WinogradConvArgs {
     Param add;                 // [N, O]
     const float* residual;     // like y, or nullptr
     float* y;                  // [N, H, W, O]
-    float* moments;            // [N, groups of an image][2][O], mean and squared deviations of y, or nullptr
+    float* sums;               // [N, groups of an image][3][O]: of y a pivot, and sums around it, or nullptr
     bool silu;
     float output_scale;
     int64_t n, h, w, c, o;

@@ -21,7 +21,7 @@ struct ChannelMoments {
     std::unique_ptr<float[]> scratch;
     std::unique_ptr<double[]> partial;
 
-    explicit ChannelMoments(GroupNormSiluArgs& args, const float* of_channels = nullptr) {
+    explicit ChannelMoments(GroupNormSiluArgs& args, const double* of_channels = nullptr) {
         if (of_channels) {
             join(args, of_channels);
             return;
@@ -43,7 +43,7 @@ struct ChannelMoments {
 
   private:
     // An image is one chunk, whose groups are joined from their channels.
-    void join(GroupNormSiluArgs& args, const float* of_channels) {
+    void join(GroupNormSiluArgs& args, const double* of_channels) {
         args.chunks = 1, args.chunk_rows = args.s;
         scratch.reset(new float[args.n * 4 * args.c]);
         partial.reset(new double[args.n * args.groups * 2]);
@@ -51,8 +51,8 @@ struct ChannelMoments {
         const int64_t per_group = args.c / args.groups;
         for (int64_t n = 0; n < args.n; ++n)
             for (int64_t g = 0; g < args.groups; ++g) {
-                const float* const mean = of_channels + n * 2 * args.c + g * per_group;
-                const float* const variance = mean + args.c;
+                const double* const mean = of_channels + n * 2 * args.c + g * per_group;
+                const double* const variance = mean + args.c;
                 double total = 0.0, variances = 0.0;
                 for (int64_t c = 0; c < per_group; ++c) total += mean[c];
                 const double center = total / static_cast<double>(per_group);
@@ -67,7 +67,7 @@ struct ChannelMoments {
 };
 
 // multiplier and offset, [N, C] each, such that multiplier * x + offset is the norm of x.
-inline void norm_affine(GroupNormSiluArgs& args, const float* of_channels, float* multiplier, float* offset) {
+inline void norm_affine(GroupNormSiluArgs& args, const double* of_channels, float* multiplier, float* offset) {
     const ChannelMoments moments(args, of_channels);
     for (int64_t n = 0; n < args.n; ++n) {
         const float* const center = args.channels + (n * 4 + 1) * args.c;
@@ -79,13 +79,13 @@ inline void norm_affine(GroupNormSiluArgs& args, const float* of_channels, float
     }
 }
 
-// [N, 2, C] contiguous fp32, mean and variance of each channel of an image, or nullptr.
-inline float* moments_of(const OptionalTensor& t, int64_t n, int64_t c, const char* name) {
+// [N, 2, C] contiguous fp64, mean and variance of each channel of an image, or nullptr.
+inline double* moments_of(const OptionalTensor& t, int64_t n, int64_t c, const char* name) {
     if (!t) return nullptr;
     const bool fits = t->dim() == 3 && t->size(0) == n && t->size(1) == 2 && t->size(2) == c;
-    STD_TORCH_CHECK(fits && t->is_contiguous() && t->scalar_type() == ScalarType::Float, name,
-                    " must be contiguous float32 [N, 2, C]");
-    return static_cast<float*>(t->data_ptr());
+    STD_TORCH_CHECK(fits && t->is_contiguous() && t->scalar_type() == ScalarType::Double, name,
+                    " must be contiguous float64 [N, 2, C]");
+    return static_cast<double*>(t->data_ptr());
 }
 
 }  // namespace difusores

@@ -20,7 +20,7 @@ constexpr int64_t kKept = 32 << 20;    // of them that a thread keeps for its ne
 constexpr int64_t kBlock = kWinogradBlock;
 constexpr const char* kNoInt16 = "winograd_conv: the product of int16 needs AVX-512 with VNNI and BF16";
 
-thread_local Scratch t_tiles, t_weights, t_norm, t_moments;
+thread_local Scratch t_tiles, t_weights, t_norm, t_sums;
 
 // Groups as large as kTiles allows and of even sizes: whole images, or rectangles near a square, which share fewer
 // pixels. Returns their number.
@@ -102,31 +102,32 @@ struct Steps {
 int64_t parts_down(const WinogradConvArgs& args) { return parts(args.h, args.tile * args.group_h); }
 int64_t parts_across(const WinogradConvArgs& args) { return parts(args.w, args.tile * args.group_w); }
 
-// Mean and variance of the channels of y, [N, 2, O], from those of its parts in order (Chan's formula, all at once).
-void join_moments(const WinogradConvArgs& args, float* moments) {
+// Mean and variance of the channels of y, [N, 2, O], from the sums of its parts in order: around the mean of all, so that
+// nothing cancels (Chan, Golub, LeVeque 1983).
+void join_sums(const WinogradConvArgs& args, double* moments) {
     const int64_t down = parts_down(args), across = parts_across(args);
     const int64_t high = args.tile * args.group_h, wide = args.tile * args.group_w;
-    const std::unique_ptr<double[]> joined(new double[2 * args.o]);
-    double *const mean = joined.get(), *const squares = mean + args.o;
-    const auto each_part = [&](const float* part, const auto& join) {
+    const double share = 1.0 / static_cast<double>(args.h * args.w);
+    const auto each_part = [&](int64_t n, const auto& join) {
+        const float* pivot = args.sums + n * down * across * 3 * args.o;
         for (int64_t y = 0; y < down; ++y)
-            for (int64_t x = 0; x < across; ++x, part += 2 * args.o) {
+            for (int64_t x = 0; x < across; ++x, pivot += 3 * args.o) {
                 const int64_t rows = std::min(high, args.h - high * y), columns = std::min(wide, args.w - wide * x);
-                for (int64_t o = 0; o < args.o; ++o) join(o, static_cast<double>(rows * columns), part + o);
+                const double count = static_cast<double>(rows * columns);
+                for (int64_t o = 0; o < args.o; ++o)
+                    join(o, count, pivot[o], static_cast<double>(pivot[args.o + o]), pivot[2 * args.o + o]);
             }
     };
-    const double share = 1.0 / static_cast<double>(args.h * args.w);
     for (int64_t n = 0; n < args.n; ++n, moments += 2 * args.o) {
-        std::fill_n(mean, 2 * args.o, 0.0);
-        const float* const of_image = args.moments + n * down * across * 2 * args.o;
-        each_part(of_image, [&](int64_t o, double count, const float* part) { mean[o] += count * share * part[0]; });
-        each_part(of_image, [&](int64_t o, double count, const float* part) {
-            squares[o] += part[args.o] + count * (part[0] - mean[o]) * (part[0] - mean[o]);
+        double *const mean = moments, *const variance = mean + args.o;
+        std::fill_n(moments, 2 * args.o, 0.0);
+        each_part(n, [&](int64_t o, double count, double pivot, double sum, float) {
+            mean[o] += (count * pivot + sum) * share;
         });
-        for (int64_t o = 0; o < args.o; ++o) {
-            moments[o] = static_cast<float>(mean[o]);
-            moments[args.o + o] = static_cast<float>(squares[o] * share);
-        }
+        each_part(n, [&](int64_t o, double count, double pivot, double sum, float squares) {
+            const double away = pivot - mean[o];  // sum of (d + away)^2 over the deviations d from the pivot
+            variance[o] += (squares + away * (2.0 * sum + away * count)) * share;
+        });
     }
 }
 
@@ -159,18 +160,18 @@ void run_steps(Args& args, int64_t groups, const Steps& s, Kernel input, Kernel 
 }
 
 template <class Args, class Kernel, class Place>
-void run_groups(Args& args, int64_t groups, const Steps& s, Kernel input, Kernel output, const Place& place) {
-    float* const moments = args.moments;
-    if (moments) args.moments = t_moments.of(args.n * parts_down(args) * parts_across(args) * 2 * args.o);
+void run_groups(Args& args, int64_t groups, const Steps& s, Kernel input, Kernel output, const Place& place,
+                double* moments) {
+    if (moments) args.sums = t_sums.of(args.n * parts_down(args) * parts_across(args) * 3 * args.o);
     run_steps(args, groups, s, input, output, place);
-    if (moments) join_moments(args, moments);
+    if (moments) join_sums(args, moments);
 }
 
 int64_t patch_of(const WinogradConvArgs& args) {
     return (args.tile * args.group_h + 2) * (args.tile * args.group_w + 2) * kBlock;
 }
 
-void convolve_int16(WinogradInt16Args& args) {
+void convolve_int16(WinogradInt16Args& args, double* moments) {
     args.tile = 4;
     if (!args.packed16) {
         int16_t* const packed = reinterpret_cast<int16_t*>(t_weights.of(packed_pairs(args) / 2));
@@ -182,10 +183,10 @@ void convolve_int16(WinogradInt16Args& args) {
                       parts(args.o, kBlock),         36 * (kBlock * tiles + kMaxWidth), 18 * tiles * args.c * kBlock,
                       winograd_int16_group(args) / 2};
     run_groups(args, groups, steps, g_kernels->winograd_int16_input, g_kernels->winograd_int16_output,
-               [](WinogradInt16Args& a, float* v) { a.v16 = reinterpret_cast<int16_t*>(v); });
+               [](WinogradInt16Args& a, float* v) { a.v16 = reinterpret_cast<int16_t*>(v); }, moments);
 }
 
-void convolve(WinogradConvArgs& args) {
+void convolve(WinogradConvArgs& args, double* moments) {
     const int64_t groups = cut_into_groups(args), tiles = args.group_n * args.group_h * args.group_w;
     const int64_t points = points_of(args) * (kBlock * tiles + kMaxWidth);  // of a group's block of channels
     const int64_t transformed = packed_floats(args, points_of(args));
@@ -201,7 +202,7 @@ void convolve(WinogradConvArgs& args) {
                       parts(args.o, kBlock),         weights + points, points_of(args) * tiles * args.c * kBlock,
                       parts(args.c, kBlock) * points};
     run_groups(args, groups, steps, g_kernels->winograd_conv_input, g_kernels->winograd_conv_output,
-               [](WinogradConvArgs& a, float* v) { a.v = v; });
+               [](WinogradConvArgs& a, float* v) { a.v = v; }, moments);
 }
 
 // multiplier and offset of a group norm of x, in memory that the thread keeps.
@@ -236,9 +237,9 @@ Tensor winograd_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTenso
     const int64_t sizes[4] = {args.n, args.o, args.h, args.w};
     const int64_t strides[4] = {args.h * args.w * args.o, 1, args.w * args.o, args.o};
     Tensor y = new_result(x, 4, sizes, strides);
-    args.moments = moments_of(moments, args.n, args.o, "winograd_conv: moments");
+    double* const to_moments = moments_of(moments, args.n, args.o, "winograd_conv: moments");
     if (y.numel() == 0) {
-        std::fill_n(args.moments, moments ? moments->numel() : 0, std::numeric_limits<float>::quiet_NaN());
+        std::fill_n(to_moments, moments ? moments->numel() : 0, std::numeric_limits<double>::quiet_NaN());
         return y;
     }
     args.y = static_cast<float*>(y.data_ptr());
@@ -259,7 +260,7 @@ Tensor winograd_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTenso
         STD_TORCH_CHECK(packed->is_contiguous() && (packed->numel() == packed_pairs(args) || packed->numel() == 0),
                         "winograd_conv: packed is not of this weight");
         if (packed->numel()) args.packed16 = static_cast<const int16_t*>(packed->data_ptr());
-        convolve_int16(args);
+        convolve_int16(args, to_moments);
         return y;
     }
     if (packed) {
@@ -270,7 +271,7 @@ Tensor winograd_conv(Tensor x, Tensor weight, OptionalTensor bias, OptionalTenso
         if (!transformed) args.gathered = static_cast<const float*>(packed->data_ptr());
         else if (args.tile == 4) args.packed = static_cast<const float*>(packed->data_ptr());
     }
-    convolve(args);
+    convolve(args, to_moments);
     return y;
 }
 

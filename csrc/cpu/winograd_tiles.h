@@ -183,9 +183,9 @@ void fill_rows(const WinogradConvArgs& args, const Group& group, int64_t n, int6
 
 // --- output ---
 
-// Mean and squared deviations of the outputs of each lane, from sums around the mean of the first of T tiles: the mean
-// of all is at most sqrt(T - 1) standard deviations away from it, so little cancels wherever it is.
-struct OutputMoments {
+// For mean and variance of the outputs of each lane: sums of deviations from the mean of the first of T tiles, and of
+// their squares. The mean of all is at most sqrt(T - 1) standard deviations away, so little cancels wherever it is.
+struct OutputSums {
     f32v pivot, sum, squares;
 
     template <int kTile>
@@ -207,15 +207,13 @@ struct OutputMoments {
         }
         sum += of_tile;
     }
-    DIFUSORES_INLINE f32v mean(float count) const { return pivot + sum * (1.0f / count); }
-    DIFUSORES_INLINE f32v deviations(float count) const { return squares - sum * sum * (1.0f / count); }
 };
 
-// The outputs of a tile for kWidth channels from o on, `count` of which exist; y becomes what is stored.
+// `rows` x `columns` outputs of a tile for kWidth channels from o on, `count` of which exist; y becomes what is stored.
 template <int kTile>
 DIFUSORES_INLINE void store_tile(const WinogradConvArgs& args, f32v (&y)[kTile][kTile], int64_t n, int64_t ty,
-                                 int64_t tx, int64_t o, int count, f32v constant) {
-    const int64_t rows = at_most(args.h - kTile * ty, kTile), columns = at_most(args.w - kTile * tx, kTile);
+                                 int64_t tx, int64_t rows, int64_t columns, int64_t o, int count, f32v constant,
+                                 OutputSums& sums, bool first) {
     for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < columns; ++j) {
             const int64_t place = ((n * args.h + kTile * ty + i) * args.w + kTile * tx + j) * args.o + o;
@@ -230,22 +228,21 @@ DIFUSORES_INLINE void store_tile(const WinogradConvArgs& args, f32v (&y)[kTile][
                 store_tail<DType::f32>(args.y, place, y[i][j] = value * args.output_scale, count);
             }
         }
+    if (args.sums) sums.join(y, rows, columns, first);
 }
 
 // Those of image n in a group, for the output channels [o0, o0 + wide).
-DIFUSORES_INLINE void store_moments(const WinogradConvArgs& args, const Group& group, const OutputMoments* of,
-                                    int64_t n, int64_t o0, int64_t wide) {
+DIFUSORES_INLINE void store_sums(const WinogradConvArgs& args, const Group& group, const OutputSums* of, int64_t n,
+                                 int64_t o0, int64_t wide) {
     const int64_t down = (args.h + args.tile * args.group_h - 1) / (args.tile * args.group_h),
                   across = (args.w + args.tile * args.group_w - 1) / (args.tile * args.group_w);
     const int64_t part = group.ty0 / args.group_h * across + group.tx0 / args.group_w;
-    const int64_t rows = at_most(args.h, args.tile * group.ty1) - args.tile * group.ty0,
-                  columns = at_most(args.w, args.tile * group.tx1) - args.tile * group.tx0;
-    const float count = static_cast<float>(rows * columns);
-    float* const to = args.moments + (n * down * across + part) * 2 * args.o + o0;
+    float* const to = args.sums + (n * down * across + part) * 3 * args.o + o0;
     for (int64_t o = 0; o < wide && o0 + o < args.o; o += kWidth, ++of) {
         const int left = static_cast<int>(at_most(args.o - o0 - o, kWidth));
-        store_tail<DType::f32>(to, o, of->mean(count), left);
-        store_tail<DType::f32>(to, args.o + o, of->deviations(count), left);
+        store_tail<DType::f32>(to, o, of->pivot, left);
+        store_tail<DType::f32>(to, args.o + o, of->sum, left);
+        store_tail<DType::f32>(to, 2 * args.o + o, of->squares, left);
     }
 }
 
@@ -258,7 +255,7 @@ void points_to_image(const WinogradConvArgs& args, const Group& group, const flo
         alignas(64) float constant[kBlock];
         for (int64_t o = 0; o < wide; ++o)
             constant[o] = o0 + o < args.o ? param(args.bias, 0, o0 + o, 0.0f) + param(args.add, n, o0 + o, 0.0f) : 0.0f;
-        OutputMoments moments[kBlock / kWidth];
+        OutputSums sums[kBlock / kWidth];
         for (int64_t ty = group.ty0; ty < group.ty1; ++ty)
             for (int64_t tx = group.tx0; tx < group.tx1; ++tx, m += wide)
                 for (int64_t o = 0; o < wide && o0 + o < args.o; o += kWidth) {
@@ -275,13 +272,15 @@ void points_to_image(const WinogradConvArgs& args, const Group& group, const flo
                     }
                     for (int k = 0; k < kTile; ++k) points_to_outputs(half[k], y[k]);
                     const int count = static_cast<int>(at_most(args.o - o0 - o, kWidth));
-                    store_tile<kTile>(args, y, n, ty, tx, o0 + o, count, get(constant + o));
-                    if (args.moments)
-                        moments[o / kWidth].join(y, at_most(args.h - kTile * ty, kTile),
-                                                 at_most(args.w - kTile * tx, kTile),
-                                                 ty == group.ty0 && tx == group.tx0);
+                    const auto store = [&](int64_t rows, int64_t columns, int count) __attribute__((always_inline)) {
+                        store_tile<kTile>(args, y, n, ty, tx, rows, columns, o0 + o, count, get(constant + o),
+                                          sums[o / kWidth], ty == group.ty0 && tx == group.tx0);
+                    };
+                    const int64_t rows = args.h - kTile * ty, columns = args.w - kTile * tx;
+                    if (rows >= kTile && columns >= kTile && count == kWidth) store(kTile, kTile, kWidth);
+                    else store(at_most(rows, kTile), at_most(columns, kTile), count);
                 }
-        if (args.moments) store_moments(args, group, moments, n, o0, wide);
+        if (args.sums) store_sums(args, group, sums, n, o0, wide);
     }
 }
 

@@ -56,6 +56,7 @@ OWN_PRODUCT = 1024  # pixels up to which strides and few channels out are the ow
 ROUNDED = 32  # pixels out up to which images in float32 are multiplied in bfloat16, of 3x3 without strides
 FEW_PIXELS = 64  # up to which convolutions with strides are the own product's in float32
 FEW_CHANNELS = 16  # less of them fill less than half a tile of the own product in bfloat16
+SUMMED = 64 * 64  # pixels from which on an image's moments are summed as it is written: smaller ones are in L2
 WORTH_PACKING = 1.1  # of weights transformed for Winograd, from which on they take their memory
 SPLIT = "in float32, tokens and pixels as pairs of bfloat16 on AMX, error 5e-6"
 INT16 = "3x3 by Winograd in 16-bit fixed point, error 5e-4, where that pays"
@@ -534,13 +535,14 @@ def adds_for_free(layer: nn.Module, x: Tensor, doubled: bool = False) -> bool:
 
 
 def new_moments(layer: nn.Module, x: Tensor, doubled: bool = False) -> Tensor | None:
-    """For the mean and variance of each channel of what a convolution of x gives, if it sums them as it writes."""
+    """For the mean and variance of each channel of what a convolution of x gives, if it is to sum them."""
     forward = layer.__dict__.get("forward")
     if not isinstance(forward, ConvForward) or hooked(layer) or forward.declines(x) is not None:
         return None
-    if forward.way(x, doubled).winograd is None:
+    height, width = double_size(x) if doubled else x.shape[2:]
+    if height * width < SUMMED or forward.way(x, doubled).winograd is None:
         return None
-    return x.new_empty((x.shape[0], 2, forward.module.out_channels), dtype=torch.float32)
+    return x.new_empty((x.shape[0], 2, forward.module.out_channels), dtype=torch.float64)
 
 
 def direct(layer: nn.Module) -> bool:

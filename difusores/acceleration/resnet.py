@@ -5,7 +5,7 @@
     y = (shortcut(x) + h) / divisor
 
 Each normalisation is one op with its activation and the time embedding; the sum rides in the last
-convolution. By Winograd's algorithm the first one sums what norm2 has to know of h as it writes it.
+convolution. By Winograd's algorithm the first one sums large images for norm2 as it writes them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Steady(NamedTuple):
     """A block of two convolutions by Winograd's algorithm, for images of one size.
 
     Attributes:
-        channels: between them.
+        summed: channels between them, if the first is to sum their moments; else 0.
         takes_time: whether a time embedding is added to what the first convolution gives.
         shortcut: or None.
         scale: factor of the sum.
@@ -48,7 +48,7 @@ class Steady(NamedTuple):
 
     first: PreparedConv
     second: PreparedConv
-    channels: int
+    summed: int
     takes_time: bool
     shortcut: Callable[[Tensor], Tensor] | None
     scale: float
@@ -105,7 +105,9 @@ class ResnetForward(Forward):
         try:
             skip = x if known.shortcut is None else known.shortcut(x)
             with torch._C._AutoDispatchBelowAutograd():
-                moments = x.new_empty((x.shape[0], 2, known.channels))
+                moments = None
+                if known.summed:
+                    moments = x.new_empty((x.shape[0], 2, known.summed), dtype=torch.float64)
                 h = known.first(x, row, None, 1.0, moments, None)
                 return known.second(h, None, skip, known.scale, None, moments)
         except (RuntimeError, TypeError):  # the kernel refuses what it did not when this was prepared
@@ -130,8 +132,8 @@ class ResnetForward(Forward):
             return None
         shortcut = forwards[2].prepare_pixels(x) if len(forwards) > 2 else None
         takes_time = parts.get("time_emb_proj") is not None
-        channels = parts["conv1"].out_channels
-        return Steady(first, second, channels, takes_time, shortcut, 1 / m.output_scale_factor)
+        summed = 0 if new_moments(parts["conv1"], x) is None else parts["conv1"].out_channels
+        return Steady(first, second, summed, takes_time, shortcut, 1 / m.output_scale_factor)
 
     def run(
         self, x: Tensor, temb: Tensor | None = None, size: torch.Size | None = None, **ignored: object

@@ -90,8 +90,8 @@ def supports(
     for p in (weight, bias, scale, shift):
         if p is not None and p.dtype is not dtype and p.dtype is not torch.float32:
             return f"the kernel takes parameters in float32 or {dtype}, not {p.dtype}"
-    if moments is not None and (moments.dtype is not torch.float32 or not moments.is_contiguous()):
-        return f"the kernel takes contiguous moments in float32, not {moments.dtype}, {moments.stride()}"
+    if moments is not None and (moments.dtype is not torch.float64 or not moments.is_contiguous()):
+        return f"the kernel takes contiguous moments in float64, not {moments.dtype}, {moments.stride()}"
     if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
         return "the kernel takes channels_last images, not other strides"
     return None
@@ -127,7 +127,7 @@ def group_norm_affine(
         weight, bias: [C] in x's dtype or fp32, or None.
         eps: added to the variance.
         scale, shift: [N, C] in x's dtype or fp32, or None.
-        moments: [N, 2, C] in fp32, the mean and the biased variance of each channel of x, as `winograd_conv`
+        moments: [N, 2, C] in fp64, the mean and the biased variance of each channel of x, as `winograd_conv`
             writes those of its result, or None. The kernel takes them instead of reading x.
 
     Returns:

@@ -324,7 +324,7 @@ def reference(
     if output_scale != 1.0:
         y = y * output_scale
     if moments is not None:
-        variance, mean = torch.var_mean(y.detach(), dim=(2, 3), correction=0)
+        variance, mean = torch.var_mean(y.detach().double(), dim=(2, 3), correction=0)
         moments.copy_(torch.stack([mean, variance], dim=1))
     return y.contiguous(memory_format=_memory_format(x))
 
@@ -384,8 +384,8 @@ def supports(
         return "the kernel takes channels_last images, not other strides"
     if residual is not None and not residual.is_contiguous(memory_format=torch.channels_last):
         return "the kernel takes a channels_last residual"
-    if moments is not None and (moments.dtype is not torch.float32 or not moments.is_contiguous()):
-        return f"the kernel writes contiguous moments in float32, not {moments.dtype}, {moments.stride()}"
+    if moments is not None and (moments.dtype is not torch.float64 or not moments.is_contiguous()):
+        return f"the kernel writes contiguous moments in float64, not {moments.dtype}, {moments.stride()}"
     if packed is not None and packed.dtype is torch.int16 and not multiplies_int16():
         return NEEDS_INT16
     return None
@@ -511,7 +511,7 @@ def winograd_conv(
         norm: of x, in place of a multiplier and an offset, whose bits are those of `group_norm_affine`.
         doubled: height and width of act(...) are doubled by repeating pixels before it is convolved; the bits
             are those of a copy that is twice as large, which is not made.
-        moments: [N, 2, O] in fp32, written: the mean and the biased variance of each channel of y, summed as y
+        moments: [N, 2, O] in fp64, written: the mean and the biased variance of each channel of y, summed as y
             is; or None.
         norm_moments: [N, 2, C], the same of x, by which the kernel knows the norm without reading x before;
             or None. They are what another call wrote as `moments`.

@@ -474,6 +474,9 @@ void winograd(const Kernels& k, ConvShape shape, GroupShape group, bool fused, b
     const int64_t all = (tile + 2) * (tile + 2), weights_size = (9 + 2 * (tile + 2)) * kWinogradPoint;
     const int64_t blocks_c = parts(c, kWinogradBlock), blocks_o = parts(o, kWinogradBlock);
     const int64_t groups = parts(n, group.n) * parts(parts(h, tile), group.h) * parts(parts(w, tile), group.w);
+    const int64_t down = parts(h, tile * group.h), across = parts(w, tile * group.w);
+    std::vector<float> sums(n * down * across * 3 * o);
+    a.sums = fused ? sums.data() : nullptr;
     const int64_t points = all * (kWinogradBlock * group.n * group.h * group.w + kMaxWidth);
     std::vector<float> v(groups * blocks_c * points), packed(blocks_o * blocks_c * all * kWinogradPoint);
     std::vector<float> patch((tile * group.h + 2) * (tile * group.w + 2) * kWinogradBlock);
@@ -529,6 +532,24 @@ void winograd(const Kernels& k, ConvShape shape, GroupShape group, bool fused, b
                 error += (y[place] - want) * (y[place] - want), size += want * want;
             }
     const std::string name = int16 ? " winograd_conv in int16 " : " winograd_conv ";
+    const auto sums_fit = [&](int64_t part, int64_t out) {
+        const int64_t i = part / (down * across), y0 = part / across % down * tile * group.h,
+                      x0 = part % across * tile * group.w;
+        const int64_t y1 = std::min(h, y0 + tile * group.h), x1 = std::min(w, x0 + tile * group.w);
+        const double count = static_cast<double>((y1 - y0) * (x1 - x0));
+        const float* const got = sums.data() + part * 3 * o + out;
+        double sum = 0, squares = 0;
+        for (int64_t row = y0; row < y1; ++row)
+            for (int64_t column = x0; column < x1; ++column) {
+                const double deviation = double(y[((i * h + row) * w + column) * o + out]) - got[0];
+                sum += deviation, squares += deviation * deviation;
+            }
+        return std::fabs(got[o] - sum) <= 1e-5 * (1 + std::sqrt(squares * count)) &&
+               std::fabs(got[2 * o] - squares) <= 1e-5 * squares;
+    };
+    for (int64_t part = 0; fused && part < n * down * across; ++part)
+        for (int64_t out = 0; out < o; ++out)
+            expect(sums_fit(part, out), std::string(k.isa) + name + "sums of " + std::to_string(o));
     const double limit = int16 ? 1e-6 : tile == 4 ? 1e-12 : 2e-11;
     expect(error <= limit * size, std::string(k.isa) + name + std::to_string(c) + " to " + std::to_string(o) + ": " +
                                       std::to_string(std::sqrt(error / size)));

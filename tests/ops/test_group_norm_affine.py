@@ -89,6 +89,33 @@ def test_bitwise() -> None:
         assert torch.equal(a, b) and torch.equal(a[2:], alone)
 
 
+@pytest.mark.parametrize("mean", [0.0, -2300.0])
+@pytest.mark.parametrize(("shape", "groups"), [((2, 32, 8, 8), 32), ((3, 12, 5, 7), 3), ((2, 40, 33, 31), 2)])
+def test_moments_take_the_place_of_x(
+    backend: str, shape: tuple[int, ...], groups: int, mean: float, check: Any
+) -> None:
+    call = make(shape, torch.float32, mean)
+    variance, means = torch.var_mean(call["x"].double(), dim=(2, 3), correction=0)
+    moments = torch.stack([means, variance], dim=1)
+    exact, eager = run("reference", wide(call), groups), run("reference", call, groups)
+    for ours, theirs, oracle in zip(
+        run(backend, {**call, "moments": moments}, groups), eager, exact, strict=True
+    ):
+        check(ours, theirs, oracle)
+    if backend == "cpu":
+        nothing = {**call, "x": torch.full_like(call["x"], torch.nan)}
+        for a, b in zip(
+            run("cpu", {**nothing, "moments": moments}, groups),
+            run("cpu", {**call, "moments": moments}, groups),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+        with pytest.raises(ops.BackendUnavailable, match="contiguous moments in float64"):
+            run("cpu", {**call, "moments": moments.float()}, groups)
+    with pytest.raises(ValueError, match="moments must have shape"):
+        run(backend, {**call, "moments": moments[:1]}, groups)
+
+
 def test_other_calls_and_gradients() -> None:
     x = torch.randn(2, 8, 6)
     multiplier, offset = ops.group_norm_affine(x, 2, None, None)
@@ -108,6 +135,8 @@ def test_opcheck() -> None:
     call = make((2, 8, 4, 4), torch.float32)
     arguments = (call["x"], 4, call["weight"], call["bias"], 1e-5, call["scale"], None)
     torch.library.opcheck(torch.ops.difusores.group_norm_affine.default, arguments)
+    moments = torch.ones(2, 2, 8, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.difusores.group_norm_affine.default, (*arguments, moments))
 
 
 def test_compiles_without_a_break(backend: str) -> None:

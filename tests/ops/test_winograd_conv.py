@@ -260,6 +260,100 @@ def test_norm_is_its_multiplier_and_offset(backend: str, case: tuple[int, ...]) 
         assert distance(y, run("reference", {**wide(call), "norm": exact})) <= LIMIT
 
 
+def fits_moments(moments: Tensor, y: Tensor, limit: float = 1e-5) -> None:
+    """Means within `limit` standard deviations, variances within `limit`."""
+    variance, mean = torch.var_mean(y.double(), dim=(2, 3), correction=0)
+    assert ((moments[:, 0] - mean).abs() <= limit * variance.sqrt()).all()
+    assert ((moments[:, 1] - variance).abs() <= limit * variance).all()
+
+
+def with_moments(backend: str | None, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    moments = torch.full((call["x"].shape[0], 2, call["weight"].shape[0]), 7.0, dtype=torch.float64)
+    return run(backend, {**call, "moments": moments}), moments
+
+
+@pytest.mark.parametrize("case", [*CASES[1:], *LARGE, (2, 8, 33, 70, 61)], ids=str)
+def test_moments_are_those_of_the_result(backend: str, case: tuple[int, ...]) -> None:
+    """The result keeps its bits, in every form of the product."""
+    call = make(case, OPTIONS["second"])
+    call["bias"] = 1000 * call["bias"]  # means far from zero
+    calls = [call, {**make(case, OPTIONS["first"]), "doubled": True, "add": None}]
+    if backend == "cpu" and multiplies_int16():
+        calls.append(with_int16(call))
+    for each in calls:
+        y, moments = with_moments(backend, each)
+        assert torch.equal(y, run(backend, each))
+        fits_moments(moments, y)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (61, 70)])
+def test_moments_beside_outliers(backend: str, size: tuple[int, int]) -> None:
+    """In the first pixel, the first tile, the last pixel, and with almost no variance at all."""
+    x = 1e-3 * torch.randn(4, 8, *size) + 3
+    x[0, :, 0, 0], x[1, :, :5, :5], x[2, :, -1, -1] = 1e4, -1e4, 1e4
+    weight = torch.zeros(20, 8, 3, 3)
+    weight[:, :, 1, 1] = torch.randn(20, 8)
+    y, moments = with_moments(backend, {"x": x.to(memory_format=torch.channels_last), "weight": weight})
+    fits_moments(moments, y, 1e-4)
+
+
+def test_moments_bitwise() -> None:
+    """On one thread or several, of an image alone or in a batch."""
+    reason = dispatch.status("cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    for case in ((5, 96, 48, 8, 8), (2, 24, 40, 70, 61), (3, 20, 130, 21, 90)):
+        call = make(case, ("bias",))
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            one = with_moments("cpu", call)[1]
+            torch.set_num_threads(3)
+            several = with_moments("cpu", call)[1]
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(one, several)
+        for image in range(case[0]):
+            alone = with_moments("cpu", {**call, "x": call["x"][image : image + 1]})[1]
+            assert torch.equal(alone, one[image : image + 1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_make_their_images_moments_nan(backend: str, value: float) -> None:
+    call = make((3, 20, 17, 13, 14), ("bias",))
+    clean = with_moments(backend, call)[1]
+    call["x"][1, 3, 12, 13] = value
+    moments = with_moments(backend, call)[1]
+    assert moments[1].isnan().all()
+    moments[1] = clean[1]
+    assert torch.equal(moments, clean)
+
+
+@pytest.mark.parametrize("case", [(2, 64, 96, 24, 30), (1, 32, 64, 61, 70)], ids=str)
+def test_norm_by_moments_of_the_call_before(backend: str, case: tuple[int, ...]) -> None:
+    """Near the norm by x itself; by the kernel it is the moments that are read, in one call or two."""
+    n, c, o, h, w = case
+    y, moments = with_moments(backend, make(case, ("bias", "silu")))
+    call = {**make((n, o, c, h, w), ("bias", "silu")), "x": y}
+    norm = Norm(o // 4, torch.randn(o), torch.randn(o), 1e-5)
+    z = run(backend, {**call, "norm": norm, "norm_moments": moments})
+    exact = Norm(*(p.double() if isinstance(p, Tensor) else p for p in norm))
+    assert distance(z, run("reference", {**wide(call), "norm": exact})) <= LIMIT
+    if backend == "cpu":
+        for given in (moments, moments * 4):
+            z = run("cpu", {**call, "norm": norm, "norm_moments": given})
+            with ops.use_backend("cpu"):
+                multiplier, offset = ops.group_norm_affine(y, *norm, moments=given)
+            assert torch.equal(z, run("cpu", {**call, "multiplier": multiplier, "offset": offset}))
+
+
+def test_moments_of_no_pixels_are_nan() -> None:
+    if dispatch.status("cpu") is not None:
+        pytest.skip(dispatch.status("cpu") or "")
+    _, moments = with_moments("cpu", make((2, 16, 16, 0, 4), ()))
+    assert moments.isnan().all()
+
+
 @pytest.mark.parametrize("case", [*CASES, (1, 20, 33, 25, 24), (2, 67, 70, 24, 25)], ids=str)
 @pytest.mark.parametrize("options", ["first", "second", "norm"])
 def test_doubled_is_a_copy_of_twice_the_size(backend: str, case: tuple[int, ...], options: str) -> None:
@@ -381,6 +475,13 @@ def test_plan() -> None:
         ({"norm": Norm(4, None, None, 0.0), "offset": torch.randn(2, 8)}, "and both were given"),
         ({"norm": Norm(3, None, None, 0.0)}, "num_groups must divide the number of channels"),
         ({"norm": Norm(4, torch.randn(4), None, 0.0)}, r"weight must have shape \[C\] = \[8\]"),
+        ({"moments": torch.empty(2, 2, 8)}, r"moments must have shape \[2, 2, 4\]"),
+        ({"moments": torch.empty(2, 2, 4, device="meta")}, "moments must be on the device of x"),
+        ({"norm_moments": torch.zeros(2, 2, 8)}, "norm_moments were given, and no norm"),
+        (
+            {"norm": Norm(4, None, None, 0.0), "norm_moments": torch.zeros(2, 2, 4)},
+            r"moments must have shape \[2, 2, 8\]",
+        ),
         ({"packed": torch.randn(10)}, "packed must be what pack_weight made"),
         ({"add": torch.randn(2, 4, device="meta")}, "add must be on the device of x"),
     ],
@@ -443,6 +544,13 @@ def test_opcheck(options: str) -> None:
     torch.library.opcheck(
         torch.ops.difusores.winograd_conv.default,
         (call["x"], call["weight"], None, None, None, True, None, None, 1.0, None, *norm, True),
+    )
+    torch.library.opcheck(
+        torch.ops.difusores.winograd_conv.default,
+        (
+            *(call["x"], call["weight"], None, None, None, True, None, None, 1.0, None, *norm, False),
+            *(torch.zeros(2, 2, 24, dtype=torch.float64), torch.ones(2, 2, 16, dtype=torch.float64)),
+        ),
     )
     torch.library.opcheck(torch.ops.difusores.winograd_conv_pack.default, (call["weight"], False))
 
