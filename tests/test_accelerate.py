@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -841,6 +842,49 @@ def test_upsampling_makes_no_copy(library: str, dtype: str | None, monkeypatch: 
         assert len(copies) == 1
         upsampler.conv.register_forward_hook(lambda *call: None)
         assert torch.equal(upsampler(x), want) and len(copies) == 2
+
+
+@pytest.mark.skipif(not plan(64, 64, 64, 64).winograd, reason=str(plan(64, 64, 64, 64).reason))
+@pytest.mark.parametrize(("kind", "blocks"), [("pixels", 3), ("scale_shift", 3), ("resample", 4)])
+def test_large_images_are_summed_as_they_are_written(
+    library: str, kind: str, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the second norm of a block, the first time as any other time; smaller images are not."""
+    name, config = VARIANTS[kind]
+    config = {**config, "block_out_channels": [64, 64]}
+    if kind == "resample":  # with a block that doubles on its way to the large images
+        config["up_block_types"] = ["ResnetUpsampleBlock2D", "UpBlock2D"]
+    made: Any = getattr(LIBRARIES[library], name)(**config).eval()
+    written: list[Tensor] = []
+    read: list[Tensor] = []
+
+    def note(op: str, *places: tuple[list[Tensor], int]) -> None:
+        plain_op = getattr(torch.ops.difusores, op).default
+
+        def noted(*call: Any) -> Any:
+            for which, place in places:
+                if call[place] is not None:
+                    which.append(call[place])
+            return plain_op(*call)
+
+        monkeypatch.setattr(import_module(f"difusores.ops.{op}"), "_OP", noted)
+
+    note("winograd_conv", (written, 15), (read, 16))
+    note("group_norm_affine", (read, 7))
+    difusores.accelerate(made)
+    for size in (32, 64):
+        case = inputs(kind, 2, (size, size))
+        want = oracle(made, *case)
+        first = run(made, *case)
+        assert distance(first, want) <= BOUND
+        expected = blocks if size == 64 else 0
+        assert len(written) == expected
+        assert all(moments.shape == (2, 2, 64) for moments in written)
+        assert all(a is b for a, b in zip(written, read, strict=True)), "by the convolution after it"
+        for _ in range(3):
+            written.clear(), read.clear()
+            assert torch.equal(run(made, *case), first)
+            assert len(written) == len(read) == expected
 
 
 @pytest.mark.skipif(native.status("cpu") is not None, reason=native.status("cpu") or "")
