@@ -61,7 +61,8 @@ std::tuple<Tensor, Tensor> group_norm_affine(Tensor x, int64_t num_groups, Optio
     args.shift = param_of(shift, n, c, true, "shift");
     args.n = n, args.c = c, args.s = s, args.groups = num_groups;
     args.eps = eps;
-    norm_affine(args, moments_of(moments, n, c, "group_norm_affine: moments"), static_cast<float*>(multiplier.data_ptr()), static_cast<float*>(offset.data_ptr()));
+    norm_affine(args, moments_of(moments, n, c, "group_norm_affine: moments"),
+                static_cast<float*>(multiplier.data_ptr()), static_cast<float*>(offset.data_ptr()));
     return {multiplier, offset};
 }
 

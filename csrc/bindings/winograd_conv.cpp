@@ -102,8 +102,8 @@ struct Steps {
 int64_t parts_down(const WinogradConvArgs& args) { return parts(args.h, args.tile * args.group_h); }
 int64_t parts_across(const WinogradConvArgs& args) { return parts(args.w, args.tile * args.group_w); }
 
-// Mean and variance of the channels of y, [N, 2, O], from the sums of its parts in order: around the mean of all, so that
-// nothing cancels (Chan, Golub, LeVeque 1983).
+// Mean and variance of the channels of y, [N, 2, O], from the sums of its parts in order: around the mean of all, so
+// that nothing cancels (Chan, Golub, LeVeque 1983).
 void join_sums(const WinogradConvArgs& args, double* moments) {
     const int64_t down = parts_down(args), across = parts_across(args);
     const int64_t high = args.tile * args.group_h, wide = args.tile * args.group_w;
@@ -160,8 +160,8 @@ void run_steps(Args& args, int64_t groups, const Steps& s, Kernel input, Kernel 
 }
 
 template <class Args, class Kernel, class Place>
-void run_groups(Args& args, int64_t groups, const Steps& s, Kernel input, Kernel output, const Place& place,
-                double* moments) {
+void run_groups(Args& args, double* moments, int64_t groups, const Steps& s, Kernel input, Kernel output,
+                const Place& place) {
     if (moments) args.sums = t_sums.of(args.n * parts_down(args) * parts_across(args) * 3 * args.o);
     run_steps(args, groups, s, input, output, place);
     if (moments) join_sums(args, moments);
@@ -182,8 +182,8 @@ void convolve_int16(WinogradInt16Args& args, double* moments) {
     const Steps steps{parts(args.c, kBlock),         36 * kBlock + patch_of(args),      300 * tiles * kBlock,
                       parts(args.o, kBlock),         36 * (kBlock * tiles + kMaxWidth), 18 * tiles * args.c * kBlock,
                       winograd_int16_group(args) / 2};
-    run_groups(args, groups, steps, g_kernels->winograd_int16_input, g_kernels->winograd_int16_output,
-               [](WinogradInt16Args& a, float* v) { a.v16 = reinterpret_cast<int16_t*>(v); }, moments);
+    run_groups(args, moments, groups, steps, g_kernels->winograd_int16_input, g_kernels->winograd_int16_output,
+               [](WinogradInt16Args& a, float* v) { a.v16 = reinterpret_cast<int16_t*>(v); });
 }
 
 void convolve(WinogradConvArgs& args, double* moments) {
@@ -201,8 +201,8 @@ void convolve(WinogradConvArgs& args, double* moments) {
     const Steps steps{parts(args.c, kBlock),         patch_of(args),   8 * points_of(args) * tiles * kBlock,
                       parts(args.o, kBlock),         weights + points, points_of(args) * tiles * args.c * kBlock,
                       parts(args.c, kBlock) * points};
-    run_groups(args, groups, steps, g_kernels->winograd_conv_input, g_kernels->winograd_conv_output,
-               [](WinogradConvArgs& a, float* v) { a.v = v; }, moments);
+    run_groups(args, moments, groups, steps, g_kernels->winograd_conv_input, g_kernels->winograd_conv_output,
+               [](WinogradConvArgs& a, float* v) { a.v = v; });
 }
 
 // multiplier and offset of a group norm of x, in memory that the thread keeps.

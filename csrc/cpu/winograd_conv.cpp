@@ -9,7 +9,7 @@
 //     product M = sum over C of V U             [36][tiles][64], of 64 output channels at a time, U = G g G^T by blocks
 //             [36][64][64] in L2: read as it was packed, or transformed here from the weights, which are gathered in
 //             blocks [4][64][9][16] (outputs, inputs, taps, outputs) here or beforehand
-//     output  y = A^T M A and what follows
+//     output  y = A^T M A and what follows; if asked for, sums of y around a pivot, for the norm that comes next
 // The sum over C runs in order in blocks of 64, each summed from zero: a tile's bits depend on nothing but its inputs.
 // Least bytes: x, y, residual once; the weights (or U, 4 times as large) once per group. With few tiles they decide:
 // then U is made in registers (winograd_few.h), and the gathered weights that come next are asked for.

@@ -4,7 +4,8 @@
     offset[n, c]     = (1 + scale[n, c]) * bias[c] + shift[n, c] - mean * multiplier[n, c]
 
 mean and rstd = 1 / sqrt(var + eps) over each image's group of C / num_groups channels (Wu & He 2018), so that
-multiplier * x + offset is the normalised x. It is read once and not written.
+multiplier * x + offset is the normalised x. It is read once and not written, or not read either where the
+moments of its channels are known from the convolution that wrote it.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def group_norm_affine(
         except (RuntimeError, TypeError):
             pass  # the kernel refused; what follows finds another way or the words for it
     check_group_norm(x, num_groups, weight, bias, scale, shift, None, None)
-    check_moments("moments", moments, *x.shape[:2], x.device)
+    check_moments("moments", moments, x.shape[0], x.shape[1], x.device)
     weight, bias, scale, shift = map(side_by_side, (weight, bias, scale, shift))
     backend = choose("group_norm_affine", x.device.type, supports, x, weight, bias, scale, shift, moments)
     call = (x, num_groups, weight, bias, eps, scale, shift, moments)

@@ -452,7 +452,8 @@ Prepared = Callable[..., Tensor]
 def prepared(weight: Tensor, bias: Tensor | None, packed: Tensor | None, norm: Norm) -> Prepared:
     """silu(norm(x)) convolved, as a function of x, add, residual, output_scale, moments and norm_moments.
 
-    See `winograd_conv`. For callers who have made sure that the kernel is to answer: it raises RuntimeError where it refuses.
+    See `winograd_conv`. For callers who have made sure that the kernel is to answer: it raises RuntimeError
+    where it refuses.
     """
     groups, scale, shift, eps = norm
 
@@ -511,8 +512,8 @@ def winograd_conv(
         norm: of x, in place of a multiplier and an offset, whose bits are those of `group_norm_affine`.
         doubled: height and width of act(...) are doubled by repeating pixels before it is convolved; the bits
             are those of a copy that is twice as large, which is not made.
-        moments: [N, 2, O] in fp64, written: the mean and the biased variance of each channel of y, summed as y
-            is; or None.
+        moments: [N, 2, O] in fp64, written: the mean and the biased variance of each channel of y, which is
+            not read for that; or None.
         norm_moments: [N, 2, C], the same of x, by which the kernel knows the norm without reading x before;
             or None. They are what another call wrote as `moments`.
 
