@@ -1,4 +1,4 @@
-"""Whole networks beside what else there is: diffusers, torch.compile, OpenVINO, ONNX Runtime.
+"""Whole networks beside what else there is: diffusers, torch.compile, zentorch, OpenVINO, ONNX Runtime.
 
     python benchmarks/bench_models.py [--workload NAME ...] [--peer NAME ...] [--seconds S] [--quick]
     python benchmarks/bench_models.py --table
@@ -124,15 +124,17 @@ def eager(
     cases: Sequence[Inputs],
     last: bool = False,
     dtype: torch.dtype = torch.float32,
-    compiled: bool = False,
+    compiler: str | None = None,
 ) -> list[Call]:
-    """A library as it is, or by torch.compile with frozen weights."""
+    """A library as it is, or by torch.compile with frozen weights and this backend of it."""
     if last:
         model = model.to(memory_format=torch.channels_last)
     network: nn.Module = Network(model.to(dtype))
-    if compiled:
+    if compiler is not None:
+        if compiler == "zentorch":
+            importlib.import_module("zentorch")  # registers its backend
         torch._inductor.config.freezing = True
-        network = torch.compile(network)  # type: ignore[assignment]
+        network = torch.compile(network, backend=compiler)  # type: ignore[assignment]
     return [partial(network, *cast(case, dtype, last)) for case in cases]
 
 
@@ -194,7 +196,12 @@ PEERS: dict[str, tuple[str, str, Callable[..., list[Call]]]] = {
     "diffusers channels_last": ("fp32", "diffusers", partial(eager, last=True)),
     "diffusers channels_last bf16": ("bf16", "diffusers", partial(eager, last=True, dtype=torch.bfloat16)),
     "ONNX Runtime": ("fp32", "diffusers", on_onnxruntime),
-    "torch.compile": ("fp32", "diffusers", partial(eager, last=True, compiled=True)),
+    "torch.compile": ("fp32", "diffusers", partial(eager, last=True, compiler="inductor")),
+    "zentorch": ("fp32", "diffusers", partial(eager, last=True, compiler="zentorch")),
+    "zentorch bf16": (
+        *("bf16", "diffusers"),
+        partial(eager, last=True, dtype=torch.bfloat16, compiler="zentorch"),
+    ),
 }
 QUICK = ("diffusers", "OpenVINO f32", "OpenVINO bf16", "difusores accelerated", "difusores accelerated bf16")
 
@@ -237,7 +244,8 @@ def machine() -> dict[str, Any]:
     """Processor, what it can, and versions."""
     flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
     known = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
-    packages = {name: version(name) for name in ("diffusers", "openvino", "onnxruntime") if find_spec(name)}
+    peers = ("diffusers", "openvino", "onnxruntime", "zentorch")
+    packages = {name: version(name) for name in peers if find_spec(name)}
     return {
         **stamp(),
         "instructions": [flag for flag in known if flag in flags],

@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 PICTURE = ROOT / "docs" / "images" / "networks.png"
 OURS = {"fp32": "difusores accelerated", "bf16": "difusores accelerated bf16"}
-PEERS = {"fp32": ("torch.compile", "ONNX Runtime", "OpenVINO f32"), "bf16": ("OpenVINO bf16",)}
+PEERS = {
+    "fp32": ("torch.compile", "zentorch", "ONNX Runtime", "OpenVINO f32"),
+    "bf16": ("zentorch bf16", "OpenVINO bf16"),
+}
 COLUMNS = {
     "ms (quartiles)": "ms",
     "× diffusers": "times_base",
@@ -64,6 +67,7 @@ def where(machine: Mapping[str, Any]) -> str:
         "diffusers": "diffusers",
         "openvino": "OpenVINO",
         "onnxruntime": "ONNX Runtime",
+        "zentorch": "zentorch",
     }
     parts += [f"{shown} {machine[name]}" for name, shown in names.items() if name in machine]
     return ", ".join([*parts, machine["date"]])
@@ -148,13 +152,13 @@ def networks() -> list[str]:
         machines.append(where({**result["machine"], "peak_gflops": None}))  # its peak moves between runs
     if not rows:
         return []
-    head = ["", "fp32, ms", "× diffusers", "× the fastest other", "bf16, ms", "× OpenVINO bf16"]
+    head = ["", "fp32, ms", "× diffusers", "× the fastest other", "bf16, ms", "× the fastest other bf16"]
     picture = [f"![How many times as fast as diffusers]({PICTURE.relative_to(ROOT)})", ""]
     return [
         *(picture if PICTURE.is_file() else []),
         *table(head, rows),
         "",
-        "`difusores.accelerate` beside diffusers, torch.compile, ONNX Runtime and OpenVINO: medians of "
+        "`difusores.accelerate` beside diffusers, torch.compile, zentorch, ONNX Runtime and OpenVINO: medians of "
         "`benchmarks/bench_models.py` and `bench_loops.py`, random weights, every result checked first; "
         "[all figures](docs/benchmarks.md). " + "; ".join(dict.fromkeys(machines)) + ".",
     ]
@@ -239,8 +243,8 @@ def draw() -> None:
     from matplotlib import pyplot
 
     shown = [*PEERS["fp32"], OURS["fp32"], *PEERS["bf16"], OURS["bf16"]]
-    colours = ["#b8c4ce", "#93a4b3", "#6d8598", "#d9480f", "#4b5f70", "#f08c00"]
-    figure, axes = pyplot.subplots(figsize=(9, 0.6 + 1.1 * len(found)))
+    colours = ["#ccd5dc", "#b0bdc8", "#93a4b3", "#6d8598", "#d9480f", "#5c7183", "#4b5f70", "#f08c00"]
+    figure, axes = pyplot.subplots(figsize=(9, 0.6 + 1.4 * len(found)))
     height = 0.85 / len(shown)
     for k, (name, colour) in enumerate(zip(shown, colours, strict=True)):
         bars = [result["rows"].get(name, {}).get("times_base", 0) for result in found]

@@ -170,7 +170,7 @@ def test_tables_are_made_of_the_results(
         monkeypatch.setattr(results, "draw", lambda: results.PICTURE.write_bytes(b"\x89PNG"))
     results.publish()
     readme = (kept / "README.md").read_text()
-    assert "| tiny | 25 | 4.00× | 2.00× (OpenVINO f32) | 16 | 1.25× |" in readme
+    assert "| tiny | 25 | 4.00× | 2.00× (OpenVINO f32) | 16 | 1.25× (OpenVINO bf16) |" in readme
     assert "| few | 1000 | 3.00× |" in readme and "![" in readme
     assert "<!-- kernels:begin -->\nold\n<!-- kernels:end -->" in readme  # no results of those
     assert readme.startswith("before\n") and readme.endswith("after\n")
