@@ -158,9 +158,9 @@ def networks() -> list[str]:
         *(picture if PICTURE.is_file() else []),
         *table(head, rows),
         "",
-        "`difusores.accelerate` beside diffusers, torch.compile, zentorch, ONNX Runtime and OpenVINO: medians "
-        "of `benchmarks/bench_models.py` and `bench_loops.py`, random weights, every result checked first; "
-        "[all figures](docs/benchmarks.md). " + "; ".join(dict.fromkeys(machines)) + ".",
+        "`difusores.accelerate` beside diffusers, torch.compile, zentorch, ONNX Runtime and OpenVINO: "
+        "medians of `benchmarks/bench_models.py` and `bench_loops.py`, random weights, every result checked "
+        "first; [all figures](docs/benchmarks.md). " + "; ".join(dict.fromkeys(machines)) + ".",
     ]
 
 
