@@ -183,7 +183,8 @@ def on_onnxruntime(model: nn.Module, cases: Sequence[Inputs]) -> list[Call]:
     return [partial(call, {name: t.numpy() for name, t in zip(names, case, strict=True)}) for case in cases]
 
 
-# name -> precision, library, what is done to its model; those that are compared most stand together
+# name -> precision, library, what is done to its model; those that are compared most stand together, and of
+# four in turn (`TOGETHER`) no two need 7 GB beside the weights of a large network
 PEERS: dict[str, tuple[str, str, Callable[..., list[Call]]]] = {
     "diffusers": ("fp32", "diffusers", eager),
     "OpenVINO f32": ("fp32", "diffusers", partial(on_openvino, precision="f32")),
@@ -192,16 +193,16 @@ PEERS: dict[str, tuple[str, str, Callable[..., list[Call]]]] = {
     "difusores accelerated bf16": ("bf16", "difusores", partial(accelerated, dtype="bfloat16")),
     "difusores accelerated, invariant": ("fp32", "difusores", partial(accelerated, invariant=True)),
     "diffusers accelerated": ("fp32", "diffusers", accelerated),
-    "difusores": ("fp32", "difusores", eager),
-    "diffusers channels_last": ("fp32", "diffusers", partial(eager, last=True)),
-    "diffusers channels_last bf16": ("bf16", "diffusers", partial(eager, last=True, dtype=torch.bfloat16)),
-    "ONNX Runtime": ("fp32", "diffusers", on_onnxruntime),
-    "torch.compile": ("fp32", "diffusers", partial(eager, last=True, compiler="inductor")),
     "zentorch": ("fp32", "diffusers", partial(eager, last=True, compiler="zentorch")),
     "zentorch bf16": (
         *("bf16", "diffusers"),
         partial(eager, last=True, dtype=torch.bfloat16, compiler="zentorch"),
     ),
+    "difusores": ("fp32", "difusores", eager),
+    "diffusers channels_last": ("fp32", "diffusers", partial(eager, last=True)),
+    "diffusers channels_last bf16": ("bf16", "diffusers", partial(eager, last=True, dtype=torch.bfloat16)),
+    "ONNX Runtime": ("fp32", "diffusers", on_onnxruntime),
+    "torch.compile": ("fp32", "diffusers", partial(eager, last=True, compiler="inductor")),
 }
 QUICK = ("diffusers", "OpenVINO f32", "OpenVINO bf16", "difusores accelerated", "difusores accelerated bf16")
 
