@@ -42,7 +42,7 @@ help:
 	  'make cuda-link  the whole CUDA module linked to the CUDA build of torch 2.14.1 (downloads 0.5 GB); needs nvcc' \
 	  'make lint       ruff, mypy, clang-format' \
 	  'make format     ruff and clang-format write what lint asks for' \
-	  'make bench      all benchmarks of a CPU, about an hour; then their tables and picture' \
+	  'make bench      all benchmarks of a CPU, two to three hours; then their tables and picture' \
 	  'make bench-quick  whole networks beside their peers, under 3 minutes' \
 	  'make clean      removes what was built; .venv stays'
 
