@@ -446,7 +446,9 @@ def _row(p: Tensor | None) -> Tensor | None:
 NO_NORM = Norm(0, None, None, 0.0)
 
 
-Prepared = Callable[..., Tensor]
+Prepared = Callable[
+    [Tensor, "Tensor | None", "Tensor | None", float, "Tensor | None", "Tensor | None"], Tensor
+]
 
 
 def prepared(weight: Tensor, bias: Tensor | None, packed: Tensor | None, norm: Norm) -> Prepared:
